@@ -1,0 +1,36 @@
+"""Fixtures of every test: the devices, and random numbers whose seed is printed when a test fails."""
+
+import os
+import random
+
+import pytest
+import torch
+
+DEVICES = ("cpu", "cuda")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> torch.device:
+    """Every test that takes it runs on the CPU and on a GPU."""
+    return available(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    return available("cuda")
+
+
+def available(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """A fresh seed for every test, or the one in TSM_JIT_TEST_SEED to see a failure again."""
+    value = int(os.environ.get("TSM_JIT_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    random.seed(value)
+    torch.manual_seed(value)
+    print(f"TSM_JIT_TEST_SEED={value}")  # pytest shows it with a failure
+    return value

@@ -1,0 +1,89 @@
+"""What several test files share: tensors of random bits, comparison bit by bit, layouts, a stock temporal shift."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+OTHERS = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+DTYPES = FLOATING + OTHERS
+
+
+def random_bits(shape, dtype: torch.dtype, device="cpu") -> Tensor:
+    """Any bits at all, NaN payloads and infinities included."""
+    count = math.prod(shape)
+    if dtype is torch.bool:
+        return torch.randint(0, 2, tuple(shape), device=device).bool()
+    size = torch.empty(0, dtype=dtype).element_size()
+    data = torch.randint(0, 256, (count * size,), dtype=torch.uint8, device=device)
+    return (data.view(dtype) if count else torch.empty(0, dtype=dtype, device=device)).view(tuple(shape))
+
+
+def random_values(shape, dtype: torch.dtype, device="cpu") -> Tensor:
+    """Finite values that addition rounds."""
+    if dtype.is_complex:
+        return torch.randn(shape, dtype=dtype, device=device)
+    return torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    flat = x.detach().cpu().reshape(-1).clone()
+    return flat.view(torch.uint8) if flat.numel() else flat
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    a, b = bits(actual), bits(expected)
+    assert torch.equal(a, b), f"{(a != b).sum().item()} of {a.numel()} bytes differ"
+
+
+def poison(x: Tensor) -> None:
+    """Fills memory that torch is about to hand out again with what no test expects."""
+    scratch = torch.empty_like(x)
+    if scratch.numel():
+        scratch.view(-1).view(torch.uint8).fill_(0xA5) if scratch.is_contiguous() else None
+    del scratch
+
+
+# name: (channel dimension, a tensor [N*T, C, H, W] of random bits in that layout). 5-D layouts are [N, T, C, H, W].
+Make = Callable[..., Tensor]
+
+
+def layouts(n: int, t: int, c: int, h: int, w: int, dtype: torch.dtype, device, make: Make = random_bits) -> dict:
+    def new(*shape: int) -> Tensor:
+        return make(shape, dtype, device)
+
+    def offset(*shape: int) -> Tensor:
+        return new(math.prod(shape) + 1)[1:].view(shape)
+
+    return {
+        "NCHW": (1, new(n * t, c, h, w)),
+        "channels_last": (1, new(n * t, h, w, c).permute(0, 3, 1, 2)),
+        "NTCHW": (2, new(n, t, c, h, w)),
+        "NTHWC": (2, new(n, t, h, w, c).permute(0, 1, 4, 2, 3)),
+        "NCDHW": (1, new(n * t, c, 2, h, w)),
+        "NC": (1, new(n * t, c)),
+        "NCL": (1, new(n * t, c, h)),
+        "tokens": (2, new(n * t, h, c)),
+        "storage offset": (1, offset(n * t, c, h, w)),
+        "channels_last, storage offset": (1, offset(n * t, h, w, c).permute(0, 3, 1, 2)),
+        "some channels": (1, new(n * t, c + 3, h, w)[:, 2 : 2 + c]),
+        "some channels, channels_last": (1, new(n * t, h, w, c + 3).permute(0, 3, 1, 2)[:, 1 : 1 + c]),
+        "every second frame": (1, new(2 * n * t, c, h, w)[::2]),
+        "cropped": (1, new(n * t, c, h + 2, w + 1)[:, :, 1:-1, 1:]),
+        "channels outermost": (1, new(c, n * t, w, h).permute(1, 0, 3, 2)),
+    }

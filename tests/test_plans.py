@@ -1,0 +1,57 @@
+"""The plans of the families, against numbers worked out by hand; and the encoding that operators take."""
+
+import pytest
+
+from tsm_jit import plans
+from tsm_jit.plans import Shift
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((64, 8), ((8, 1), (8, -1))),
+        ((64, 8, 1, "past"), ((8, -1),)),
+        ((64, 8, 1, "future"), ((8, 1),)),
+        ((65, 8), ((8, 1), (8, -1))),
+        ((7, 8), ((0, 1), (0, -1))),
+        ((256, 4, 4), ((16, 1), (16, -1), (16, 2), (16, -2), (16, 3), (16, -3), (16, 4), (16, -4))),
+        ((100, 8, 5), tuple((2, sign * depth) for depth in range(1, 6) for sign in (1, -1))),  # 100 // 8 // 5 = 2
+        ((64, 8, 2, "past"), ((4, -1), (4, -2))),
+    ],
+)
+def test_temporal(arguments, expected):
+    assert plans.temporal(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((64, 0.25), ((16, -1), (16, 1))),
+        ((5, 0.25), ((1, -1), (1, 1))),  # int(1.25), int(2.5)
+        ((7, 0.25), ((1, -1), (2, 1))),  # int(1.75), int(3.5)
+        ((10, 0.3), ((3, -1), (3, 1))),  # 10 * float32(0.3) rounds to 3 exactly
+        ((100, 0.29), ((29, -1), (29, 1))),  # in float64, 100 * 0.29 is 28.999999999999996
+        ((3, 0.0), ((0, -1), (0, 1))),
+        ((4, 0.5), ((2, -1), (2, 1))),
+    ],
+)
+def test_paddle(arguments, expected):
+    assert plans.paddle(*arguments) == expected
+
+
+@pytest.mark.parametrize("padding", plans.PADDINGS)
+@pytest.mark.parametrize("plan", [(), ((8, 1),), ((8, 1), (0, -12), (3, 0))])
+def test_encoding_round_trip(padding, plan):
+    shift = Shift(8, 7, 1, padding, plan)
+    assert Shift.decode(shift.encode()) == shift
+
+
+def test_encoding_is_readable():
+    shift = Shift(8, 8, 1, "zeros", ((8, 1), (8, -1)))
+    assert shift.encode() == "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=zeros plan=8:1,8:-1"
+
+
+@pytest.mark.parametrize("text", ["", "n_segment=8", "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=no plan="])
+def test_what_is_no_shift_is_refused(text):
+    with pytest.raises(ValueError, match="shift must look like"):
+        Shift.decode(text)

