@@ -13,6 +13,10 @@ constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// What a block may keep in shared memory without asking, and what leaves room for several blocks on a multiprocessor.
+constexpr int64_t kSharedBytes = 48 * 1024;
+constexpr int64_t kGoodSharedBytes = 32 * 1024;
+
 // The largest power of two, at most 16, that divides every address, distance and group boundary.
 int64_t widest_unit(const Shift& s, const void* src, const void* dst) {
   uint64_t bits = 16 | reinterpret_cast<uintptr_t>(src) | reinterpret_cast<uintptr_t>(dst) | s.run;
@@ -22,7 +26,14 @@ int64_t widest_unit(const Shift& s, const void* src, const void* dst) {
     if (s.outer > 1) bits |= strides.outer;
   }
   for (int32_t g = 0; g < s.n_groups; ++g) bits |= s.groups[g].end;
-  return bits & (~bits + 1);
+  const int64_t unit = bits & (~bits + 1);
+  switch (s.sum) {  // whole elements: 16 bytes of them, or one
+    case Sum::none: return unit;
+    case Sum::float16:
+    case Sum::bfloat16: return unit == 16 ? 16 : 2;
+    case Sum::float32: return unit == 16 ? 16 : 4;
+    default: return unit == 16 ? 16 : 8;
+  }
 }
 
 // A piece of the shift that one launch can cover: up to kMaxGroups groups of [begin, end) bytes of the run, some rows,
@@ -54,7 +65,7 @@ class Launcher {
   }
 
  private:
-  cudaError_t rows(int32_t first_group, int32_t n_groups, int64_t begin, int64_t end) {
+  cudaError_t rows(int32_t first_group, int32_t n_groups, int64_t begin, int64_t end) const {
     Args a{};
     a.src_strides = s_.src;
     a.dst_strides = s_.dst;
@@ -69,66 +80,66 @@ class Launcher {
     }
     const int64_t rows = std::max<int64_t>(1, kMaxColumns / a.run);
     for (int64_t row = 0; row < s_.outer; row += rows) {
+      a.src = src_ + row * s_.src.outer + begin;
+      a.dst = dst_ + row * s_.dst.outer + begin;
       a.columns = static_cast<uint32_t>(std::min(rows, s_.outer - row) * a.run);
-      a.tiles = static_cast<uint32_t>(ceil_div(a.columns, kThreads));
-      const int64_t blocks_per_clip = a.tiles * (in_place_ ? 1 : ceil_div(s_.frames, kFramesInFlight));
-      const int64_t clips = std::max<int64_t>(1, kMaxBlocks / blocks_per_clip);
-      for (int64_t clip = 0; clip < s_.clips; clip += clips) {
-        a.src = src_ + clip * s_.src.clip + row * s_.src.outer + begin;
-        a.dst = dst_ + clip * s_.dst.clip + row * s_.dst.outer + begin;
-        const auto blocks = static_cast<unsigned>(std::min(clips, s_.clips - clip) * blocks_per_clip);
-        if (cudaError_t error = launch(a, blocks)) return error;
-      }
+      if (cudaError_t error = launch(a)) return error;
     }
     return cudaSuccess;
   }
 
-  cudaError_t launch(const Args& a, unsigned blocks) const {
+  cudaError_t launch(const Args& a) const {
     switch (s_.sum) {
-      case Sum::none: return launch_move(a, blocks);
-      case Sum::float16: return launch_sum<Float16>(a, blocks);
-      case Sum::bfloat16: return launch_sum<BFloat16>(a, blocks);
-      case Sum::float32: return launch_sum<Native<float>>(a, blocks);
-      case Sum::float64: return launch_sum<Native<double>>(a, blocks);
+      case Sum::none: break;
+      case Sum::float16: return launch_sum<Float16>(a);
+      case Sum::bfloat16: return launch_sum<BFloat16>(a);
+      case Sum::float32: return launch_sum<Native<float>>(a);
+      case Sum::float64: return launch_sum<Native<double>>(a);
     }
-    return cudaErrorInvalidValue;
+    switch (unit_) {
+      case 16: return launch_move<uint4>(a);
+      case 8: return launch_move<uint2>(a);
+      case 4: return launch_move<uint32_t>(a);
+      case 2: return launch_move<uint16_t>(a);
+      default: return launch_move<uint8_t>(a);
+    }
   }
 
-  cudaError_t launch_move(const Args& a, unsigned blocks) const {
-    switch (unit_) {
-      case 16: return move<uint4>(a, blocks);
-      case 8: return move<uint2>(a, blocks);
-      case 4: return move<uint32_t>(a, blocks);
-      case 2: return move<uint16_t>(a, blocks);
-      default: return move<uint8_t>(a, blocks);
-    }
+  template <class Element>
+  cudaError_t launch_sum(const Args& a) const {
+    if (unit_ == 16) return walk_columns<uint4, Add<Element>>(a);
+    return walk_columns<typename Element::Stored, Add<Element>>(a);
   }
 
   template <class Unit>
-  cudaError_t move(const Args& a, unsigned blocks) const {
-    if (!in_place_) return start(shift_out_of_place<Unit, Move>, a, blocks);
-    if (a.n_segment_shifted <= 8) return start(shift_column<Unit, 8>, a, blocks);
-    if (a.n_segment_shifted <= 16) return start(shift_column<Unit, 16>, a, blocks);
-    if (a.n_segment_shifted <= 32) return start(shift_column<Unit, 32>, a, blocks);
-    return start(shift_stream<Unit, Move>, a, blocks);
+  cudaError_t launch_move(const Args& a) const {
+    if (in_place_) return walk_columns<Unit, Move>(a);
+    return start(shift_out_of_place<Unit>, a, kThreads, ceil_div(s_.frames, kFramesInFlight), 0);
   }
 
-  // A sum needs whole elements: 16 bytes of them, or one.
-  template <class Element>
-  cudaError_t launch_sum(const Args& a, unsigned blocks) const {
-    if (unit_ == 16) return sum<uint4, Element>(a, blocks);
-    return sum<typename Element::Stored, Element>(a, blocks);
+  // In shared memory while a warp's columns fit into it, with as many threads as leave a multiprocessor busy.
+  template <class Unit, class Value>
+  cudaError_t walk_columns(const Args& a) const {
+    const int64_t column = s_.n_segment_shifted * sizeof(Unit);
+    if (32 * column > kSharedBytes) return start(shift_stream<Unit, Value>, a, kThreads, 1, 0);
+    int threads = kThreads;
+    while (threads > 32 && threads * column > kGoodSharedBytes) threads /= 2;
+    return start(shift_column<Unit, Value>, a, threads, 1, threads * column);
   }
 
-  template <class Unit, class Element>
-  cudaError_t sum(const Args& a, unsigned blocks) const {
-    if (in_place_) return start(shift_stream<Unit, Add<Element>>, a, blocks);
-    return start(shift_out_of_place<Unit, Add<Element>>, a, blocks);
-  }
-
-  cudaError_t start(void (*kernel)(Args), const Args& a, unsigned blocks) const {
-    kernel<<<blocks, kThreads, 0, stream_>>>(a);
-    return cudaGetLastError();
+  // One launch, or several when there are more clips than a grid has blocks.
+  cudaError_t start(void (*kernel)(Args), Args a, int threads, int64_t slices_per_clip, size_t shared) const {
+    a.tiles = static_cast<uint32_t>(ceil_div(a.columns, threads));
+    const int64_t blocks_per_clip = a.tiles * slices_per_clip;
+    const int64_t clips = std::max<int64_t>(1, kMaxBlocks / blocks_per_clip);
+    for (int64_t clip = 0; clip < s_.clips; clip += clips) {
+      const auto blocks = static_cast<unsigned>(std::min(clips, s_.clips - clip) * blocks_per_clip);
+      kernel<<<blocks, threads, shared, stream_>>>(a);
+      if (cudaError_t error = cudaGetLastError()) return error;
+      a.src += clips * s_.src.clip;
+      a.dst += clips * s_.dst.clip;
+    }
+    return cudaSuccess;
   }
 
   const Shift& s_;

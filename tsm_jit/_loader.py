@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import stat
@@ -41,6 +42,7 @@ _CUDA_SOURCES = ("temporal_shift.cu",)
 _HEADERS = ("temporal_shift.h", "element.h", "temporal_shift.cuh")
 # The stable ABI of the oldest torch we support: what is built runs on every later one.
 _CFLAGS = ("-O3", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+_CUDA_CFLAGS = ("--threads=2",)  # one architecture each
 _CUDA_DEFINES = ("-DTSM_JIT_CUDA", "-DUSE_CUDA")
 _BUILD_SECONDS = 900
 _NAME_HOLDER_AFTER_SECONDS = 2
@@ -100,6 +102,7 @@ class Recipe:
             digest.update(name.encode() + b"\0" + (kernels / name).read_bytes() + b"\0")
         facts = (
             _CFLAGS,
+            _CUDA_CFLAGS,
             _CUDA_DEFINES,
             torch.__version__,
             torch.version.cuda,
@@ -120,7 +123,7 @@ class Recipe:
             raise BuildError("ninja was not found: pip install ninja")
         environment = dict(os.environ, CXX=str(self.cxx), CUDA_VISIBLE_DEVICES="")
         path = [str(ninja), os.path.dirname(sys.executable)]
-        names, cflags, cuda_cflags, architectures = list(_CPU_SOURCES), list(_CFLAGS), [], []
+        names, cflags, cuda_cflags, architectures = list(_CPU_SOURCES), list(_CFLAGS), list(_CUDA_CFLAGS), []
         if self.nvcc is not None:
             root = _toolchain.toolkit_root(self.nvcc)
             environment["CUDA_HOME"] = str(root)
@@ -130,7 +133,8 @@ class Recipe:
             if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
                 architectures = [chosen]  # torch understands it
             else:
-                cuda_cflags, architectures = _architecture_flags(self.nvcc)
+                flags, architectures = _architecture_flags(self.nvcc)
+                cuda_cflags += flags
         environment["PATH"] = os.pathsep.join([*path, environment.get("PATH", "")])
         arguments = {
             "name": Path(LIBRARY).stem,
@@ -296,7 +300,7 @@ def _compile(arguments: dict[str, Any], environment: dict[str, str], log: Path) 
 
 def _first_error(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower() and "RuntimeError" not in line]
+    errors = [line for line in lines if re.search(r"\b(error|fatal)\s*:", line) and "RuntimeError:" not in line]
     return (errors or lines or ["the compiler failed without a word"])[0][:500]
 
 
