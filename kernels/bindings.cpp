@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,6 +27,10 @@ using tsm_jit::Padding;
 using tsm_jit::Shift;
 using tsm_jit::Strides;
 using tsm_jit::Sum;
+
+// Not STD_TORCH_CHECK, which writes its message through a stream: where the C++ library is linked statically into us,
+// as some compilers are set up to do, its streams crash.
+[[noreturn]] void fail(const std::string& message) { throw std::runtime_error("tsm_jit: " + message); }
 
 // tsm_jit.plans.Shift, decoded: "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=zeros plan=8:1,8:-1".
 struct Plan {
@@ -78,7 +83,9 @@ class Decoder {
     expect(name);
     return number();
   }
-  void require(bool holds) const { STD_TORCH_CHECK(holds, "shift is no encoded tsm_jit.plans.Shift: ", encoded_); }
+  void require(bool holds) const {
+    if (!holds) fail("shift must be an encoded tsm_jit.plans.Shift, got " + encoded_);
+  }
 
   const std::string& encoded_;
   const char* at_;
@@ -162,16 +169,18 @@ bool describe(const Tensor& src, const Tensor& dst, const Plan& plan, Work& work
 // Decodes the shift, checks what memory safety needs, and brings the offsets into the range the kernels expect.
 Plan plan_for(const Tensor& x, const std::string& encoded) {
   Plan plan = Decoder(encoded).plan();
-  STD_TORCH_CHECK(plan.channel_dim >= 1 && plan.channel_dim < x.dim(),
-                  "channel_dim must be a dimension of x after the frames, got ", plan.channel_dim);
+  if (plan.channel_dim < 1 || plan.channel_dim >= x.dim()) {
+    fail("channel_dim must be a dimension of x after the frames, got " + std::to_string(plan.channel_dim));
+  }
   const bool divides = plan.n_segment >= 1 && plan.n_segment <= std::numeric_limits<int32_t>::max() / 2 &&
                        (clips_apart(x, plan) ? x.size(1) == plan.n_segment : x.size(0) % plan.n_segment == 0);
-  STD_TORCH_CHECK(divides, "n_segment must be the clip length of x, got ", plan.n_segment);
-  STD_TORCH_CHECK(plan.n_segment_shifted >= 1 && plan.n_segment_shifted <= plan.n_segment,
-                  "n_segment_shifted must be in 1..n_segment, got ", plan.n_segment_shifted);
+  if (!divides) fail("n_segment must be the clip length of x, got " + std::to_string(plan.n_segment));
+  if (plan.n_segment_shifted < 1 || plan.n_segment_shifted > plan.n_segment) {
+    fail("n_segment_shifted must be in 1..n_segment, got " + std::to_string(plan.n_segment_shifted));
+  }
   int64_t free = x.size(plan.channel_dim);
   for (auto& [width, offset] : plan.groups) {
-    STD_TORCH_CHECK(width >= 0 && width <= free, "plan must fit into the channels of x, got ", encoded);
+    if (width < 0 || width > free) fail("plan must fit into the channels of x, got " + encoded);
     free -= width;
     // Past the clip every offset means the same: all padding.
     const int64_t n = plan.n_segment_shifted;
@@ -189,8 +198,7 @@ Sum sum_type(ScalarType type) {
     case ScalarType::Double:
     case ScalarType::ComplexDouble: return Sum::float64;
     default:
-      STD_TORCH_CHECK(false, "the gradient of keep and replicate padding adds: x must be floating point or complex");
-      return Sum::none;
+      fail("grad must be of 16-bit, 32-bit or 64-bit floating point or complex: the adjoint of this padding adds");
   }
 }
 
@@ -202,7 +210,7 @@ void execute([[maybe_unused]] const Tensor& x, const Shift& shift, const void* s
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const char* error = tsm_jit::shift_cuda(shift, src, dst, stream);
-    STD_TORCH_CHECK(error == nullptr, "temporal shift failed to launch: ", error);
+    if (error != nullptr) fail(std::string("the launch of a temporal shift failed: ") + error);
     return;
   }
 #endif

@@ -41,7 +41,7 @@ _CPU_SOURCES = ("bindings.cpp", "temporal_shift.cpp")
 _CUDA_SOURCES = ("temporal_shift.cu",)
 _HEADERS = ("temporal_shift.h", "element.h", "temporal_shift.cuh")
 # The stable ABI of the oldest torch we support: what is built runs on every later one.
-_CFLAGS = ("-O3", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+_CFLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 _CUDA_CFLAGS = ("--threads=2",)  # one architecture each
 _CUDA_DEFINES = ("-DTSM_JIT_CUDA", "-DUSE_CUDA")
 _BUILD_SECONDS = 900
