@@ -165,6 +165,24 @@ def test_without_a_cpp_compiler_everything_takes_plain_torch(tmp_path):
         assert "compiling" not in err
 
 
+def test_one_warning_names_every_device_and_reason(monkeypatch):
+    monkeypatch.setattr(_toolchain, "gpu_is_visible", lambda: True)
+    for missing, expected in [
+        ({"cuda": "no nvcc", "cpu": "no g++"}, r"\(CUDA: no nvcc; CPU: no g\+\+\)"),
+        ({"cpu": "no g++", "cuda": "no g++"}, r"\(CUDA and CPU: no g\+\+\)"),
+        ({"cuda": "no nvcc"}, r"\(CUDA: no nvcc\)"),
+    ]:
+        with pytest.warns(RuntimeWarning, match=expected) as caught:
+            _loader._report(_loader.Status(missing=missing))
+        assert len(caught) == 1
+
+
+def test_a_gpu_that_is_not_there_is_not_missed(monkeypatch, recwarn):
+    monkeypatch.setattr(_toolchain, "gpu_is_visible", lambda: False)
+    _loader._report(_loader.Status(missing={"cuda": "no nvcc"}))
+    assert not recwarn.list
+
+
 def test_a_compiler_that_fails_is_reported_and_not_tried_again(tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text('#!/bin/sh\necho "error: the sky is falling" >&2\nexit 1\n')

@@ -375,10 +375,12 @@ def _report(status: Status) -> None:
         if not status.devices[device].startswith("compiled"):
             raise ImportError(f"TSM_JIT_REQUIRE={required}, but {device} tensors would take {status.devices[device]}")
     if status.missing and (status.missing.keys() != {"cuda"} or _toolchain.gpu_is_visible()):
-        devices = " and ".join({"cpu": "CPU", "cuda": "CUDA"}[device] for device in status.missing)
-        reason = next(iter(status.missing.values()))
+        devices: dict[str, list[str]] = {}
+        for device, reason in status.missing.items():
+            devices.setdefault(reason, []).append(device.upper())
+        what = "; ".join(f"{' and '.join(sorted(names, reverse=True))}: {reason}" for reason, names in devices.items())
         warnings.warn(
-            f"tsm_jit has no compiled kernels for {devices} tensors, which take slower plain torch: {reason}. "
+            f"tsm_jit has no compiled kernels for some tensors, which take slower plain torch ({what}). "
             "After a remedy, python -m tsm_jit clean makes the next import try again.",
             RuntimeWarning,
             stacklevel=2,
