@@ -7,8 +7,8 @@
 //     shift_out_of_place   a thread fills four frames of its column straight from their sources
 //     shift_column         the column is read into shared memory, then written: in place, since all of it is read
 //                          before anything is written, and for sums, which read a frame more than once
-//     shift_stream         in place, columns too long for shared memory: four frames at a time, in the order in which
-//                          every frame is read before it is overwritten
+//     shift_stream         columns too long for shared memory, in place or summed: a few frames at a time, in the
+//                          order in which every frame is read before it is overwritten
 //
 // All index arithmetic within a clip is 32-bit (a launch covers at most 2^31 columns); a division runs per block, and
 // per thread only where a frame has several rows (channels_last).

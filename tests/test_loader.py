@@ -159,7 +159,7 @@ def test_without_a_cpp_compiler_everything_takes_plain_torch(tmp_path):
     cache = tmp_path / "cache"
     for _ in range(2):  # told at every import, tried once
         facts, err = import_it(cache, CXX="/nowhere/c++")
-        assert facts["devices"]["cpu"].startswith("plain torch: no C++ compiler was found")
+        assert facts["devices"]["cpu"].startswith("plain torch: BuildError: no C++ compiler was found")
         assert len(facts["warnings"]) == 1
         assert "no C++ compiler was found: install g++ or clang++, or set CXX" in facts["warnings"][0]
         assert "compiling" not in err
@@ -219,7 +219,7 @@ def test_an_nvcc_that_fails_leaves_the_cpu_part(tmp_path):
     cache = tmp_path / "cache"
     facts, err = import_it(cache, cuda=True, CUDA_HOME=home)
     assert facts["devices"]["cpu"] == "compiled kernels"
-    assert facts["devices"]["cuda"].startswith("plain torch: nvcc failed")
+    assert facts["devices"]["cuda"].startswith("plain torch: BuildError")
     assert "out of luck" in facts["devices"]["cuda"]
     facts, err = import_it(cache, cuda=True, CUDA_HOME=home)
     assert err.count("compiling") == 0
@@ -370,8 +370,12 @@ def test_command_line(warm):
     assert facts["cache"]["bytes"] > 0
     assert facts["versions"]["torch"] == torch.__version__
     (warm / "not ours").mkdir()
+    (warm / "not ours" / _loader.MANIFEST).write_text("{}")
+    (warm / ("tmp-" + "0" * 32)).mkdir()  # what another process is building
+    os.utime(Path(shutil.copytree(entry, warm / ("tmp-" + "1" * 32))), (0, 0))  # what a killed one left
     cleaned = run("clean")
     assert cleaned.returncode == 0
-    assert [path.name for path in entries(warm)] == ["not ours"]
+    assert "compiling" not in cleaned.stderr
+    assert sorted(path.name for path in entries(warm)) == ["not ours", "tmp-" + "0" * 32]
     assert run("--help").returncode == 0
     assert run().returncode == 2

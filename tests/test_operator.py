@@ -18,7 +18,7 @@ PLANS = {
     "fold 0": ((0, 1), (0, -1)),
     "empty": (),
 }
-# n, t, c, h, w: T = 1, one pixel, 7x7, odd everything, more frames than registers hold (32), empty ones
+# n, t, c, h, w: T = 1, one pixel, 7x7, odd everything, more frames than a batch of loads, empty ones
 SHAPES = [
     (2, 8, 16, 7, 7),
     (3, 1, 8, 2, 3),

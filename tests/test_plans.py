@@ -46,6 +46,26 @@ def test_encoding_round_trip(padding, plan):
     assert Shift.decode(shift.encode()) == shift
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((64, 0), ValueError, "fold_div must be at least 1, got 0"),
+        ((64, 8.0), TypeError, "fold_div must be an integer, got 8.0"),
+        ((64, 8, 0), ValueError, "shift_depth must be at least 1, got 0"),
+        ((64, 8, 1, "up"), ValueError, "direction must be one of 'both', 'past', 'future', got 'up'"),
+    ],
+)
+def test_temporal_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        plans.temporal(*arguments)
+
+
+def test_offsets_past_the_clip_become_the_shortest_that_mean_the_same():
+    plan = ((1, 10**30), (1, -(10**30)), (1, 3), (1, -9), (1, 0))
+    assert Shift(8, 7, 1, "zeros", plan).canonical().plan == ((1, 7), (1, -7), (1, 3), (1, -7), (1, 0))
+    assert Shift(8, 7, 1, "circular", plan).canonical().plan == ((1, 1), (1, -1), (1, 3), (1, -2), (1, 0))
+
+
 def test_encoding_is_readable():
     shift = Shift(8, 8, 1, "zeros", ((8, 1), (8, -1)))
     assert shift.encode() == "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=zeros plan=8:1,8:-1"

@@ -166,6 +166,46 @@ def test_in_place_input_changed_before_the_backward_is_reported(device):
         y.sum().backward()
 
 
+class _Conjugate(nn.Module):
+    """Saves a view of its input that has other bits than the input, and the real part, which has another dtype."""
+
+    def forward(self, x):
+        return x.conj() * x.conj() * x.real.exp()
+
+
+def test_in_place_before_views_that_strides_do_not_describe(device):
+    x = torch.randn(8, 16, 3, dtype=torch.complex64, device=device)
+    weight = torch.randn_like(x)
+    results = []
+    for inplace in (False, True):
+        leaf = x.clone().requires_grad_()
+        out = TemporalShift(_Conjugate(), 4, 8, inplace)(leaf * 1)
+        (out * weight).abs().sum().backward()
+        results.append((out, leaf.grad))
+    for a, e in zip(results[1], results[0], strict=True):
+        assert_same_bits(a.resolve_conj(), e.resolve_conj())
+
+
+def test_in_place_inference_tensor_while_autograd_records(device):
+    conv = nn.Conv2d(16, 4, 1).to(device)
+    with torch.inference_mode():
+        x = torch.randn(8, 16, 3, 3, device=device)
+    for module in (conv, nn.ReLU()):
+        module.requires_grad_(False)
+        assert_same_bits(TemporalShift(module, 4, 8, inplace=True)(x), TemporalShift(module, 4, 8)(x))
+
+
+def test_in_place_hook_that_keeps_the_input(device):
+    conv = nn.Conv2d(16, 4, 1).to(device)
+    kept = []
+    conv.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
+    x = torch.randn(8, 16, 3, 3, device=device)
+    with torch.no_grad():
+        TemporalShift(conv, 4, 8, inplace=True)(x)
+        TemporalShift(conv, 4, 8)(x)
+    assert_same_bits(*kept)
+
+
 def test_in_place_double_backward(device):
     conv = nn.Conv2d(16, 4, 1).double().to(device)
     x = torch.randn(8, 16, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
@@ -333,10 +373,20 @@ def test_temporal_pool_table():
 
 def test_surgery_errors():
     net = torchvision.models.resnet18()
-    with pytest.raises(ValueError, match="place must be 'block' or 'blockres', got 'inplace'"):
+    with pytest.raises(ValueError, match="place must be one of 'block', 'blockres', got 'inplace'"):
         make_temporal_shift(net, 8, place="inplace")
-    with pytest.raises(ValueError, match="n_segment must be at least 2, got 1"):
-        make_temporal_shift(net, 1, temporal_pool=True)
+    for arguments, error, message in [
+        ((1, 8, "blockres", True), ValueError, "n_segment must be even to be halved, got 1"),
+        ((7, 8, "blockres", True), ValueError, "n_segment must be even to be halved, got 7"),
+        ((0,), ValueError, "n_segment must be at least 1, got 0"),
+        (("8",), TypeError, "n_segment must be an integer, got '8'"),
+        ((8.0,), TypeError, "n_segment must be an integer, got 8.0"),
+        ((8, 0), ValueError, "n_div must be at least 1, got 0"),
+    ]:
+        with pytest.raises(error, match=message):
+            make_temporal_shift(net, *arguments)
+    with pytest.raises(ValueError, match="n_segment must be even to be halved, got 5"):
+        make_temporal_pool(net, 5)
     assert not any(isinstance(m, TemporalShift) for m in net.modules())
     make_temporal_shift(net, 8)
     with pytest.raises(ValueError, match="converted before"):

@@ -18,4 +18,5 @@ __all__ = [
     "temporal_shift",
 ]
 
-_loader.load()
+if not _loader.asked_to_clean():
+    _loader.load()

@@ -17,7 +17,7 @@ def info() -> dict[str, Any]:
 
     - ``devices``: for ``cpu`` and ``cuda`` what their tensors take, and why;
     - ``versions``: of tsm_jit, torch, torch's CUDA, Python and the platform;
-    - ``tools``: the C++ compiler, nvcc and ninja that a compilation would use, ``None`` if there is none;
+    - ``tools``: the C++ compiler, nvcc and the folder of ninja that a compilation would use, ``None`` if there is none;
     - ``cache``: its folder, the key of this build, its size in bytes, how long it took in seconds.
     """
     status = _loader.status()

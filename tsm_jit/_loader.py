@@ -108,6 +108,7 @@ class Recipe:
             torch.version.cuda,
             (platform.system(), platform.machine()),
             _identity(cxx),
+            os.environ.get("CXX"),
             _identity(nvcc),
             nvcc is not None and _toolchain.gpu_is_visible(),
             [os.environ.get(name) for name in ("TORCH_CUDA_ARCH_LIST", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")],
@@ -120,8 +121,8 @@ class Recipe:
         assert self.cxx is not None
         ninja = _toolchain.find_ninja()
         if ninja is None:
-            raise BuildError("ninja was not found: pip install ninja")
-        environment = dict(os.environ, CXX=str(self.cxx), CUDA_VISIBLE_DEVICES="")
+            raise FileNotFoundError("ninja was not found: pip install ninja")
+        environment = dict(os.environ, CXX=os.environ.get("CXX") or str(self.cxx), CUDA_VISIBLE_DEVICES="")
         path = [str(ninja), os.path.dirname(sys.executable)]
         names, cflags, cuda_cflags, architectures = list(_CPU_SOURCES), list(_CFLAGS), list(_CUDA_CFLAGS), []
         if self.nvcc is not None:
@@ -172,7 +173,7 @@ def _architecture_flags(nvcc: Path) -> tuple[list[str], list[str]]:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A shared library is code: only we may be able to have put it there."""
+    """A shared library is code: a folder that others own or can write to is not where ours comes from."""
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode):
         raise PermissionError(f"{folder} is no folder (or a link to one): set TSM_JIT_CACHE to a folder of your own")
@@ -230,7 +231,10 @@ def _build_under_lock(recipe: Recipe, entry: Path) -> dict[str, Any]:
     try:
         lock.acquire(timeout=_NAME_HOLDER_AFTER_SECONDS)
     except Timeout:
-        name = holder.read_text() if holder.is_file() else "another process"
+        try:
+            name = holder.read_text() or "another process"
+        except OSError:  # it was done in this moment
+            name = "another process"
         _say(f"waiting for {name}, which is compiling the kernels")
         try:
             lock.acquire(timeout=_BUILD_SECONDS)
@@ -295,7 +299,9 @@ def _compile(arguments: dict[str, Any], environment: dict[str, str], log: Path) 
     if process.returncode < 0:
         raise RuntimeError(f"the compilation was ended by {signal.Signals(-process.returncode).name}")
     if process.returncode != 0:
-        raise BuildError(_first_error(log.read_text(errors="replace")))
+        said = log.read_text(errors="replace")
+        passing = re.search("Killed|No space left|[Oo]ut of memory|Cannot allocate", said)
+        raise (OSError if passing else BuildError)(_first_error(said))
 
 
 def _first_error(log: str) -> str:
@@ -315,25 +321,35 @@ def _say(message: str) -> None:
 def _load() -> Status:
     status = Status(cache=str(cache_folder()))
     recipe = Recipe.here()
-    manifest = _manifest(recipe)
-    if "error" in manifest and recipe.nvcc is not None:
-        status.missing["cuda"] = f"nvcc failed: {manifest['error']} (log: {cache_folder() / recipe.key / LOG})"
-        recipe = Recipe.here(cuda=False)
-        manifest = _manifest(recipe)
-    elif recipe.nvcc is None and _toolchain.torch_has_cuda():
+    if recipe.nvcc is not None:
+        try:
+            _load_entry(recipe, status)
+            return status
+        except Exception as error:  # whatever stops CUDA must not cost the CPU its kernels
+            status.missing["cuda"] = f"{type(error).__name__}: {error}"
+            recipe = Recipe.here(cuda=False)
+    elif _toolchain.torch_has_cuda():
         if _toolchain.gpu_is_visible():
             status.missing["cuda"] = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to it"
         else:
             status.devices["cuda"] = "plain torch: the machine shows no GPU and nvcc was not found"
-    status.key, status.manifest = recipe.key, manifest
-    if "error" in manifest:
-        status.missing["cpu"] = manifest["error"]
-        return status
-    torch.ops.load_library(str(cache_folder() / recipe.key / LIBRARY))
-    status.devices["cpu"] = "compiled kernels"
-    if manifest["cuda"]:
-        status.devices["cuda"] = f"compiled kernels ({', '.join(manifest['architectures'])})"
+    try:
+        _load_entry(recipe, status)
+    except Exception as error:
+        status.missing["cpu"] = f"{type(error).__name__}: {error}"
     return status
+
+
+def _load_entry(recipe: Recipe, status: Status) -> None:
+    status.key, status.manifest = recipe.key, _manifest(recipe)
+    entry = cache_folder() / recipe.key
+    if "error" in status.manifest:
+        log = f" (log: {entry / LOG})" if (entry / LOG).is_file() else ""
+        raise BuildError(status.manifest["error"] + log)
+    torch.ops.load_library(str(entry / LIBRARY))
+    status.devices["cpu"] = "compiled kernels"
+    if status.manifest["cuda"]:
+        status.devices["cuda"] = f"compiled kernels ({', '.join(status.manifest['architectures'])})"
 
 
 def _manifest(recipe: Recipe) -> dict[str, Any]:
@@ -377,7 +393,8 @@ def _report(status: Status) -> None:
     if status.missing and (status.missing.keys() != {"cuda"} or _toolchain.gpu_is_visible()):
         devices: dict[str, list[str]] = {}
         for device, reason in status.missing.items():
-            devices.setdefault(reason, []).append(device.upper())
+            if device == "cpu" or _toolchain.gpu_is_visible():
+                devices.setdefault(reason, []).append(device.upper())
         what = "; ".join(f"{' and '.join(sorted(names, reverse=True))}: {reason}" for reason, names in devices.items())
         warnings.warn(
             f"tsm_jit has no compiled kernels for some tensors, which take slower plain torch ({what}). "
@@ -402,15 +419,21 @@ def _bytes_below(folder: Path) -> int:
 
 
 def clean() -> int:
-    """Removes every entry of the cache and nothing else; returns the bytes freed."""
+    """Removes the entries of the cache, and what killed builds left; returns the bytes freed. Whatever else lies in the
+    folder stays, and so does what another process is building."""
     folder = cache_folder()
     freed = 0
     if folder.is_dir():
         _refuse_foreign(folder)
         for path in folder.iterdir():
-            if path.is_dir() and (path.name.startswith("tmp-") or (path / MANIFEST).is_file()):
+            entry = re.fullmatch("[0-9a-f]{32}", path.name)
+            left = re.fullmatch("tmp-[0-9a-f]{32}", path.name) and time.time() - path.stat().st_mtime > _BUILD_SECONDS
+            if path.is_dir() and (entry or left):
                 freed += _bytes_below(path)
                 shutil.rmtree(path)
-            elif path.suffix in (".lock", ".holder"):
-                path.unlink()
     return freed
+
+
+def asked_to_clean() -> bool:
+    """True for ``python -m tsm_jit clean``, which must not compile what it removes."""
+    return any(sys.orig_argv[i : i + 3] == ["-m", "tsm_jit", "clean"] for i in range(1, len(sys.orig_argv)))

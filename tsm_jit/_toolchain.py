@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ _PROBE_SECONDS = 30
 
 
 def find_cxx() -> Path | None:
-    """The C++ compiler: ``CXX`` if set, as torch does, else the first of c++, g++, clang++ on the path."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    """The C++ compiler: the first word of ``CXX`` if set, else c++, g++ or clang++ on the path."""
+    names = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
     return next((Path(found) for name in names if (found := shutil.which(name))), None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import importlib.util
+import math
 import statistics
 import sys
 import time
@@ -173,7 +174,10 @@ def _resident(name: str) -> int:
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
     """Relative to the largest value of ``a``; 0 if all bits agree."""
-    return 0.0 if torch.equal(a, b) else ((a - b).abs().max() / a.abs().max()).item()
+    if torch.equal(a, b):
+        return 0.0
+    difference = ((a - b).abs().max() / a.abs().max()).item()
+    return math.inf if math.isnan(difference) else difference
 
 
 # --- what the user sees ----------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tsm_jit import ops
-from tsm_jit.plans import DIRECTIONS, PADDINGS, Direction, Padding, Plan, Shift, temporal
+from tsm_jit._checks import integer, one_of
+from tsm_jit.plans import PADDINGS, Direction, Padding, Plan, Shift, temporal
 from tsm_jit.reference import clips_apart
 
 
@@ -64,9 +64,10 @@ def temporal_shift(
 
     In place, PyTorch's rules hold: the version counter of ``x`` is bumped, its history rebased, tensors that other
     operations saved for their backward are reported as stale, ``grad_output`` is never written, and without autograd
-    nothing is allocated. A leaf that requires grad may be shifted too: the result shares its storage, and ``x.grad``
-    is the gradient with respect to the values before the shift. Beware that in a residual block the skip branch reads
-    the same tensor; :class:`tsm_jit.TemporalShift` takes care of that.
+    nothing is allocated on CUDA but for strides that need the contiguous copy. A leaf that requires grad may be shifted
+    too: the result shares its storage (under ``torch.compile`` it is a copy), and ``x.grad`` is the gradient with
+    respect to the values before the shift. Beware that in a residual block the skip branch reads the same tensor;
+    :class:`tsm_jit.TemporalShift` takes care of that.
 
     Example::
 
@@ -149,9 +150,6 @@ def _encode_temporal(
     direction: Any,
     channel_dim: Any,
 ) -> str:
-    fold_div = _integer("fold_div", fold_div, 1)
-    shift_depth = _integer("shift_depth", shift_depth, 1)
-    _one_of("direction", direction, DIRECTIONS)
     channel_dim = _channel_dim(len(shape), channel_dim)
     plan = temporal(shape[channel_dim], fold_div, shift_depth, direction)
     source = f"fold_div={fold_div}, shift_depth={shift_depth} and direction={direction!r}"
@@ -171,30 +169,30 @@ def _encode(
     n_segment = _n_segment(shape, n_segment, channel_dim)
     if n_segment_shifted is None:
         n_segment_shifted = n_segment
-    n_segment_shifted = _integer("n_segment_shifted", n_segment_shifted, 1)
+    n_segment_shifted = integer("n_segment_shifted", n_segment_shifted, 1)
     if n_segment_shifted > n_segment:
         raise ValueError(f"n_segment_shifted must be at most n_segment={n_segment}, got {n_segment_shifted}")
-    _one_of("padding", padding, PADDINGS)
+    one_of("padding", padding, PADDINGS)
     width = sum([group[0] for group in plan])
     if width > shape[channel_dim]:
         raise ValueError(
             f"the shift must fit into the {shape[channel_dim]} channels of x, but {source} moves {width} channels"
         )
-    return Shift(n_segment, n_segment_shifted, channel_dim, padding, plan).encode()
+    return Shift(n_segment, n_segment_shifted, channel_dim, padding, plan).canonical().encode()
 
 
 def _n_segment(shape: torch.Size, n_segment: Any, channel_dim: int) -> int:
     if clips_apart(len(shape), channel_dim):
         if n_segment is None:
             n_segment = shape[1]
-        elif _integer("n_segment", n_segment, 1) != shape[1]:
+        elif integer("n_segment", n_segment, 1) != shape[1]:
             raise ValueError(f"n_segment must equal the clip length {shape[1]} of x {list(shape)}, got {n_segment}")
         if shape[1] == 0:
             raise ValueError(f"x must have at least one frame per clip, got the shape {list(shape)}")
         return int(n_segment)
     if n_segment is None:
         raise ValueError(f"n_segment must be given unless x is [N, T, C, H, W], got None for x {list(shape)}")
-    n_segment = _integer("n_segment", n_segment, 1)
+    n_segment = integer("n_segment", n_segment, 1)
     if shape[0] % n_segment != 0:
         raise ValueError(f"n_segment must divide the {shape[0]} frames of x, got {n_segment}")
     return n_segment
@@ -205,24 +203,10 @@ def _channel_dim(dim: int, channel_dim: Any) -> int:
         raise ValueError(f"x must have at least two dimensions, frames and channels, got {dim}")
     if channel_dim is None:
         return 2 if dim == 5 else 1
-    channel_dim = _integer("channel_dim", channel_dim)
+    channel_dim = integer("channel_dim", channel_dim)
     if not -dim <= channel_dim < dim or channel_dim % dim == 0:
         raise ValueError(f"channel_dim must be one of the dimensions 1..{dim - 1} of x, got {channel_dim}")
     return channel_dim % dim
-
-
-def _integer(name: str, value: Any, least: int | None = None) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    value = operator.index(value)
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _as_plan(groups: Any) -> Plan:
@@ -230,7 +214,7 @@ def _as_plan(groups: Any) -> Plan:
         pairs = [(width, offset) for width, offset in groups]
     except (TypeError, ValueError):
         raise TypeError(f"groups must be a sequence of (width, offset) pairs, got {groups!r}") from None
-    return tuple([(_integer("groups: a width", w, 0), _integer("groups: an offset", o)) for w, o in pairs])
+    return tuple([(integer("groups: a width", w, 0), integer("groups: an offset", o)) for w, o in pairs])
 
 
 # --- the call --------------------------------------------------------------------------------------------------------

@@ -242,15 +242,18 @@ def shifting_again(x: Tensor, shift: str) -> Iterator[Tensor]:
     Where someone else's saved-tensor hooks are at work (checkpointing, offloading to the CPU), theirs decide.
     """
     shifted = temporal_shift(x, shift)
-    if shifted.numel() == 0 or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    storage, dtype = shifted.untyped_storage().data_ptr(), shifted.dtype
+    others_decide = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if others_decide or x.is_inference() or not storage:  # neither versions nor memory to go by
         yield shifted
         return
-    source, version = x.detach(), x._version
-    storage, shifted_version = shifted.untyped_storage().data_ptr(), shifted._version
+    source, version, shifted_version = x.detach(), x._version, shifted._version
     watched = weakref.ref(shifted)  # autograd keeps these functions, which must not keep the copy
 
     def pack(tensor: Tensor) -> Tensor | tuple:
         if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() != storage:
+            return tensor
+        if tensor.dtype != dtype or tensor.is_conj() or tensor.is_neg():  # a view that strides do not describe
             return tensor
         if watched()._version != shifted_version:  # `net` wrote into it: that could not be computed again
             return tensor

@@ -11,6 +11,8 @@ import re
 import struct
 from typing import Literal, NamedTuple
 
+from tsm_jit._checks import integer, one_of
+
 Plan = tuple[tuple[int, int], ...]
 Padding = Literal["zeros", "keep", "replicate", "circular"]
 Direction = Literal["both", "past", "future"]
@@ -26,8 +28,13 @@ def temporal(channels: int, fold_div: int = 8, shift_depth: int = 1, direction: 
     reads ``d`` frames ahead and one that reads ``d`` frames behind; ``past`` and ``future`` give only the one or the
     other (``past`` is TSM's uni-directional, online form).
 
+    Raises TypeError or ValueError for a ``fold_div`` or ``shift_depth`` below 1 and an unknown ``direction``.
+
     Papers: TSM, arXiv:1811.08383; TSAM, https://github.com/aav-antonov/TSAM.
     """
+    fold_div = integer("fold_div", fold_div, 1)
+    shift_depth = integer("shift_depth", shift_depth, 1)
+    one_of("direction", direction, DIRECTIONS)
     fold = channels // fold_div // shift_depth
     signs = {"both": (1, -1), "past": (-1,), "future": (1,)}[direction]
     return tuple((fold, sign * depth) for depth in range(1, shift_depth + 1) for sign in signs)
@@ -64,6 +71,15 @@ class Shift(NamedTuple):
         """What brings every frame back that was read by another: the offsets negated, the others left alone."""
         padding = "circular" if self.padding == "circular" else "keep"
         return self._replace(padding=padding, plan=tuple((width, -offset) for width, offset in self.plan))
+
+    def canonical(self) -> Shift:
+        """The same shift with offsets of at most ``n_segment_shifted``: past the clip they all mean the same."""
+        n, circular = self.n_segment_shifted, self.padding == "circular"
+        plan = []
+        for width, offset in self.plan:
+            distance = abs(offset) % n if circular else min(abs(offset), n)
+            plan.append((width, distance if offset > 0 else -distance))
+        return self._replace(plan=tuple(plan))
 
     def encode(self) -> str:
         plan = ",".join([f"{width}:{offset}" for width, offset in self.plan])

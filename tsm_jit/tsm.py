@@ -13,10 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tsm_jit import ops
+from tsm_jit._checks import integer, one_of
 from tsm_jit.functional import encode_temporal, temporal_shift
 
 # Modules that read their input and neither change nor return it: before these a shift may be made in place and undone.
 _READ_ONLY_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def _only_reads_its_input(net: nn.Module) -> bool:
+    """Nor may a hook see the input: one that keeps it would find it unshifted afterwards."""
+    hooks = (net._forward_hooks, net._forward_pre_hooks)
+    return type(net) in _READ_ONLY_MODULES and not any(hooks)
 
 
 class TemporalShift(nn.Module):
@@ -34,7 +41,7 @@ class TemporalShift(nn.Module):
             outputs and gradients are exact. While autograd records, ``net`` sees a shifted copy that dies with the
             call; the backward shifts the input again. Otherwise the input is shifted in place, ``net`` runs, and the
             shift is undone; until then no other thread or CUDA stream may use the input. A ``net`` that might write
-            into its input or return it (all but ``nn.Conv1d/2d/3d`` and ``nn.Linear``) gets a copy.
+            into its input or return it (all but ``nn.Conv1d/2d/3d`` and ``nn.Linear`` without hooks) gets a copy.
         vect: accepted for compatibility and ignored: the vector width follows from the alignment of the tensor.
 
     Raises:
@@ -59,7 +66,7 @@ class TemporalShift(nn.Module):
         if torch.is_grad_enabled():
             with ops.shifting_again(x, shift) as shifted:
                 return self.net(shifted)
-        if type(self.net) in _READ_ONLY_MODULES and ops.elements_are_apart(x):
+        if _only_reads_its_input(self.net) and ops.elements_are_apart(x):
             with ops.shift_undone(x, shift):
                 return self.net(x)
         return self.net(ops.temporal_shift(x, shift))
@@ -91,8 +98,7 @@ class TemporalPool(nn.Module):
     @staticmethod
     def temporal_pool(x: Tensor, n_segment: int) -> Tensor:
         """The pooling alone. Raises ``ValueError`` if ``n_segment`` is odd or does not divide ``N*T``."""
-        if n_segment < 2 or n_segment % 2 != 0:
-            raise ValueError(f"n_segment must be even to be halved, got {n_segment}")
+        _halved(n_segment)
         if x.dim() != 4 or x.shape[0] % n_segment != 0:
             raise ValueError(
                 f"n_segment must divide the frames of x [N*T, C, H, W], got {n_segment} for {list(x.shape)}"
@@ -103,6 +109,13 @@ class TemporalPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_segment={self.n_segment}"
+
+
+def _halved(n_segment: Any) -> int:
+    n_segment = integer("n_segment", n_segment)
+    if n_segment < 2 or n_segment % 2 != 0:
+        raise ValueError(f"n_segment must be even to be halved, got {n_segment}")
+    return n_segment // 2
 
 
 def make_temporal_shift(
@@ -134,15 +147,14 @@ def make_temporal_shift(
         TypeError: ``net`` has no such stages. ValueError: an unknown ``place``; a network that was converted already.
     """
     stages = _stages(net)
-    if place not in ("block", "blockres"):
-        raise ValueError(f"place must be 'block' or 'blockres', got {place!r}")
+    one_of("place", place, ("block", "blockres"))
     if any(isinstance(module, TemporalShift) for module in net.modules()):
         raise ValueError("net must not hold temporal shifts already, but it was converted before")
-    if n_segment < (2 if temporal_pool else 1):
-        raise ValueError(f"n_segment must be at least {2 if temporal_pool else 1}, got {n_segment}")
+    n_segment, n_div = integer("n_segment", n_segment, 1), integer("n_div", n_div, 1)
+    later = _halved(n_segment) if temporal_pool else n_segment
     every = 2 if place == "blockres" and len(stages[2]) >= 23 else 1
     for index, stage in enumerate(stages):
-        segments = n_segment // 2 if temporal_pool and index > 0 else n_segment
+        segments = n_segment if index == 0 else later
         for i, block in enumerate(stage):
             if place == "block":
                 stage[i] = TemporalShift(block, segments, n_div, inplace)
@@ -157,6 +169,7 @@ def make_temporal_pool(net: nn.Module, n_segment: int) -> None:
         TypeError: ``net`` is no ResNet. ValueError: it is pooled already.
     """
     _stages(net)
+    _halved(n_segment)
     if isinstance(net.layer2, TemporalPool):
         raise ValueError("net must not be pooled already, but its layer2 is a TemporalPool")
     net.layer2 = TemporalPool(net.layer2, n_segment)
