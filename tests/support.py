@@ -1,4 +1,4 @@
-"""What several test files share: tensors of random bits, comparison bit by bit, layouts, a stock temporal shift."""
+"""What several test files share: tensors of random bits and values, comparison bit by bit, layouts."""
 
 from __future__ import annotations
 
