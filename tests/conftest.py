@@ -9,6 +9,23 @@ import torch
 DEVICES = ("cpu", "cuda")
 
 
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "feature(name, column=..., says='yes'): the cell of README's table that this tests"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k and -m leave tests out
+def pytest_collection_modifyitems(config, items):
+    config.features, config.collected = {}, {item.path.name for item in items}
+    for item in items:
+        device = getattr(item, "callspec", None) and item.callspec.params.get("device")
+        column = "CUDA" if device == "cuda" or "cuda" in item.fixturenames else "CPU"
+        for mark in item.iter_markers("feature"):
+            cell = mark.args[0], mark.kwargs.get("column", column)
+            config.features.setdefault(cell, set()).add(mark.kwargs.get("says", "yes"))
+
+
 @pytest.fixture(params=DEVICES)
 def device(request) -> torch.device:
     """Every test that takes it runs on the CPU and on a GPU."""

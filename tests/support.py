@@ -40,7 +40,7 @@ def random_values(shape, dtype: torch.dtype, device="cpu") -> Tensor:
 
 
 def bits(x: Tensor) -> Tensor:
-    flat = x.detach().cpu().reshape(-1).clone()
+    flat = x.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8) if flat.numel() else flat
 
 

@@ -44,6 +44,7 @@ def test_numerically_to_second_order(device, padding, dtype, inplace):
     assert gradgradcheck(function, x)
 
 
+@pytest.mark.feature("gradients of gradients")
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_third_order(device, padding):
     x = torch.randn(5, 6, 2, dtype=torch.float64, device=device, requires_grad=True)
@@ -60,6 +61,7 @@ def test_third_order(device, padding):
     torch.testing.assert_close(third(lambda x: shifted(x, padding)), expected)  # sums in another order
 
 
+@pytest.mark.feature("gradients, from any incoming layout")
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_incoming_gradients_of_any_layout(device, padding):
     """Expanded (as from sum()), broadcast, transposed, strided gradients; and none of them is written."""
@@ -78,6 +80,27 @@ def test_incoming_gradients_of_any_layout(device, padding):
             (result,) = torch.autograd.grad(shifted(leaf * 1.0, padding, inplace), leaf, grad)
             assert_same_bits(result, reference.temporal_shift_backward(before, shift))
             assert_same_bits(grad, before)
+
+
+def test_sparse_and_undefined_incoming_gradients(device):
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None  # undefined
+
+    shift = Shift(5, 4, 1, "keep", PLAN)
+    for inplace in (False, True):
+        leaf = torch.randn(10, 6, device=device, requires_grad=True)
+        grad = torch.randn(10, 6, device=device).relu()
+        (result,) = torch.autograd.grad(shifted(leaf * 1.0, "keep", inplace), leaf, grad.to_sparse())
+        assert_same_bits(result, reference.temporal_shift_backward(grad, shift))
+        y = shifted(leaf * 1.0, "keep", inplace)
+        (result,) = torch.autograd.grad(Nothing.apply(y).sum(), leaf, allow_unused=True)
+        assert result is None or not result.any()
 
 
 def test_gradient_shared_with_another_branch(device):
@@ -105,6 +128,7 @@ def test_retain_graph_and_hooks(device):
     assert [t.shape for t in seen] == [y.shape] * 4
 
 
+@pytest.mark.feature("forward mode, `torch.func`")
 def test_functions_of_torch_func(device):
     shift = Shift(5, 4, 1, "keep", PLAN)
     x = torch.randn(10, 6, 4, device=device)
@@ -127,10 +151,16 @@ def test_functions_of_torch_func(device):
     assert_same_bits(per_clip, torch.stack([reference.temporal_shift(c, shift._replace(channel_dim=2)) for c in clips]))
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=0)(batch)
     assert_same_bits(per_sample[1], reference.temporal_shift_backward(weight, shift))
+    module = tsm_jit.TemporalShift(torch.nn.Conv1d(6, 6, 1), 5, inplace=True).to(device)
+    weights = {name: torch.randn_like(value) for name, value in module.named_parameters()}
+    out = torch.func.functional_call(module, weights, x)
+    expected = torch.nn.functional.conv1d(tsm_jit.temporal_shift(x, 5, 8), weights["net.weight"], weights["net.bias"])
+    assert_same_bits(out, expected)
     hessian = torch.func.hessian(lambda x: shifted(x).pow(2).sum())(torch.randn(5, 6, device=device))
     assert hessian.shape == (5, 6, 5, 6)
 
 
+@pytest.mark.feature("`autocast`, `no_grad`, `inference_mode`")
 def test_without_recording(device):
     x = torch.randn(10, 6, 4, device=device, requires_grad=True)
     expected = reference.temporal_shift(x, Shift(5, 4, 1, "zeros", PLAN))
@@ -145,6 +175,7 @@ def test_without_recording(device):
     assert not shifted(x.detach()).requires_grad
 
 
+@pytest.mark.feature("`torch.utils.checkpoint`")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(device, reentrant):
     from torch.utils.checkpoint import checkpoint
@@ -162,36 +193,8 @@ def test_checkpoint(device, reentrant):
     assert_same_bits(*grads)
 
 
+@pytest.mark.feature("`autocast`, `no_grad`, `inference_mode`")
 def test_autocast_passes_the_dtype_through(device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert shifted(torch.randn(10, 6, 4, device=device)).dtype == torch.float32
         assert shifted(torch.randn(10, 6, 4, device=device).half()).dtype == torch.float16
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_compiled(device, inplace):
-    """torch.compile, one graph for all batch sizes: values, gradients, layout, and the argument itself."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    shift = Shift(5, 4, 1, "keep", PLAN)
-    counter = CompileCounterWithBackend("aot_eager")
-
-    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
-    def function(x):
-        return torch.tanh(shifted(x, "keep", inplace)) * 2
-
-    for clips in (2, 3, 4):
-        x = torch.randn(5 * clips, 6, 4, 4, device=device).to(memory_format=torch.channels_last)
-        leaf = x.clone().requires_grad_()
-        argument = leaf * 1.0 if inplace else leaf
-        weight = torch.randn_like(x)
-        out = function(argument)
-        (out * weight).sum().backward()
-        moved = reference.temporal_shift(x, shift)
-        eager = moved.clone().requires_grad_()
-        (torch.tanh(eager) * 2 * weight).sum().backward()
-        assert_same_bits(out, torch.tanh(moved) * 2)
-        assert out.is_contiguous(memory_format=torch.channels_last)
-        assert_same_bits(leaf.grad, reference.temporal_shift_backward(eager.grad, shift))
-        assert_same_bits(argument, moved if inplace else x)
-    assert counter.frame_count == 1

@@ -29,6 +29,7 @@ def test_returns_its_argument_and_bumps_the_version(device):
             assert x._version > version
 
 
+@pytest.mark.feature("in place, by autograd's rules")
 def test_history_is_rebased(device):
     leaf = values(device).requires_grad_()
     x = leaf * 2
@@ -40,6 +41,7 @@ def test_history_is_rebased(device):
     assert_same_bits(leaf.grad, reference.temporal_shift_backward(weight, SHIFT) * 2)
 
 
+@pytest.mark.feature("in place, by autograd's rules")
 def test_stale_saved_tensors_raise(device):
     x = torch.relu(values(device).requires_grad_())  # relu saves its output
     shift_(x)
@@ -47,6 +49,7 @@ def test_stale_saved_tensors_raise(device):
         x.sum().backward()
 
 
+@pytest.mark.feature("in place on a leaf")
 def test_leaf_that_requires_grad(device):
     """The usage of the system that started the project: a leaf, shifted in place, n_segment=16, fold_div=4."""
     x = values(device, 2 * 16, 64, 8, 8).requires_grad_()

@@ -1,14 +1,16 @@
-"""The README's Python runs as written, and its plain-torch equivalent is one."""
+"""The README's Python runs as written, its plain-torch equivalent is one, its table of features is what tests show."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from support import assert_same_bits
 
 import tsm_jit
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_every_block_runs_after_the_ones_before():
@@ -24,3 +26,16 @@ def test_equivalent_to():
     names = {"torch": torch, "x": x}
     exec(block, names)
     assert_same_bits(names["y"].flatten(0, 1), tsm_jit.temporal_shift(x, 8))
+
+
+def test_the_table_of_features_is_what_the_tests_show(request):
+    """Every cell that says something has a test, and every feature that a test shows has its cell."""
+    if not {path.name for path in Path(__file__).parent.glob("test_*.py")} <= request.config.collected:
+        pytest.skip("needs the whole suite collected")
+    table = re.search(r"^\| \| (CPU \| CUDA \| compiled) \|\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    columns = table[1].split(" | ")
+    cells = {}
+    for line in table[2].splitlines():
+        name, *says = line.strip("| ").split(" | ")
+        cells |= {(name, column): {text} for column, text in zip(columns, says, strict=True) if text != "n/a"}
+    assert cells == request.config.features

@@ -108,8 +108,8 @@ def shift_groups(
 
         y = tsm_jit.shift_groups(x, 8, [(4, +1), (8, -3)], padding="circular")
     """
-    _check_tensor(x)
-    args = (x.shape, n_segment, _as_plan(groups), n_segment_shifted, padding, channel_dim)
+    shape = _dense_shape(x)
+    args = (shape, n_segment, _as_plan(groups), n_segment_shifted, padding, channel_dim)
     return _apply(x, _cached(_encode_groups, args), inplace)
 
 
@@ -124,20 +124,24 @@ def encode_temporal(
     channel_dim: int | None = None,
 ) -> str:
     """The arguments of :func:`temporal_shift`, checked, as the operators take them."""
-    _check_tensor(x)
-    args = (x.shape, n_segment, fold_div, n_segment_shifted, shift_depth, padding, direction, channel_dim)
+    shape = _dense_shape(x)
+    args = (shape, n_segment, fold_div, n_segment_shifted, shift_depth, padding, direction, channel_dim)
     return _cached(_encode_temporal, args)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_tensor(x: Any) -> None:
+def _dense_shape(x: Any) -> torch.Size:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided or x.is_quantized:
         kind = "quantized" if x.is_quantized else str(x.layout)
         raise TypeError(f"x must be a dense tensor (torch.strided, not quantized), got {kind}")
+    try:
+        return x.shape
+    except RuntimeError:  # of different lengths
+        raise TypeError("x must be a dense tensor (torch.strided, not quantized), got a nested tensor") from None
 
 
 def _encode_temporal(
@@ -152,19 +156,26 @@ def _encode_temporal(
 ) -> str:
     channel_dim = _channel_dim(len(shape), channel_dim)
     plan = temporal(shape[channel_dim], fold_div, shift_depth, direction)
-    source = f"fold_div={fold_div}, shift_depth={shift_depth} and direction={direction!r}"
-    return _encode(shape, n_segment, plan, source, n_segment_shifted, padding, channel_dim)
+    got = f"{fold_div} with shift_depth={shift_depth} and direction={direction!r}"
+    return _encode(shape, n_segment, plan, "fold_div", got, n_segment_shifted, padding, channel_dim)
 
 
 def _encode_groups(
     shape: torch.Size, n_segment: Any, plan: Plan, n_segment_shifted: Any, padding: Any, channel_dim: Any
 ) -> str:
     channel_dim = _channel_dim(len(shape), channel_dim)
-    return _encode(shape, n_segment, plan, f"groups={list(plan)}", n_segment_shifted, padding, channel_dim)
+    return _encode(shape, n_segment, plan, "groups", list(plan), n_segment_shifted, padding, channel_dim)
 
 
 def _encode(
-    shape: torch.Size, n_segment: Any, plan: Plan, source: str, n_segment_shifted: Any, padding: Any, channel_dim: int
+    shape: torch.Size,
+    n_segment: Any,
+    plan: Plan,
+    plan_argument: str,
+    got: Any,
+    n_segment_shifted: Any,
+    padding: Any,
+    channel_dim: int,
 ) -> str:
     n_segment = _n_segment(shape, n_segment, channel_dim)
     if n_segment_shifted is None:
@@ -176,7 +187,8 @@ def _encode(
     width = sum([group[0] for group in plan])
     if width > shape[channel_dim]:
         raise ValueError(
-            f"the shift must fit into the {shape[channel_dim]} channels of x, but {source} moves {width} channels"
+            f"{plan_argument} must give a shift that fits into the {shape[channel_dim]} channels of x, "
+            f"got {got}: {width} channels"
         )
     return Shift(n_segment, n_segment_shifted, channel_dim, padding, plan).canonical().encode()
 

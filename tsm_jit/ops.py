@@ -3,7 +3,8 @@
 Each takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
 
 - ``temporal_shift(x, shift) -> Tensor`` and its adjoint ``temporal_shift_backward(grad, shift) -> Tensor``, which are
-  each other's derivative, so that any order of derivative exists;
+  each other's derivative, so that any order of derivative exists (in forward mode only through the functions below:
+  PyTorch drops the tangent of an operator that Python taught to differentiate);
 - ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, unknown to autograd;
 - the overload ``.kernel`` of the first two: unknown to autograd as well. An operator that Python taught to
   differentiate costs 8 us more per call even when nothing is recorded, so eager mode records by itself.
@@ -14,6 +15,7 @@ plain-torch implementation, which serves every device for which none were built.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version, saved_tensors_hooks
 from torch.compiler import is_compiling
+from torch.onnx import is_in_onnx_export
 
 from tsm_jit import reference
 from tsm_jit.plans import Shift
@@ -45,6 +48,8 @@ _forward_in_place = torch.ops.tsm_jit.temporal_shift_.default
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
 _backward_kernel = torch.ops.tsm_jit.temporal_shift_backward.kernel
 _backward_in_place = torch.ops.tsm_jit.temporal_shift_backward_.default
+
+_decoded = functools.lru_cache(maxsize=4096)(Shift.decode)
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
@@ -83,16 +88,22 @@ def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Fun
 
         @staticmethod
         def vmap(info, in_dims, x, shift):
-            # The mapped dimension joins the clips, the outermost dimension of every layout.
-            x = x.movedim(in_dims[0], 0)
-            return forward(x.flatten(0, 1), shift).unflatten(0, x.shape[:2]), 0
+            return _mapped(forward, info, in_dims, x, shift)
 
     for function in (Recorded, Transformable):
         function.__name__ = function.__qualname__ = f"{forward.__name__}.{function.__name__}"
     return Recorded, Transformable
 
 
+def _mapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, int]:
+    # The mapped dimension joins the clips, the outermost dimension of every layout.
+    x = x.movedim(in_dims[0], 0)
+    return function(x.flatten(0, 1), shift).unflatten(0, x.shape[:2]), 0
+
+
 def _adjoint_kernel(grad: Tensor, shift: str) -> Tensor:
+    if grad.layout is not torch.strided:
+        grad = grad.to_dense()
     if grad.dtype not in _ADDED and ("=keep" in shift or "=replicate" in shift):  # float8: torch converts to add
         return reference.temporal_shift_backward(grad, Shift.decode(shift))
     return _backward_kernel(grad, shift)
@@ -137,8 +148,11 @@ class _InPlaceOnLeaf(Function):
 
 def temporal_shift(x: Tensor, shift: str) -> Tensor:
     """``shift`` applied to ``x``, differentiable by every means PyTorch has."""
-    if is_compiling():
-        return _forward(x, shift)
+    if is_compiling() or _is_tracing():
+        # Graphs for ONNX and of torch.jit.trace are to run where no tsm_jit is. And under transforms a compiler would
+        # drop the tangent of an operator that Python taught to differentiate.
+        plainly = is_in_onnx_export() or _is_tracing() or _transforms_are_active()
+        return reference.sliced(x, Shift.decode(shift)) if plainly else _forward(x, shift)
     if _transforms_are_active():
         return _TransformableShift.apply(x, shift)
     if x.requires_grad and torch.is_grad_enabled():
@@ -175,7 +189,7 @@ def elements_are_apart(x: Tensor) -> bool:
 def temporal_shift_(x: Tensor, shift: str) -> Tensor:
     """``shift`` applied to ``x`` in place, by PyTorch's rules: see :func:`tsm_jit.temporal_shift`."""
     records = x.requires_grad and torch.is_grad_enabled()
-    if is_compiling() or _transforms_are_active():
+    if not eager():
         # copy_ is an in-place operation that compilers and transforms know. mark_dirty is not: released versions of
         # torch compute wrong gradients when the dirtied tensor is an input of the compiled graph.
         if records and x.is_leaf:
@@ -214,7 +228,7 @@ def shift_undone(x: Tensor, shift: str) -> Iterator[None]:
     this from the version counter: for any other reader nothing happened.
     """
     x = x.data
-    decoded = Shift.decode(shift)
+    decoded = _decoded(shift)
     lost = list(_unread_frames(x, decoded))
     kept = [frames.clone() for frames in lost]
     _forward_in_place(x, shift)
@@ -275,7 +289,12 @@ def shifting_again(x: Tensor, shift: str) -> Iterator[Tensor]:
 
 def eager() -> bool:
     """True if no compiler, tracer or transform is watching, and what autograd does may be arranged by hand."""
-    return not (is_compiling() or _transforms_are_active())
+    return not (is_compiling() or _is_tracing() or _transforms_are_active())
+
+
+def _is_tracing() -> bool:
+    """By ``torch.jit.trace``."""
+    return torch._C._get_tracing_state() is not None
 
 
 def _transforms_are_active() -> bool:
@@ -291,16 +310,22 @@ _RecordedAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temp
 
 def _register(out_of_place: tuple, in_place, compute, adjoint) -> None:
     def plain(x: Tensor, shift: str) -> Tensor:
-        return compute(x, Shift.decode(shift))
+        return compute(x, _decoded(shift))
 
     def plain_in_place(x: Tensor, shift: str) -> None:
-        x.copy_(compute(x, Shift.decode(shift)))
+        x.copy_(compute(x, _decoded(shift)))
 
     for op in out_of_place:
         _library.impl(op, plain, "CompositeExplicitAutograd")
-        _library.impl(op, lambda x, shift: torch.empty_like(x), "Meta")
+        torch.library.register_fake(op, lambda x, shift: torch.empty_like(x), lib=_library)
+
+    def through_a_copy(x: Tensor, shift: str) -> None:
+        x.copy_(out_of_place[1](x, shift))
+
     _library.impl(in_place, plain_in_place, "CompositeExplicitAutograd")
-    _library.impl(in_place, lambda x, shift: None, "Meta")
+    torch.library.register_fake(in_place, lambda x, shift: None, lib=_library)
+    for view_of_other_values in ("Conjugate", "Negative"):  # +0 there is not +0 in memory
+        _library.impl(in_place, through_a_copy, view_of_other_values)
 
     def setup_context(ctx, inputs, output) -> None:
         ctx.shift = inputs[1]
@@ -308,6 +333,7 @@ def _register(out_of_place: tuple, in_place, compute, adjoint) -> None:
     torch.library.register_autograd(
         out_of_place[0], lambda ctx, grad: (adjoint(grad, ctx.shift), None), setup_context=setup_context, lib=_library
     )
+    torch.library.register_vmap(out_of_place[0], functools.partial(_mapped, out_of_place[0]), lib=_library)
 
 
 _register((_forward, _forward_kernel), _forward_in_place, reference.temporal_shift, temporal_shift_backward)

@@ -6,7 +6,6 @@ frame ``offset`` later (earlier if negative). Channels past the last group do no
 
 from __future__ import annotations
 
-import functools
 import re
 import struct
 from typing import Literal, NamedTuple
@@ -89,7 +88,6 @@ class Shift(NamedTuple):
         )
 
     @staticmethod
-    @functools.lru_cache(maxsize=4096)
     def decode(encoded: str) -> Shift:
         match = _ENCODED.fullmatch(encoded)
         if match is None:

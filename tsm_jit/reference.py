@@ -1,4 +1,4 @@
-"""What temporal shift computes, in plain torch: the oracle of every test, and the last fallback."""
+"""What temporal shift computes, in plain torch: the oracle of tests, the last fallback; and `sliced` for export."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tsm_jit.plans import Shift
 
@@ -65,6 +66,51 @@ def temporal_shift_backward(grad: Tensor, shift: Shift) -> Tensor:
         for s, frames in enumerate(readers):
             target[:, s] = _sum([source[:, t] for t in frames], like=target[:, s])
     return out
+
+
+def sliced(x: Tensor, shift: Shift) -> Tensor:
+    """:func:`temporal_shift` by slices and concatenation alone, written into nothing: for graphs that leave PyTorch."""
+    shift = shift.canonical()
+    frames_dim = 2 if clips_apart(x.dim(), shift.channel_dim) else 1
+    order = list(range(x.dim()))
+    if not x.is_contiguous():  # concatenate in the order of memory, so that the layout stays
+        order[frames_dim:] = sorted(order[frames_dim:], key=x.stride, reverse=True)
+    clips, channel_dim = x.permute(order), order.index(shift.channel_dim)
+    if frames_dim == 1:
+        clips, channel_dim = clips.unflatten(0, (-1, shift.n_segment)), channel_dim + 1
+    parts, begin = [], 0
+    for width, offset in shift.plan:
+        if width > 0:
+            parts.append(_moved(clips.narrow(channel_dim, begin, width), offset, shift))
+        begin += width
+    if begin < clips.shape[channel_dim]:
+        parts.append(clips.narrow(channel_dim, begin, clips.shape[channel_dim] - begin))
+    out = torch.cat(parts, channel_dim)
+    if frames_dim == 1:
+        out = out.flatten(0, 1)
+    return out.permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _moved(frames: Tensor, offset: int, shift: Shift) -> Tensor:
+    """One group of channels ``[N, T, ...]``."""
+    n, distance, ahead = shift.n_segment_shifted, abs(offset), offset > 0
+    if distance == 0:
+        return frames
+    near, far = slice(0, distance), slice(n - distance, n)  # the frames at the start of the clip, and at its end
+    moved = frames[:, distance:n] if ahead else frames[:, : n - distance]
+    if shift.padding == "zeros":
+        parts = [pad(moved, [0, 0] * (frames.dim() - 2) + ([0, distance] if ahead else [distance, 0]))]
+    else:
+        if shift.padding == "keep":
+            padding = frames[:, far if ahead else near]
+        elif shift.padding == "replicate":
+            padding = torch.cat([frames[:, n - 1 : n] if ahead else frames[:, :1]] * distance, 1)
+        else:
+            padding = frames[:, near if ahead else far]
+        parts = [moved, padding] if ahead else [padding, moved]
+    if n < shift.n_segment:
+        parts.append(frames[:, n:])
+    return torch.cat(parts, 1)
 
 
 def groups(x: Tensor, out: Tensor, shift: Shift) -> Iterator[tuple[Tensor, Tensor, int]]:

@@ -1,0 +1,155 @@
+"""What training jobs do to a module: DDP, FSDP2, DataParallel, pickling, copying, saving, threads."""
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import assert_same_bits
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel, parallel_apply, replicate
+
+import tsm_jit
+from tsm_jit import reference
+from tsm_jit.plans import Shift, temporal
+
+CLIP = 4
+
+
+class Block(nn.Module):
+    """A residual block, the place where shifting in place goes wrong."""
+
+    def __init__(self, inplace: bool):
+        super().__init__()
+        self.conv1 = tsm_jit.TemporalShift(nn.Conv2d(16, 16, 3, padding=1), CLIP, 4, inplace=inplace)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
+
+
+def network(inplace: bool) -> nn.Module:
+    return nn.Sequential(Block(inplace), Block(inplace)).double()
+
+
+def gradients(net: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    net(x).square().mean().backward()
+    return {name: weight.grad for name, weight in net.named_parameters()}
+
+
+def _train(rank, ranks, device, file, inplace, wrapper, compiled, state, x, expected) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=ranks)
+    try:
+        net, x = network(inplace), x.chunk(ranks)[rank].to(device)
+        net.load_state_dict(state)
+        net.to(device)
+        if wrapper == "DDP":
+            wrapped = DistributedDataParallel(net)
+        else:
+            mesh = init_device_mesh(device, (ranks,))
+            for block in net:
+                fully_shard(block, mesh=mesh)
+            wrapped = fully_shard(net, mesh=mesh)
+        if compiled:
+            wrapped = torch.compile(wrapped, backend="aot_eager")
+        wrapped(x).square().mean().backward()
+        for name, weight in net.named_parameters():
+            grad = weight.grad.full_tensor() if wrapper == "FSDP2" else weight.grad
+            torch.testing.assert_close(grad.cpu(), expected[name])
+    finally:
+        dist.destroy_process_group()
+
+
+def train(wrapper, device, inplace, folder, compiled=False) -> None:
+    """Several processes with a part of the clips each get the gradients of one with all: two, or one per GPU."""
+    ranks = 2 if device.type == "cpu" else min(2, torch.cuda.device_count())
+    net, x = network(inplace), torch.randn(4 * CLIP, 16, 5, 5, dtype=torch.float64)
+    expected = gradients(net, x)
+    state = net.state_dict()
+    arguments = (ranks, device.type, str(folder / "rendezvous"), inplace, wrapper, compiled, state, x, expected)
+    torch.multiprocessing.spawn(_train, arguments, nprocs=ranks)
+
+
+@pytest.mark.feature("DDP")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_ddp(device, inplace, tmp_path):
+    train("DDP", device, inplace, tmp_path)
+
+
+@pytest.mark.feature("FSDP2")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fsdp2(device, inplace, tmp_path):
+    train("FSDP2", device, inplace, tmp_path)
+
+
+@pytest.mark.feature("DDP", column="compiled")
+def test_ddp_compiled(device, tmp_path):
+    train("DDP", device, True, tmp_path, compiled=True)
+
+
+@pytest.mark.feature("FSDP2", column="compiled")
+def test_fsdp2_compiled(device, tmp_path):
+    train("FSDP2", device, True, tmp_path, compiled=True)
+
+
+@pytest.mark.feature("DataParallel, threads")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_data_parallel(device, inplace):
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("DataParallel takes the GPUs where there are any")
+    net, x = network(inplace).to(device), torch.randn(2 * CLIP, 16, 5, 5, dtype=torch.float64, device=device)
+    expected = gradients(copy.deepcopy(net), x)
+    actual = gradients(nn.DataParallel(net), x)
+    torch.testing.assert_close({name.removeprefix("module."): grad for name, grad in actual.items()}, expected)
+
+
+def test_replicas_on_one_gpu(cuda):
+    """What DataParallel does for each GPU: replicas of a module, run in threads."""
+    net, x = network(True).to(cuda), torch.randn(2 * CLIP, 16, 5, 5, dtype=torch.float64, device=cuda)
+    outs = parallel_apply(replicate(net, [0, 0]), [(half,) for half in x.chunk(2)], devices=[0, 0])
+    torch.testing.assert_close(torch.cat(outs), net(x))
+
+
+@pytest.mark.feature("`pickle`, `deepcopy`, `torch.save`")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_copies(device, inplace):
+    net, x = network(inplace).to(device), torch.randn(2 * CLIP, 16, 5, 5, dtype=torch.float64, device=device)
+    expected = gradients(net, x)
+    net.zero_grad()
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for copied in (
+        copy.deepcopy(net),
+        pickle.loads(pickle.dumps(net)),
+        torch.load(file, weights_only=False),
+    ):
+        torch.testing.assert_close(gradients(copied, x), expected)
+        assert repr(copied) == repr(net)
+
+
+@pytest.mark.feature("DataParallel, threads")
+def test_threads(device):
+    """Every thread its own tensors, shapes and plans at once, forward and backward."""
+
+    def work(k: int) -> None:
+        n_segment, channels = 2 + k % 5, 8 + k
+        shift = Shift(n_segment, n_segment, 1, "keep", temporal(channels))
+        for _ in range(20):
+            leaf = torch.randn(2 * n_segment, channels, 3, 3, device=device, requires_grad=True)
+            weight = torch.randn_like(leaf)
+            out = tsm_jit.temporal_shift(leaf * 1.0, n_segment, padding="keep", inplace=k % 2 == 1)
+            (out * weight).sum().backward()
+            assert_same_bits(out, reference.temporal_shift(leaf, shift))
+            assert_same_bits(leaf.grad, reference.temporal_shift_backward(weight, shift))
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(32)))
