@@ -168,7 +168,14 @@ bool describe(const Tensor& src, const Tensor& dst, const Plan& plan, Work& work
 
 // Decodes the shift, checks what memory safety needs, and brings the offsets into the range the kernels expect.
 Plan plan_for(const Tensor& x, const std::string& encoded) {
-  Plan plan = Decoder(encoded).plan();
+  // A network calls with few shifts, often the same one in a row, and to decode one takes as long as a small shift.
+  thread_local std::string last;
+  thread_local Plan decoded;
+  if (encoded != last) {
+    decoded = Decoder(encoded).plan();
+    last = encoded;
+  }
+  Plan plan = decoded;
   if (plan.channel_dim < 1 || plan.channel_dim >= x.dim()) {
     fail("channel_dim must be a dimension of x after the frames, got " + std::to_string(plan.channel_dim));
   }
@@ -242,10 +249,38 @@ void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint) {
   execute(src, work.shift, in_place ? data : src.const_data_ptr(), data);
 }
 
+// Do the strides of x leave no gap and share no element, so that a new tensor has the same?
+bool is_dense(const Tensor& x) {
+  int64_t filled = 1;
+  uint64_t seen = 0;
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t dim = x.dim();
+  for (int64_t found = 0; found < dim; ++found) {  // the dimension that continues what is filled, `dim` times
+    int64_t d = 0;
+    while (d < dim && ((seen >> d & 1) != 0 || (sizes[d] != 1 && strides[d] != filled))) ++d;
+    if (d == dim) return false;
+    seen |= uint64_t{1} << d;
+    filled *= sizes[d];
+  }
+  return true;
+}
+
+// torch.empty_like. Its operator is looked up by name at every call, which takes longer than a small shift.
+Tensor new_like(const Tensor& x) {
+  if (x.dim() > 64 || x.numel() == 0 || !is_dense(x)) return torch::stable::empty_like(x);
+  AtenTensorHandle out = nullptr;
+  int32_t dtype = 0, device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype, device_type,
+                                                  x.get_device_index(), &out));
+  return Tensor(out);
+}
+
 template <bool kAdjoint>
 Tensor out_of_place(const Tensor& x, const std::string& shift) {
   Plan plan = plan_for(x, shift);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = new_like(x);
   run(x, out, std::move(plan), kAdjoint);
   return out;
 }

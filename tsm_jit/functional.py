@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tsm_jit import ops
 from tsm_jit._checks import integer, one_of
@@ -75,7 +76,7 @@ def temporal_shift(
         y = tsm_jit.temporal_shift(x, n_segment=8)
     """
     shift = encode_temporal(x, n_segment, fold_div, n_segment_shifted, shift_depth, padding, direction, channel_dim)
-    return _apply(x, shift, inplace)
+    return ops.temporal_shift_(x, shift) if inplace else ops.temporal_shift(x, shift)
 
 
 def shift_groups(
@@ -108,9 +109,8 @@ def shift_groups(
 
         y = tsm_jit.shift_groups(x, 8, [(4, +1), (8, -3)], padding="circular")
     """
-    shape = _dense_shape(x)
-    args = (shape, n_segment, _as_plan(groups), n_segment_shifted, padding, channel_dim)
-    return _apply(x, _cached(_encode_groups, args), inplace)
+    shift = _encode_groups(_dense_shape(x), n_segment, _as_plan(groups), n_segment_shifted, padding, channel_dim)
+    return ops.temporal_shift_(x, shift) if inplace else ops.temporal_shift(x, shift)
 
 
 def encode_temporal(
@@ -125,8 +125,22 @@ def encode_temporal(
 ) -> str:
     """The arguments of :func:`temporal_shift`, checked, as the operators take them."""
     shape = _dense_shape(x)
-    args = (shape, n_segment, fold_div, n_segment_shifted, shift_depth, padding, direction, channel_dim)
-    return _cached(_encode_temporal, args)
+    return _encode_temporal(shape, n_segment, fold_div, n_segment_shifted, shift_depth, padding, direction, channel_dim)
+
+
+def _remembered(encode: Callable[..., str]) -> Callable[..., str]:
+    """``encode``, whose results are remembered: it costs more than a launch, and a network repeats its shapes."""
+    remembered = functools.lru_cache(maxsize=4096, typed=True)(encode)
+
+    def call(*args: Any) -> str:
+        if is_compiling():
+            return encode(*args)
+        try:
+            return remembered(*args)
+        except TypeError:  # an argument without a hash, or a wrong one: let the checks name it
+            return encode(*args)
+
+    return call
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -144,6 +158,7 @@ def _dense_shape(x: Any) -> torch.Size:
         raise TypeError("x must be a dense tensor (torch.strided, not quantized), got a nested tensor") from None
 
 
+@_remembered
 def _encode_temporal(
     shape: torch.Size,
     n_segment: Any,
@@ -160,6 +175,7 @@ def _encode_temporal(
     return _encode(shape, n_segment, plan, "fold_div", got, n_segment_shifted, padding, channel_dim)
 
 
+@_remembered
 def _encode_groups(
     shape: torch.Size, n_segment: Any, plan: Plan, n_segment_shifted: Any, padding: Any, channel_dim: Any
 ) -> str:
@@ -227,31 +243,3 @@ def _as_plan(groups: Any) -> Plan:
     except (TypeError, ValueError):
         raise TypeError(f"groups must be a sequence of (width, offset) pairs, got {groups!r}") from None
     return tuple([(integer("groups: a width", w, 0), integer("groups: an offset", o)) for w, o in pairs])
-
-
-# --- the call --------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4096, typed=True)
-def _encode_cached(encode: Any, *args: Any) -> str:
-    return encode(*args)
-
-
-def _cached(encode: Any, args: tuple) -> str:
-    """``encode(*args)``, remembered: validation costs more than a launch, and a network repeats its shapes."""
-    if torch.compiler.is_compiling():
-        return encode(*args)
-    try:
-        return _encode_cached(encode, *args)
-    except TypeError:  # an argument without a hash, or a wrong one: let the checks name it
-        return encode(*args)
-
-
-def _apply(x: Tensor, shift: str, inplace: bool) -> Tensor:
-    if not inplace:
-        return ops.temporal_shift(x, shift)
-    if ops.eager() and not ops.elements_are_apart(x):  # compiled, copy_ refuses it
-        raise ValueError(
-            f"x must not overlap itself to be shifted in place, got sizes {list(x.shape)} with strides {x.stride()}"
-        )
-    return ops.temporal_shift_(x, shift)

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as functorch_is_active
+from torch._C import _get_tracing_state as _tracing_state
 from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version, saved_tensors_hooks
 from torch.compiler import is_compiling
@@ -43,11 +44,10 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 _forward = torch.ops.tsm_jit.temporal_shift.default
-_forward_kernel = torch.ops.tsm_jit.temporal_shift.kernel
-_forward_in_place = torch.ops.tsm_jit.temporal_shift_.default
+_forward_kernel = torch.ops.tsm_jit.temporal_shift.kernel._op  # _op: without the Python frame of an OpOverload
+_forward_in_place = torch.ops.tsm_jit.temporal_shift_.default._op
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
-_backward_kernel = torch.ops.tsm_jit.temporal_shift_backward.kernel
-_backward_in_place = torch.ops.tsm_jit.temporal_shift_backward_.default
+_backward_kernel = torch.ops.tsm_jit.temporal_shift_backward.kernel._op
 
 _decoded = functools.lru_cache(maxsize=4096)(Shift.decode)
 
@@ -148,16 +148,16 @@ class _InPlaceOnLeaf(Function):
 
 def temporal_shift(x: Tensor, shift: str) -> Tensor:
     """``shift`` applied to ``x``, differentiable by every means PyTorch has."""
+    if eager():
+        if x.requires_grad and torch.is_grad_enabled():
+            return _RecordedShift.apply(x, shift)
+        return _forward_kernel(x, shift)
     if is_compiling() or _is_tracing():
         # Graphs for ONNX and of torch.jit.trace are to run where no tsm_jit is. And under transforms a compiler would
         # drop the tangent of an operator that Python taught to differentiate.
         plainly = is_in_onnx_export() or _is_tracing() or _transforms_are_active()
         return reference.sliced(x, Shift.decode(shift)) if plainly else _forward(x, shift)
-    if _transforms_are_active():
-        return _TransformableShift.apply(x, shift)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _RecordedShift.apply(x, shift)
-    return _forward_kernel(x, shift)
+    return _TransformableShift.apply(x, shift)
 
 
 def temporal_shift_backward(grad: Tensor, shift: str) -> Tensor:
@@ -189,7 +189,7 @@ def elements_are_apart(x: Tensor) -> bool:
 def temporal_shift_(x: Tensor, shift: str) -> Tensor:
     """``shift`` applied to ``x`` in place, by PyTorch's rules: see :func:`tsm_jit.temporal_shift`."""
     records = x.requires_grad and torch.is_grad_enabled()
-    if not eager():
+    if not eager():  # where copy_ refuses memory that elements share
         # copy_ is an in-place operation that compilers and transforms know. mark_dirty is not: released versions of
         # torch compute wrong gradients when the dirtied tensor is an input of the compiled graph.
         if records and x.is_leaf:
@@ -197,6 +197,10 @@ def temporal_shift_(x: Tensor, shift: str) -> Tensor:
             x.detach().copy_(shifted.detach())
             return shifted
         return x.copy_(temporal_shift(x, shift))
+    if not elements_are_apart(x):
+        raise ValueError(
+            f"x must not overlap itself to be shifted in place, got sizes {list(x.shape)} with strides {x.stride()}"
+        )
     if records:
         _check_view(x)
         return (_InPlaceOnLeaf if x.is_leaf else _InPlace).apply(x, shift)
@@ -289,12 +293,14 @@ def shifting_again(x: Tensor, shift: str) -> Iterator[Tensor]:
 
 def eager() -> bool:
     """True if no compiler, tracer or transform is watching, and what autograd does may be arranged by hand."""
-    return not (is_compiling() or _is_tracing() or _transforms_are_active())
+    return not (
+        is_compiling() or _tracing_state() is not None or functorch_is_active() or forward_ad._current_level >= 0
+    )
 
 
 def _is_tracing() -> bool:
     """By ``torch.jit.trace``."""
-    return torch._C._get_tracing_state() is not None
+    return _tracing_state() is not None
 
 
 def _transforms_are_active() -> bool:
@@ -336,5 +342,16 @@ def _register(out_of_place: tuple, in_place, compute, adjoint) -> None:
     torch.library.register_vmap(out_of_place[0], functools.partial(_mapped, out_of_place[0]), lib=_library)
 
 
-_register((_forward, _forward_kernel), _forward_in_place, reference.temporal_shift, temporal_shift_backward)
-_register((_backward, _backward_kernel), _backward_in_place, reference.temporal_shift_backward, temporal_shift)
+_schemas = torch.ops.tsm_jit
+_register(
+    (_schemas.temporal_shift.default, _schemas.temporal_shift.kernel),
+    _schemas.temporal_shift_.default,
+    reference.temporal_shift,
+    temporal_shift_backward,
+)
+_register(
+    (_schemas.temporal_shift_backward.default, _schemas.temporal_shift_backward.kernel),
+    _schemas.temporal_shift_backward_.default,
+    reference.temporal_shift_backward,
+    temporal_shift,
+)
