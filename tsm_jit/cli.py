@@ -1,4 +1,4 @@
-"""The command line: ``python -m tsm_jit {info, clean, demo}``."""
+"""The command line: ``python -m tsm_jit {info, clean, demo, bench}``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tsm_jit._info import info
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input."""
     parser = argparse.ArgumentParser(prog="python -m tsm_jit", description="Temporal shift for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,clean,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,clean,demo,bench}")
 
     show = commands.add_parser("info", help="show which backend serves each device, and why")
     show.add_argument("--json", action="store_true", help="print JSON")
@@ -28,11 +28,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path("tsm_jit_demo.png"), help="the picture (default: %(default)s)"
     )
 
+    bench = commands.add_parser("bench", help="time the operator against others and against a copy of its bytes")
+    bench.add_argument("--quick", action="store_true", help="the least of everything, in under a minute")
+    bench.add_argument("--seed-table", action="store_true", help="the tables of the project's first text instead")
+    bench.add_argument(
+        "--shape", action="append", default=[], metavar="B,T,C,H,W,DIV", help="instead of the usual ones"
+    )
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    bench.add_argument("--output", type=Path, default=Path("bench"), help="folder of JSON and plots (%(default)s)")
+
     options = parser.parse_args(arguments)
     if options.command == "info":
         return _info(options.json)
     if options.command == "clean":
         return _clean()
+    if options.command == "bench":
+        return _bench(options)
     return _demo(options.video, options.output)
 
 
@@ -65,6 +76,34 @@ def _demo(video: Path | None, output: Path) -> int:
     except demo.UnusableVideoError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    try:
+        from tsm_jit import bench
+        from tsm_jit.bench import report  # noqa: F401 (what it needs is missing now, or never)
+    except ImportError as error:
+        sys.stderr.write(f"the benchmark needs {error.name}: pip install 'tsm-jit[demo]'\n")
+        return 1
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("--device cuda: torch sees no GPU\n")
+        return 2
+    shapes = []
+    for text in options.shape:
+        try:
+            shapes.append(bench.Shape.parse(text))
+        except ValueError as error:
+            sys.stderr.write(f"--shape {text}: {error}\n")
+            return 2
+    try:
+        bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.seed_table)
+    except bench.Mismatch as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
 
 
 def _print(line: str) -> None:

@@ -1,0 +1,77 @@
+"""The benchmark: its peers compute what they should, its counts are right, and the command leaves what it promises."""
+
+import json
+
+import pytest
+import torch
+
+from tsm_jit import bench, cli, reference
+from tsm_jit.bench import peers
+
+CPU = torch.device("cpu")
+SHAPE = bench.Shape(2, 8, 32, 3, 2, 4)
+
+
+@pytest.mark.parametrize("depth", range(5))
+def test_bytes_moved_are_those_of_the_elements_that_move(depth):
+    """Counted one by one: whose value appears in another place, and which places change."""
+    shift = SHAPE.shift(depth)
+    places = torch.arange(1.0, 1 + 2 * 8 * 32 * 3 * 2, dtype=torch.float64).view(2 * 8, 32, 3, 2)
+    after = reference.temporal_shift(places, shift)
+    changed = after != places
+    for in_place, read, written in (
+        (False, after.unique(), after),
+        (True, after[changed].unique(), after[changed]),
+    ):
+        count = (read != 0).sum().item() + written.numel()
+        assert peers.bytes_moved(places, shift, in_place) == 8 * count
+
+
+def test_every_peer_is_checked_and_a_wrong_one_is_not_timed(monkeypatch, tmp_path, capsys):
+    x = SHAPE.tensor(torch.float32, "NCHW", CPU)
+    for depth in (0, 2):
+        for operation, name, _, call in bench.operations(x.clone(), SHAPE.shift(depth), with_compiled=True):
+            bench.check(operation, name, call, x, SHAPE.shift(depth))
+    monkeypatch.setattr(peers, "split_cat", lambda x, shift: x * 1)
+    assert cli.main(["bench", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 1
+    assert "forward of split and cat is not what the oracle computes" in capsys.readouterr().err
+
+
+def test_quick(tmp_path):
+    assert cli.main(["bench", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert {"torch", "commit", "device", "kernels"} <= set(results["environment"])
+    names = {row["who"] for row in results["peers"]}
+    assert names == {"copy", "eager", "split and cat", "tsm_jit", "tsm_jit in place"}
+    assert all(row["milliseconds"] > 0 for row in results["peers"])
+    assert [row["mebibytes"] for row in results["sweep"]] == [0.0625, 0.25, 1, 4]
+    assert all(row["forward in place"]["of_floor"] > 0 for row in results["floor"] + results["sweep"])
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "sweep.png", "peers.png"}
+
+
+def test_seed_table_and_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SEED_SPEED", SHAPE)
+    monkeypatch.setattr(bench, "SEED_MEMORY", SHAPE)
+    assert cli.main(["bench", "--seed-table", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["seed"]
+    assert [row["claimed"] for row in rows[:2]] == [{"scalar": 1.8, "vectored": 2.85}] * 2
+    options = ["--quick", "--device", "cpu", "--output", str(tmp_path), "--shape", "1,4,16,2,2"]
+    assert cli.main(["bench", *options]) == 0
+    assert {row["shape"] for row in json.loads((tmp_path / "bench.json").read_text())["peers"]} == {
+        "(1, 4, 16, 2, 2)/8"
+    }
+
+
+@pytest.mark.parametrize("shape", ["", "1,2,3", "1,8,16,2,2,4,4", "1,8,x,2,2", "1,8,16,0,2"])
+def test_wrong_shapes(shape, capsys):
+    assert cli.main(["bench", "--shape", shape]) == 2
+    assert "a shape is B,T,C,H,W or B,T,C,H,W,DIV" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", bench.LAYOUTS)
+@pytest.mark.parametrize("depth", [0, 3])
+def test_a_row_of_the_floor(device, depth, layout):
+    row = bench.floor_row(bench.Shape(1, 8, 32, 16, 16), torch.bfloat16, layout, depth, device)
+    for operation in ("forward", "backward", "forward in place", "backward in place"):
+        assert row[operation]["microseconds"] > 0
+        assert row[operation]["of_floor"] > 0

@@ -1,0 +1,393 @@
+"""``python -m tsm_jit bench``: the operator against its peers and against the memory it has to move.
+
+Three clocks, because no single one is fair (see :mod:`tsm_jit.bench.timing`): a call on its own with cold caches, as a
+network makes it; many calls in a row on rotating buffers, one CUDA graph of them where there is a GPU, for what the
+kernel itself takes; and the host's time for a call on a tensor so small that the work is nothing.
+
+The floor is measured, not looked up: the bytes that an operation has to move (:func:`tsm_jit.bench.peers.bytes_moved`)
+over the bandwidth of torch's own copy of a tensor, in the same process and by the same clock.
+
+Every output is compared with the oracle, bit for bit, before it is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsm_jit import _info, ops, reference
+from tsm_jit.bench import peers, timing
+from tsm_jit.plans import Shift, temporal
+
+Row = dict[str, Any]
+Operation = tuple[str, str, bool, Callable[[Tensor], Any]]  # which, whose, in place?, the call on a tensor
+DTYPES = (torch.float32, torch.bfloat16)
+LAYOUTS = ("NCHW", "channels_last")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``batch`` clips of ``frames`` frames of ``channels`` channels, and the part of them that is a fold."""
+
+    batch: int
+    frames: int
+    channels: int
+    height: int
+    width: int
+    fold_div: int = 8
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """``B,T,C,H,W`` or ``B,T,C,H,W,DIV``. Raises ValueError for anything else."""
+        try:
+            numbers = [int(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (5, 6) or min(numbers) < 1:
+            raise ValueError("a shape is B,T,C,H,W or B,T,C,H,W,DIV, positive integers")
+        return cls(*numbers)
+
+    def tensor(self, dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
+        frames = (self.batch * self.frames, self.channels, self.height, self.width)
+        memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        return torch.randn(frames, device=device).to(dtype).contiguous(memory_format=memory)
+
+    def shift(self, depth: int) -> Shift:
+        """TSM's for depth 0, TSAM's with padding ``keep`` for 1 to 4."""
+        plan = temporal(self.channels, self.fold_div, max(depth, 1))
+        return Shift(self.frames, self.frames, 1, "keep" if depth else "zeros", plan).canonical()
+
+    def __str__(self) -> str:
+        return f"({self.batch}, {self.frames}, {self.channels}, {self.height}, {self.width})/{self.fold_div}"
+
+
+SHAPES = (
+    Shape(10, 16, 256, 32, 32, 4),
+    Shape(8, 8, 64, 56, 56),
+    Shape(8, 8, 256, 56, 56),
+    Shape(8, 8, 512, 28, 28),
+    Shape(8, 8, 2048, 7, 7),
+    Shape(64, 8, 256, 56, 56),
+)
+QUICK_SHAPES = (Shape(2, 8, 64, 28, 28),)
+SEED_SPEED, SEED_MEMORY = Shape(10, 16, 256, 32, 32, 4), Shape(100, 16, 64, 32, 32, 4)
+# What the text that the project started from says of its CUDA kernels, relative to its own out-of-place code.
+SEED_CLAIMS = {"forward": {"scalar": 1.80, "vectored": 2.85}, "backward": {"scalar": 1.23, "vectored": 1.17}}
+SEED_CLAIMED_MEGABYTES = {"out of place": 800.0, "in place": 400.0}
+
+
+class Mismatch(RuntimeError):
+    """An output that was to be timed is not what the oracle computes."""
+
+
+def environment(device: torch.device) -> Row:
+    """What the numbers depend on."""
+    facts: Row = dict(_info.info()["versions"])
+    facts["commit"] = _commit()
+    facts["kernels"] = _info.info()["devices"][device.type]
+    facts["threads"] = torch.get_num_threads()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"device": properties.name, "multiprocessors": properties.multi_processor_count, "driver": _driver()}
+    else:
+        facts |= {"device": "CPU", "driver": None}
+    return facts
+
+
+def _commit() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# --- what is timed ---------------------------------------------------------------------------------------------------
+
+
+def operations(
+    x: Tensor, shift: Shift, with_compiled: bool
+) -> Iterator[tuple[str, str, bool, Callable[[Tensor], Any]]]:
+    """(operation, who, in place?, call on a tensor like x)."""
+    forward: dict[str, peers.Peer] = {"copy": peers.copy, "eager": peers.eager, "tsm_jit": peers.ours}
+    if shift.padding == "zeros":
+        forward["split and cat"] = peers.split_cat
+    if with_compiled:
+        forward["compiled"] = peers.compiled_stock
+    for name, peer in forward.items():
+        yield "forward", name, False, lambda x, peer=peer: peer(x, shift)
+    yield "forward", "tsm_jit in place", True, lambda x: peers.ours_in_place(x, shift)
+    encoded = shift.encode()
+    yield "backward", "copy", False, lambda grad: peers.copy(grad, shift)
+    for name, peer in forward.items():
+        if name != "copy":
+            leaf = x.detach().requires_grad_()
+            out = peer(leaf, shift)
+            yield (
+                "backward",
+                name,
+                False,
+                lambda grad, out=out, leaf=leaf: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0],
+            )
+    yield "backward", "tsm_jit in place", True, lambda grad: _adjoint_in_place(grad, encoded)
+
+
+def _adjoint_in_place(grad: Tensor, encoded: str) -> Tensor:
+    torch.ops.tsm_jit.temporal_shift_backward_(grad, encoded)
+    return grad
+
+
+def check(operation: str, name: str, call: Callable[[Tensor], Any], x: Tensor, shift: Shift) -> None:
+    """Raises Mismatch unless the call computes what the oracle does, bit for bit."""
+    if name == "copy":
+        return
+    oracle = reference.temporal_shift if operation == "forward" else reference.temporal_shift_backward
+    expected = oracle(x, shift)
+    torch.full_like(x, float("nan"))  # what the next tensor of this size finds in its memory
+    actual = call(x.clone())
+    # Elements, not bits: some peers of the backward turn -0.0 into 0.0.
+    if not torch.equal(actual, expected):
+        raise Mismatch(f"{operation} of {name} is not what the oracle computes for {list(x.shape)} and {shift}")
+
+
+# --- the parts of a run ----------------------------------------------------------------------------------------------
+
+
+def against_peers(
+    shapes: tuple[Shape, ...], dtypes, layouts, device: torch.device, repeats: int, with_compiled: bool, step
+) -> list[Row]:
+    """Ours and the others, forward and backward, alone with cold caches and many in a row; memory."""
+    rows: list[Row] = []
+    for shape in shapes:
+        for dtype in dtypes:
+            for layout in layouts:
+                rows += (found := peer_rows(shape, dtype, layout, device, repeats, with_compiled))
+                step(found)
+    return rows
+
+
+def peer_rows(
+    shape: Shape, dtype: torch.dtype, layout: str, device: torch.device, repeats: int, with_compiled: bool
+) -> list[Row]:
+    """One shape, dtype and layout: everybody, forward and backward."""
+    values, shift = shape.tensor(dtype, layout, device), shape.shift(0)
+    x = torch.empty_like(values).copy_(values)
+    peers.forget_compilations()
+    calls: dict[tuple[str, str], timing.Call] = {}
+    moved: dict[tuple[str, str], int] = {}
+    for operation, name, in_place, call in operations(x, shift, with_compiled):
+        check(operation, name, call, x, shift)
+        calls[operation, name] = lambda call=call: call(x)
+        moved[operation, name] = peers.bytes_moved(x, shift, in_place, operation == "backward")
+    alone = timing.medians(calls, device, lambda: x.copy_(values), repeats, seconds=0.5)
+    copied = 2 * x.numel() * x.element_size() / alone["forward", "copy"]
+    return [
+        {
+            "shape": str(shape),
+            "dtype": _name(dtype),
+            "layout": layout,
+            "operation": operation,
+            "who": name,
+            "milliseconds": seconds * 1e3,
+            "gigabytes_per_second": moved[operation, name] / seconds * 1e-9,
+            "of_copy": moved[operation, name] / seconds / copied,
+            "against_eager": alone[operation, "eager"] / seconds,
+            "peak_mebibytes": _mebibytes(timing.peak_bytes(calls[operation, name], device)),
+        }
+        for (operation, name), seconds in alone.items()
+    ]
+
+
+def against_the_floor(shapes: tuple[Shape, ...], dtypes, layouts, depths, device: torch.device, step) -> list[Row]:
+    """Ours alone, many calls in a row on rotating buffers, as a part of what a copy of as many bytes reaches."""
+    rows: list[Row] = []
+    for shape in shapes:
+        for dtype in dtypes:
+            for layout in layouts:
+                for depth in depths:
+                    rows.append(floor_row(shape, dtype, layout, depth, device))
+                    step(rows[-1:])
+    return rows
+
+
+def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device: torch.device) -> Row:
+    """One shape, dtype, layout and plan: % of the floor, forward and adjoint, in place and not."""
+    x, shift = shape.tensor(dtype, layout, device), shape.shift(depth)
+    encoded, size = shift.encode(), x.numel() * x.element_size()
+    # Together several times the cache. In place touches less: as many more buffers.
+    in_place_bytes = peers.bytes_moved(x, shift, in_place=True)
+    count = min(64, 1 + 3 * timing.cache_bytes(device) // max(1, min(in_place_bytes, size)))
+    buffers = [torch.empty_like(x).copy_(x) for _ in range(count)]
+    others = [torch.empty_like(x) for _ in range(min(count, 1 + 3 * timing.cache_bytes(device) // size))]
+    row: Row = {"shape": str(shape), "dtype": _name(dtype), "layout": layout, "depth": depth, "mebibytes": size / 2**20}
+    # A copy of as many bytes as each operation moves.
+    copied: dict[int, float] = {}
+
+    def refill() -> None:  # in place, zeros come in
+        for buffer in buffers:
+            buffer.copy_(x)
+
+    def bandwidth(moved: int) -> float:
+        if moved not in copied:
+            part = max(16, moved // 2)
+            pairs = [
+                (a.view(torch.uint8)[:part], b.view(torch.uint8)[:part])
+                for a, b in zip(_flat(buffers), _flat(others * count), strict=False)
+            ]
+            calls = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]
+            copied[moved] = 2 * part / timing.in_a_row(calls, device, refill)
+        return copied[moved]
+
+    for name, in_place, adjoint, call in (
+        ("forward", False, False, lambda b: ops.temporal_shift(b, encoded)),
+        ("backward", False, True, lambda b: ops.temporal_shift_backward(b, encoded)),
+        ("forward in place", True, False, lambda b: torch.ops.tsm_jit.temporal_shift_(b, encoded)),
+        ("backward in place", True, True, lambda b: torch.ops.tsm_jit.temporal_shift_backward_(b, encoded)),
+    ):
+        moved = peers.bytes_moved(x, shift, in_place, adjoint)
+        seconds = timing.in_a_row([lambda b=b, call=call: call(b) for b in buffers], device, refill)
+        row[name] = {
+            "microseconds": seconds * 1e6,
+            "gigabytes_per_second": moved / seconds * 1e-9,
+            "of_floor": moved / seconds / bandwidth(moved),
+        }
+    return row
+
+
+def _flat(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.as_strided((t.numel(),), (1,)) for t in tensors]
+
+
+def sweep(device: torch.device, largest: int, step) -> list[Row]:
+    """From 64 KB up by factors of 4, float32 NCHW TSM: where launches end and memory begins."""
+    rows: list[Row] = []
+    batch = 1
+    while True:
+        shape = Shape(batch, 8, 64, 8, 4) if batch * 8 * 64 * 32 * 4 < 2**22 else Shape(batch // 64, 8, 64, 64, 32)
+        size = shape.batch * shape.frames * shape.channels * shape.height * shape.width * 4
+        if size > largest:
+            return rows
+        rows.append(floor_row(shape, torch.float32, "NCHW", 0, device))
+        step(rows[-1:])
+        batch *= 4
+
+
+def calls_on_the_host(device: torch.device) -> list[Row]:
+    """The time of one call on 8 frames of 64 channels of 2x2: all host, no work."""
+    x = torch.randn(8, 64, 2, 2, device=device)
+    leaf, shift = x.clone().requires_grad_(), Shift(8, 8, 1, "zeros", temporal(64))
+    from tsm_jit import temporal_shift
+
+    with torch.no_grad():
+        times = {
+            "torch.relu_": timing.host_seconds(lambda: torch.relu_(x)),
+            "stock, no_grad": timing.host_seconds(lambda: peers.stock(x, shift)),
+            "tsm_jit, no_grad": timing.host_seconds(lambda: temporal_shift(x, 8)),
+            "tsm_jit in place, no_grad": timing.host_seconds(lambda: temporal_shift(x, 8, inplace=True)),
+        }
+    times["stock, recorded"] = timing.host_seconds(lambda: peers.stock(leaf, shift))
+    times["tsm_jit, recorded"] = timing.host_seconds(lambda: temporal_shift(leaf, 8))
+    return [
+        {
+            "call": name,
+            "microseconds": seconds * 1e6,
+            "cheaper_than_stock": times[f"stock, {name.split(', ')[1]}"] / seconds if name.startswith("tsm") else None,
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def seed_tables(device: torch.device) -> list[Row]:
+    """The tables of the text that the project started from, its claims beside what is measured here."""
+    values, shift = SEED_SPEED.tensor(torch.float32, "NCHW", device), SEED_SPEED.shift(0)
+    x = values.clone()
+    calls: dict[tuple[str, str], timing.Call] = {}
+    for operation, name, _, call in operations(x, shift, with_compiled=False):
+        check(operation, name, call, x, shift)
+        calls[operation, name] = lambda call=call: call(x)
+    alone = timing.medians(calls, device, lambda: x.copy_(values), repeats=100, seconds=2.0)
+    rows: list[Row] = [
+        {
+            "table": f"speedup over stock, {SEED_SPEED} float32",
+            "entry": f"{operation}, {name}",
+            "claimed": SEED_CLAIMS[operation],
+            "measured": alone[operation, "eager"] / alone[operation, name],
+        }
+        for operation in ("forward", "backward")
+        for name in ("tsm_jit", "tsm_jit in place")
+    ]
+    x, shift = SEED_MEMORY.tensor(torch.float32, "NCHW", device), SEED_MEMORY.shift(0)
+    for name, peer in (("out of place", peers.ours), ("in place", peers.ours_in_place)):
+        peak = timing.peak_bytes(lambda peer=peer: peer(x, shift), device)
+        rows.append(
+            {
+                "table": f"MB held, {SEED_MEMORY} float32",
+                "entry": name,
+                "claimed": SEED_CLAIMED_MEGABYTES[name],
+                "measured": None if peak is None else (x.numel() * 4 + peak) / 2**20,
+            }
+        )
+    return rows
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bool, seed_table: bool) -> Row:
+    """All of it, or what ``quick`` has time for; writes ``bench.json`` and the plots into ``output``."""
+    from tsm_jit.bench import report
+
+    torch.manual_seed(0)
+    results: Row = {"environment": environment(device)}
+    with report.Progress(results["environment"]) as progress:
+        if seed_table:
+            results["seed"] = progress.table("seed", seed_tables(device))
+        else:
+            cuda = device.type == "cuda"
+            chosen = shapes or (QUICK_SHAPES if quick else SHAPES if cuda else SHAPES[:3])
+            dtypes, layouts = (DTYPES[:1], LAYOUTS[:1]) if quick else (DTYPES, LAYOUTS)
+            results["calls"] = progress.table("calls", calls_on_the_host(device))
+            results["peers"] = against_peers(
+                chosen, dtypes, layouts, device, 50, not quick, progress.section("peers", len(chosen))
+            )
+            lengths = [Shape(64 // t, t, 256, 56, 56) for t in (4, 8, 16, 32)]
+            odd = [Shape(16, 8, 2048, 7, 7), Shape(16, 8, 1024, 14, 14), Shape(16, 8, 72, 28, 28)]
+            grid = chosen if quick or shapes or not cuda else (*lengths, *odd)
+            depths = (0,) if quick else (0, 1, 2, 3, 4)
+            results["floor"] = against_the_floor(
+                grid, dtypes, layouts, depths, device, progress.section("floor", len(grid))
+            )
+            largest = 2**22 if quick else 2**33 if cuda else 2**28
+            if cuda:  # rotating buffers: the tensor four times
+                largest = min(largest, torch.cuda.mem_get_info(device)[0] // 5)
+            results["sweep"] = sweep(device, largest, progress.section("sweep", 1))
+    report.save(results, output)
+    return results
+
+
+def load(path: Path) -> Row:
+    """The results in a JSON file of an earlier run."""
+    return json.loads(path.read_text())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _mebibytes(count: int | None) -> float | None:
+    return None if count is None else count / 2**20

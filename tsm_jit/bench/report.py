@@ -1,0 +1,137 @@
+"""What a run of the benchmark leaves: tables while it works, JSON, plots."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+Row = dict[str, Any]
+
+_COLUMNS = {
+    "calls": ("call", "microseconds", "cheaper_than_stock"),
+    "peers": (
+        "shape", "dtype", "layout", "operation", "who",
+        "milliseconds", "gigabytes_per_second", "of_copy", "against_eager", "peak_mebibytes",
+    ),
+    "floor": ("shape", "dtype", "layout", "depth", *(operations := (
+        "forward", "backward", "forward in place", "backward in place"
+    ))),
+    "sweep": ("mebibytes", *operations),
+    "seed": ("table", "entry", "claimed", "measured"),
+}  # fmt: skip
+_TITLES = {
+    "calls": "one call on the host, 8 frames of 64 channels of 2x2",
+    "peers": "alone with cold caches: against other implementations; of_copy: of the bandwidth of a copy of the tensor",
+    "floor": "many in a row: microseconds, and of what a copy of as many bytes reaches",
+    "sweep": "from small to large, float32 NCHW TSM: microseconds, and of what a copy of as many bytes reaches",
+    "seed": "the project's first text: its claims and what is measured",
+}
+
+
+class Progress:
+    """Prints each row under a bar that says what is being measured."""
+
+    def __init__(self, environment: Row):
+        self._bar = tqdm(unit="row", leave=False)
+        self._bar.write(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None))
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def section(self, name: str, count: int) -> Callable[[list[Row]], None]:
+        """Starts a table; the function it returns prints rows of it."""
+        self._bar.write("")
+        self._bar.write(_TITLES[name])
+        columns = _COLUMNS[name]
+        self._bar.write("  ".join(_cell(column, column) for column in columns))
+        self._bar.set_description(name)
+
+        def step(rows: list[Row]) -> None:
+            for row in rows:
+                self._bar.write("  ".join(_cell(column, row[column]) for column in columns))
+            self._bar.update(len(rows))
+
+        return step
+
+    def table(self, name: str, rows: list[Row]) -> list[Row]:
+        """A whole table at once."""
+        self.section(name, len(rows))(rows)
+        return rows
+
+
+def _cell(column: str, value: Any) -> str:
+    width = {"shape": 28, "call": 25, "who": 16, "layout": 13, "table": 48, "entry": 26}.get(column, 11)
+    if column in operations:
+        width = 18
+    if value is None:
+        text = "-"
+    elif isinstance(value, dict) and "of_floor" in value:
+        text = f"{value['microseconds']:.1f} us {value['of_floor']:6.1%}"
+    elif isinstance(value, dict):
+        text = ", ".join(f"{name} {entry}" for name, entry in value.items())
+    elif isinstance(value, float):
+        text = f"{value:.1%}" if column.startswith("of_") else f"{value:.4g}"
+    else:
+        text = str(value)
+    return text[: max(width, len(text) if column != value else width)].ljust(width)
+
+
+def save(results: Row, folder: Path) -> None:
+    """``bench.json``, and a PNG for every part that is a curve or bars."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    written = ["bench.json"]
+    for name, draw in (("sweep", draw_sweep), ("peers", draw_peers)):
+        if results.get(name):
+            figure = draw(results[name], results["environment"])
+            figure.savefig(folder / f"{name}.png", dpi=110)
+            written.append(f"{name}.png")
+    sys.stdout.write(f"\nwritten to {folder}: {', '.join(written)}\n")
+
+
+def draw_sweep(rows: list[Row], environment: Row) -> Figure:
+    """GB/s and % of the floor against the size of the tensor."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    rate, part = figure.subplots(1, 2)
+    sizes = [row["mebibytes"] for row in rows]
+    for operation in operations:
+        rate.plot(sizes, [row[operation]["gigabytes_per_second"] for row in rows], marker="o", label=operation)
+        part.plot(sizes, [100 * row[operation]["of_floor"] for row in rows], marker="o", label=operation)
+    part.axhline(100, color="gray", linewidth=0.8)
+    rate.set(ylabel="GB/s that had to be moved")
+    part.set(ylabel="% of a copy of as many bytes", ylim=(0, None))
+    for axis in (rate, part):
+        axis.set(xscale="log", xlabel="tensor, MiB")
+        axis.grid(alpha=0.3)
+    rate.legend()
+    figure.suptitle(f"temporal shift, float32 NCHW, on {environment['device']}: many calls on rotating buffers")
+    return figure
+
+
+def draw_peers(rows: list[Row], environment: Row) -> Figure:
+    """Bars of milliseconds, each shape and operation relative to the family's own implementation."""
+    rows = [row for row in rows if (row["dtype"], row["layout"]) == (rows[0]["dtype"], rows[0]["layout"])]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(2.2 * len(shapes) + 5, 7), layout="constrained")
+    for axis, operation in zip(figure.subplots(2, 1), ("forward", "backward"), strict=True):
+        chosen = [row for row in rows if row["operation"] == operation]
+        names = list(dict.fromkeys(row["who"] for row in chosen))
+        for k, name in enumerate(names):
+            times = {row["shape"]: row["against_eager"] for row in chosen if row["who"] == name}
+            places = [i + (k - len(names) / 2) / (len(names) + 1) for i in range(len(shapes))]
+            heights = [times.get(shape, 0) for shape in shapes]
+            axis.bar(places, heights, width=1 / (len(names) + 1), align="edge", label=name)
+        axis.axhline(1, color="gray", linewidth=0.8)
+        axis.set(ylabel=f"{operation}: times as fast as eager", xticks=range(len(shapes)), xticklabels=shapes)
+    figure.axes[0].legend(ncols=3)
+    figure.suptitle(f"TSM's shift, {rows[0]['dtype']} {rows[0]['layout']}, on {environment['device']}, cold caches")
+    return figure

@@ -1,0 +1,132 @@
+"""Clocks: what one call takes on the device, on the host, and how much memory."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Call = Callable[[], object]
+Name = TypeVar("Name")
+
+_FLUSH_BYTES = 256 * 2**20  # more than the L2 of any GPU
+
+
+def medians(
+    calls: dict[Name, Call], device: torch.device, prepare: Call, repeats: int, seconds: float
+) -> dict[Name, float]:
+    """Median seconds of each call, in shuffled order, with cold caches on CUDA; fewer repeats where they take long.
+
+    ``prepare`` runs before each: it fills anew what calls in place have changed.
+
+    A launch of a few microseconds is timed with the gap that comes before it: see :func:`in_a_row`.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    for call in calls.values():  # warm-up
+        call()
+        call()
+    deadline = time.perf_counter() + seconds * len(calls)
+    for repeat in range(repeats):
+        order = list(calls)
+        random.shuffle(order)
+        for name in order:
+            prepare()
+            if flush is not None:
+                flush.zero_()
+            times[name].append(_elapsed(calls[name], device))
+        if repeat >= 4 and time.perf_counter() > deadline:
+            break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _elapsed(call: Call, device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+def in_a_row(calls: Sequence[Call], device: torch.device, prepare: Call, repeats: int = 7) -> float:
+    """Median seconds of one call among many in a row, each on a buffer of its own; ``prepare`` fills the buffers anew.
+
+    On CUDA they are a graph, so that no launch gap counts, and where the buffers together exceed the L2 cache, no warm
+    cache either. What the start of a graph takes is the same for one that makes every call three times: it cancels.
+    """
+
+    def work(rounds: int) -> None:
+        for _ in range(rounds):
+            kept = [call() for call in calls]  # so that results do not share one piece of memory
+            del kept
+
+    def median(run: Call) -> float:
+        times = []
+        for _ in range(repeats):
+            prepare()
+            times.append(_elapsed(run, device))
+        return statistics.median(times)
+
+    if device.type != "cuda":
+        work(1)
+        return median(lambda: work(1)) / len(calls)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work(1)
+    torch.cuda.current_stream().wait_stream(stream)
+    seconds = {}
+    for rounds in (1, 3):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work(rounds)
+        graph.replay()
+        seconds[rounds] = median(graph.replay)
+        del graph
+    return (seconds[3] - seconds[1]) / (2 * len(calls))
+
+
+def host_seconds(call: Call, calls: int = 2000, repeats: int = 9) -> float:
+    """What the host spends on one call, the best of several rounds: for tensors so small that the work is nothing."""
+    for _ in range(100):
+        call()
+    best = float("inf")
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls // repeats):
+            call()
+        best = min(best, (time.perf_counter() - begin) / (calls // repeats))
+    return best
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """The most memory allocated during one call beyond what was there before; None where nobody counts."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The size of the last cache before memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.rstrip("KM")) * (2**20 if size.endswith("M") else 2**10) for size in sizes), default=2**25)
