@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from tsm_jit import _loader, plans
+from tsm_jit import _loader, plans, tsam
 from tsm_jit._info import info
 from tsm_jit.functional import shift_groups, temporal_shift
 from tsm_jit.tsm import TemporalPool, TemporalShift, make_temporal_pool, make_temporal_shift
@@ -16,6 +16,7 @@ __all__ = [
     "plans",
     "shift_groups",
     "temporal_shift",
+    "tsam",
 ]
 
 if not _loader.asked_to_clean():

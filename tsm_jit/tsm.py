@@ -8,25 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsm_jit import ops
 from tsm_jit._checks import integer, one_of
+from tsm_jit._networks import ShiftedModule, refuse_converted, residual_stages
 from tsm_jit.functional import encode_temporal, temporal_shift
 
-# Modules that read their input and neither change nor return it: before these a shift may be made in place and undone.
-_READ_ONLY_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
-
-def _only_reads_its_input(net: nn.Module) -> bool:
-    """Nor may a hook see the input: one that keeps it would find it unshifted afterwards."""
-    hooks = (net._forward_hooks, net._forward_pre_hooks)
-    return type(net) in _READ_ONLY_MODULES and not any(hooks)
-
-
-class TemporalShift(nn.Module):
+class TemporalShift(ShiftedModule):
     """Shift, then ``net``: the drop-in for TSM's class of this name (arXiv:1811.08383).
 
     The input is frames ``[N*T, C, *]``, ``T = n_segment``, of any dtype; the output is that of ``net``. The shift is
@@ -60,16 +50,7 @@ class TemporalShift(nn.Module):
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.inplace or not ops.eager():
-            return self.net(temporal_shift(x, self.n_segment, self.fold_div))
-        shift = encode_temporal(x, self.n_segment, self.fold_div)
-        if torch.is_grad_enabled():
-            with ops.shifting_again(x, shift) as shifted:
-                return self.net(shifted)
-        if _only_reads_its_input(self.net) and ops.elements_are_apart(x):
-            with ops.shift_undone(x, shift):
-                return self.net(x)
-        return self.net(ops.temporal_shift(x, shift))
+        return self.call_shifted(self.net, x, encode_temporal(x, self.n_segment, self.fold_div))
 
     @staticmethod
     def shift(x: Tensor, n_segment: int, fold_div: int = 3, inplace: bool = False, vect: Any = None) -> Tensor:
@@ -146,10 +127,9 @@ def make_temporal_shift(
     Raises:
         TypeError: ``net`` has no such stages. ValueError: an unknown ``place``; a network that was converted already.
     """
-    stages = _stages(net)
+    stages = residual_stages(net)
     one_of("place", place, ("block", "blockres"))
-    if any(isinstance(module, TemporalShift) for module in net.modules()):
-        raise ValueError("net must not hold temporal shifts already, but it was converted before")
+    refuse_converted(net)
     n_segment, n_div = integer("n_segment", n_segment, 1), integer("n_div", n_div, 1)
     later = _halved(n_segment) if temporal_pool else n_segment
     every = 2 if place == "blockres" and len(stages[2]) >= 23 else 1
@@ -168,24 +148,8 @@ def make_temporal_pool(net: nn.Module, n_segment: int) -> None:
     Raises:
         TypeError: ``net`` is no ResNet. ValueError: it is pooled already.
     """
-    _stages(net)
+    residual_stages(net)
     _halved(n_segment)
     if isinstance(net.layer2, TemporalPool):
         raise ValueError("net must not be pooled already, but its layer2 is a TemporalPool")
     net.layer2 = TemporalPool(net.layer2, n_segment)
-
-
-def _stages(net: nn.Module) -> list[nn.Sequential]:
-    names = ("layer1", "layer2", "layer3", "layer4")
-    stages = [getattr(net, name, None) for name in names]
-    stages = [stage.net if isinstance(stage, TemporalPool) else stage for stage in stages]
-    for stage in stages:
-        if not isinstance(stage, nn.Sequential) or not all(isinstance(_inner(b), nn.Module) for b in stage):
-            raise TypeError(
-                f"net must be a ResNet with stages {', '.join(names)} of blocks with a conv1, got {type(net).__name__}"
-            )
-    return stages
-
-
-def _inner(block: nn.Module) -> nn.Module | None:
-    return getattr(block.net if isinstance(block, TemporalShift) else block, "conv1", None)
