@@ -120,3 +120,13 @@ def test_what_cannot_be_converted():
     tsam.make_Shift(net, 8, 8, 8, 1, 1, 0)
     with pytest.raises(ValueError, match="must not hold temporal shifts already"):
         tsm_jit.make_temporal_shift(net, 8)
+
+
+def test_another_clip_length_has_as_many_segments_of_sound():
+    net = torchvision.models.resnet18()
+    tsam.make_Shift(net, 9, 8, 8, 2, 1, 0)
+    with tsm_jit.n_segment(net, 17):
+        assert {(b.conv1.n_segment, b.conv1.n_segment_shifted) for b in net.layer3} == {(17, 16)}
+    assert {(b.conv1.n_segment, b.conv1.n_segment_shifted) for b in net.layer3} == {(9, 8)}
+    with pytest.raises(ValueError, match="n_segment must be more than 1, the segments that never shift, got 1"):
+        tsm_jit.n_segment(net, 1)

@@ -401,3 +401,34 @@ def test_surgery_errors():
 def test_public_names():
     for name in tsm_jit.__all__:
         assert getattr(tsm_jit, name).__doc__, name
+
+
+def test_another_clip_length():
+    """Set for good, for a while, with pooling, and not at all where it cannot be."""
+    net, other = torchvision.models.resnet18(num_classes=3).eval(), torchvision.models.resnet18(num_classes=3).eval()
+    other.load_state_dict(net.state_dict())
+    for network, clip in ((net, 4), (other, 8)):
+        make_temporal_shift(network, clip, temporal_pool=True)
+        make_temporal_pool(network, clip)
+    x = torch.randn(16, 3, 32, 32)
+    before = net(x)
+    with tsm_jit.n_segment(net, 8):
+        assert_same_bits(net(x), other(x))
+        assert net.layer1[0].conv1.n_segment == net.layer2.n_segment == 8
+        assert net.layer4[1].conv1.n_segment == 4
+    assert_same_bits(net(x), before)
+    for wrong, error, message in (
+        (3, ValueError, "n_segment must be a multiple of 2 for a network that pools, got 3"),
+        (0, ValueError, "n_segment must be at least 1, got 0"),
+        (8.0, TypeError, "n_segment must be an integer, got 8.0"),
+    ):
+        with pytest.raises(error) as raised:
+            tsm_jit.n_segment(net, wrong)
+        assert str(raised.value) == message
+    assert_same_bits(net(x), before)
+    tsm_jit.n_segment(net, 8)
+    assert_same_bits(net(x), other(x))
+    with pytest.raises(ValueError, match="net must hold temporal shifts or pools to have a clip length, got Linear"):
+        tsm_jit.n_segment(nn.Linear(2, 2), 8)
+    with pytest.raises(ValueError, match="n_segment must divide the 12 frames of x, got 8"):
+        net(x[:12])

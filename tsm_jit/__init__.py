@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from tsm_jit import _loader, plans, tsam
 from tsm_jit._info import info
+from tsm_jit._networks import n_segment
 from tsm_jit.functional import shift_groups, temporal_shift
 from tsm_jit.tsm import TemporalPool, TemporalShift, make_temporal_pool, make_temporal_shift
 
@@ -13,6 +14,7 @@ __all__ = [
     "info",
     "make_temporal_pool",
     "make_temporal_shift",
+    "n_segment",
     "plans",
     "shift_groups",
     "temporal_shift",

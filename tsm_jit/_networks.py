@@ -6,12 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from tsm_jit import ops
+from tsm_jit._checks import integer
 
 # Modules that read their input and neither change nor return it: before these a shift may be made in place and undone.
 _READ_ONLY_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-class ShiftedModule(nn.Module):
+class ClipModule(nn.Module):
+    """A module that takes its frames for clips of ``n_segment``."""
+
+    n_segment: int
+
+
+class ShiftedModule(ClipModule):
     """A module around another one that sees the input shifted; with ``inplace``, without a second activation."""
 
     inplace: bool
@@ -33,6 +40,59 @@ def _only_reads_its_input(net: nn.Module) -> bool:
     """Nor may a hook see the input: one that keeps it would find it unshifted afterwards."""
     hooks = (net._forward_hooks, net._forward_pre_hooks)
     return type(net) in _READ_ONLY_MODULES and not any(hooks)
+
+
+class n_segment:
+    """Sets the clip length of a whole converted network, at once; as a context manager, for as long as its block runs.
+
+    A pooled network (:func:`tsm_jit.make_temporal_pool`) keeps halving, and of TSAM's segments as many stay sound.
+
+    Args:
+        net: a network with modules of :mod:`tsm_jit.tsm` or :mod:`tsm_jit.tsam`; it is changed in place.
+        n_segment: the clip length in frames at its input.
+
+    Raises:
+        TypeError, ValueError: ``net`` holds no such module; ``n_segment`` is no integer from 1 up, cannot be halved
+            where the network pools, or leaves no segment to shift beside TSAM's sound. The network is then as it was.
+
+    Example::
+
+        tsm_jit.n_segment(net, 16)  # from here on
+        with tsm_jit.n_segment(net, 32):  # only here
+            net(long_clips)
+    """
+
+    def __init__(self, net: nn.Module, n_segment: int):
+        new = integer("n_segment", n_segment, 1)
+        modules = [module for module in net.modules() if isinstance(module, ClipModule)]
+        if not modules:
+            raise ValueError(f"net must hold temporal shifts or pools to have a clip length, got {type(net).__name__}")
+        old = max(module.n_segment for module in modules)
+        changes: list[tuple[nn.Module, str, int]] = []
+        for module in modules:
+            part = old // module.n_segment  # 2 after a pool
+            if new % part != 0:
+                raise ValueError(f"n_segment must be a multiple of {part} for a network that pools, got {new}")
+            changes.append((module, "n_segment", new // part))
+            shifted = getattr(module, "n_segment_shifted", None)
+            if shifted is not None:
+                sound = module.n_segment - shifted
+                if new // part <= sound:
+                    raise ValueError(f"n_segment must be more than {sound}, the segments that never shift, got {new}")
+                changes.append((module, "n_segment_shifted", new // part - sound))
+        self._before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+        _assign(changes)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        _assign(self._before)
+
+
+def _assign(changes: list[tuple[nn.Module, str, int]]) -> None:
+    for module, name, value in changes:
+        setattr(module, name, value)
 
 
 def refuse_converted(net: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tsm_jit._checks import integer, one_of
-from tsm_jit._networks import ShiftedModule, refuse_converted, residual_stages
+from tsm_jit._networks import ClipModule, ShiftedModule, refuse_converted, residual_stages
 from tsm_jit.functional import encode_temporal, temporal_shift
 
 
@@ -61,7 +61,7 @@ class TemporalShift(ShiftedModule):
         return f"n_segment={self.n_segment}, fold_div={self.fold_div}, inplace={self.inplace}"
 
 
-class TemporalPool(nn.Module):
+class TemporalPool(ClipModule):
     """Halves the clip length, then ``net``: TSM's temporal pooling (arXiv:1811.08383).
 
     Max pooling over time with kernel 3, stride 2 and padding 1: ``[N*T, C, H, W]`` to ``[N*(T/2), C, H, W]``, with
