@@ -171,7 +171,8 @@ Plan plan_for(const Tensor& x, const std::string& encoded) {
   // A network calls with few shifts, often the same one in a row, and to decode one takes as long as a small shift.
   thread_local std::string last;
   thread_local Plan decoded;
-  if (encoded != last) {
+  if (last.empty() || encoded != last) {
+    last.clear();
     decoded = Decoder(encoded).plan();
     last = encoded;
   }

@@ -12,19 +12,22 @@ CPU = torch.device("cpu")
 SHAPE = bench.Shape(2, 8, 32, 3, 2, 4)
 
 
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("depth", range(5))
-def test_bytes_moved_are_those_of_the_elements_that_move(depth):
-    """Counted one by one: whose value appears in another place, and which places change."""
-    shift = SHAPE.shift(depth)
-    places = torch.arange(1.0, 1 + 2 * 8 * 32 * 3 * 2, dtype=torch.float64).view(2 * 8, 32, 3, 2)
-    after = reference.temporal_shift(places, shift)
-    changed = after != places
-    for in_place, read, written in (
-        (False, after.unique(), after),
-        (True, after[changed].unique(), after[changed]),
-    ):
-        count = (read != 0).sum().item() + written.numel()
-        assert peers.bytes_moved(places, shift, in_place) == 8 * count
+def test_bytes_moved_are_those_of_what_is_read_and_written(depth, frames, adjoint):
+    """Counted in the matrix of the shift along time, channel by channel."""
+    shift = bench.Shape(1, frames, 32, 1, 1, 4).shift(depth)
+    identity = torch.eye(frames).view(frames, 1, frames).expand(frames, 32, frames)
+    oracle = reference.temporal_shift_backward if adjoint else reference.temporal_shift
+    x = torch.zeros(frames, 32, dtype=torch.float64)
+    out_of_place = in_place = 0
+    for matrix in oracle(identity, shift).unbind(1):
+        changed = matrix[(matrix != torch.eye(frames)).any(1)]
+        out_of_place += matrix.any(0).sum().item() + frames
+        in_place += changed.any(0).sum().item() + len(changed)
+    assert peers.bytes_moved(x, shift, False, adjoint) == 8 * out_of_place
+    assert peers.bytes_moved(x, shift, True, adjoint) == 8 * in_place
 
 
 def test_every_peer_is_checked_and_a_wrong_one_is_not_timed(monkeypatch, tmp_path, capsys):
@@ -62,7 +65,7 @@ def test_seed_table_and_shape(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("shape", ["", "1,2,3", "1,8,16,2,2,4,4", "1,8,x,2,2", "1,8,16,0,2"])
+@pytest.mark.parametrize("shape", ["", "1,2,3", "1,8,16,2,2,4,4", "1,8,x,2,2", "1,8,16,0,2", "1,8,16,2,2,1"])
 def test_wrong_shapes(shape, capsys):
     assert cli.main(["bench", "--shape", shape]) == 2
     assert "a shape is B,T,C,H,W or B,T,C,H,W,DIV" in capsys.readouterr().err

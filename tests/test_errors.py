@@ -164,8 +164,19 @@ def test_overlapping_memory(device, shape, strides):
     storage = torch.randn(400, device=device)
     before = storage.clone()
     message = f"x must not overlap itself to be shifted in place, got sizes {list(shape)} with strides {tuple(strides)}"
+
+    def shift_(x):
+        return tsm_jit.temporal_shift(x, 4, inplace=True)
+
+    x = storage.as_strided(shape, strides)
     with raises(ValueError, message):
-        tsm_jit.temporal_shift(storage.as_strided(shape, strides), 4, inplace=True)
+        shift_(x)
+    with torch.autograd.forward_ad.dual_level(), raises(ValueError, message):
+        shift_(x)
+    with raises(ValueError, message):
+        torch.jit.trace(shift_, x, check_trace=False)
+    with raises(ValueError, message):
+        torch.compile(shift_, backend="aot_eager")(x)
     assert_same_bits(storage, before)
 
 

@@ -76,6 +76,30 @@ for n in (1, 2, 5):
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def test_channels_are_no_variable_of_an_exported_program():
+    """The folds are counted in them: for another number a program refuses to run, or to be exported at all."""
+    dynamic = {"x": {1: 8 * torch.export.Dim("folds", min=1, max=64)}}
+
+    class Shift(torch.nn.Module):
+        def forward(self, x):
+            return tsm_jit.temporal_shift(x, CLIP)
+
+    def use(strict):
+        x = torch.randn(8, 16, 3, 3)
+        program = torch.export.export(Shift(), (x,), dynamic_shapes=dynamic, strict=strict)
+        assert_same_bits(program.module()(x), tsm_jit.temporal_shift(x, CLIP))
+        program.module()(torch.randn(8, 24, 3, 3))
+
+    for strict in (False, True):
+        with pytest.raises((RuntimeError, AssertionError), match=r"(?i)guard|constraint"):
+            use(strict)
+
+
+def test_a_trace_without_channels():
+    traced = torch.jit.trace(lambda x: tsm_jit.temporal_shift(x, CLIP), torch.zeros(8, 0, 3))
+    assert traced(torch.zeros(4, 0, 3)).shape == (4, 0, 3)
+
+
 @pytest.mark.feature("`torch.export`, AOTInductor")
 def test_aot_inductor(device, tmp_path):
     run = compiled_ahead_of_time("Net()", device, tmp_path)

@@ -47,7 +47,7 @@ def memory(draw, shape: tuple[int, ...], channel_dim: int) -> tuple:
 def cases(draw) -> tuple:
     n_segment = draw(st.integers(1, 9) | st.integers(1, 64))
     clips = draw(st.integers(0, 3) if n_segment > 9 else st.integers(0, 6))
-    channels = draw(st.sampled_from([1, 2, 3, 7, 8, 9, 16, 24, 64, 72]))
+    channels = draw(st.sampled_from([0, 1, 2, 3, 7, 8, 9, 16, 24, 64, 72]))
     plane = draw(st.sampled_from(PLANES))
     layout = draw(st.sampled_from(["frames", "clips", "tokens"]))
     if layout == "clips" and len(plane) == 2:
@@ -95,7 +95,7 @@ def test_kernels_equal_the_oracle(device, case):
     assert_same_bits(out, expected)
     assert_same_bits(x, values)
     assert out.stride() == torch.empty_like(x).stride()
-    assert_same_bits(reference.sliced(x, shift) if x.numel() else out, expected)
+    assert_same_bits(reference.sliced(x, shift), expected)
     shifted_in_place(lambda x: tsm_jit.shift_groups(x, *arguments, **options, inplace=True), values, expected, where)
 
     if adds and dtype not in FLOATING:

@@ -95,7 +95,7 @@ def test_the_module():
     [
         ((8, 9, 8, 1, 1, 0), ValueError, "n_segment_shifted must be at most n_segments=8, got 9"),
         ((0, 9, 8, 1, 1, 0), ValueError, "n_segments must be at least 1, got 0"),
-        ((8, 8, 0, 1, 1, 0), ValueError, "f_div must be at least 1, got 0"),
+        ((8, 8, 0, 1, 1, 0), ValueError, "f_div must be at least 2, got 0"),
         ((8, 8, 8, 1.0, 1, 0), TypeError, "shift_depth must be an integer, got 1.0"),
         ((8, 8, 8, 1, 0, 0), ValueError, "n_insert must be at least 1, got 0"),
         ((8, 8, 8, 1, 2, 2), ValueError, "m_insert must be less than n_insert=2, got 2"),
@@ -110,6 +110,12 @@ def test_surgery_errors(arguments, error, message):
 
 
 def test_what_cannot_be_converted():
+    with pytest.raises(ValueError, match="f_div must be at least 2, got 1"):
+        tsam.TemporalShift(nn.Identity(), 8, 8, 1, 1)
+    net = torchvision.models.resnet18()
+    net.layer1[0] = tsam.TemporalShift(net.layer1[0], 8, 8, 8, 1)
+    with pytest.raises(ValueError, match="must not hold temporal shifts already"):
+        tsam.make_Shift(net, 8, 8, 8, 1, 1, 0)
     with pytest.raises(TypeError, match="net must be a ResNet with stages layer1, layer2, layer3, layer4"):
         tsam.make_Shift(torchvision.models.mobilenet_v2(), 8, 8, 8, 1, 1, 0)
     net = torchvision.models.resnet18()

@@ -428,6 +428,13 @@ def test_another_clip_length():
     assert_same_bits(net(x), before)
     tsm_jit.n_segment(net, 8)
     assert_same_bits(net(x), other(x))
+    with pytest.raises(ValueError, match="n_segment must be a multiple of 2 for a network that pools, got 7"):
+        tsm_jit.n_segment(TemporalPool(nn.Identity(), 8), 7)
+    mixed = nn.Sequential(TemporalShift(nn.Identity(), 8), TemporalShift(nn.Identity(), 3))
+    with pytest.raises(ValueError, match="net must hold one clip length and parts of it, got 8 and 3"):
+        tsm_jit.n_segment(mixed, 16)
+    with pytest.raises(TypeError, match=r"net must be a torch\.nn\.Module, got int"):
+        tsm_jit.n_segment(3, 8)
     with pytest.raises(ValueError, match="net must hold temporal shifts or pools to have a clip length, got Linear"):
         tsm_jit.n_segment(nn.Linear(2, 2), 8)
     with pytest.raises(ValueError, match="n_segment must divide the 12 frames of x, got 8"):

@@ -13,13 +13,14 @@ _READ_ONLY_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class ClipModule(nn.Module):
-    """A module that takes its frames for clips of ``n_segment``."""
+    """A module around another one that takes its frames for clips of ``n_segment``."""
 
     n_segment: int
+    halves = False  # the clip, before its module
 
 
 class ShiftedModule(ClipModule):
-    """A module around another one that sees the input shifted; with ``inplace``, without a second activation."""
+    """One that lets its module see the input shifted; with ``inplace``, without a second activation."""
 
     inplace: bool
 
@@ -63,6 +64,8 @@ class n_segment:
     """
 
     def __init__(self, net: nn.Module, n_segment: int):
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
         new = integer("n_segment", n_segment, 1)
         modules = [module for module in net.modules() if isinstance(module, ClipModule)]
         if not modules:
@@ -70,9 +73,12 @@ class n_segment:
         old = max(module.n_segment for module in modules)
         changes: list[tuple[nn.Module, str, int]] = []
         for module in modules:
+            if old % module.n_segment != 0:
+                raise ValueError(f"net must hold one clip length and parts of it, got {old} and {module.n_segment}")
             part = old // module.n_segment  # 2 after a pool
-            if new % part != 0:
-                raise ValueError(f"n_segment must be a multiple of {part} for a network that pools, got {new}")
+            factor = 2 * part if module.halves else part
+            if new % factor != 0:
+                raise ValueError(f"n_segment must be a multiple of {factor} for a network that pools, got {new}")
             changes.append((module, "n_segment", new // part))
             shifted = getattr(module, "n_segment_shifted", None)
             if shifted is not None:
@@ -106,7 +112,7 @@ def residual_stages(net: nn.Module) -> list[nn.Sequential]:
     names = ("layer1", "layer2", "layer3", "layer4")
     stages = [getattr(net, name, None) for name in names]
     # A stage or a block may be wrapped already, by TemporalPool or a shift before the whole block.
-    stages = [stage if isinstance(stage, nn.Sequential) else getattr(stage, "net", None) for stage in stages]
+    stages = [_unwrapped(stage) for stage in stages]
     for stage in stages:
         if not isinstance(stage, nn.Sequential) or not all(isinstance(_first_convolution(b), nn.Module) for b in stage):
             raise TypeError(
@@ -116,4 +122,8 @@ def residual_stages(net: nn.Module) -> list[nn.Sequential]:
 
 
 def _first_convolution(block: nn.Module) -> nn.Module | None:
-    return getattr(block.net if isinstance(block, ShiftedModule) else block, "conv1", None)
+    return getattr(_unwrapped(block), "conv1", None)
+
+
+def _unwrapped(module: nn.Module | None) -> nn.Module | None:
+    return next(module.children()) if isinstance(module, ClipModule) else module

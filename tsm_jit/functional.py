@@ -193,6 +193,7 @@ def _encode(
     padding: Any,
     channel_dim: int,
 ) -> str:
+    plan = tuple([(int(width), offset) for width, offset in plan])  # torch.export may count channels in symbols
     n_segment = _n_segment(shape, n_segment, channel_dim)
     if n_segment_shifted is None:
         n_segment_shifted = n_segment

@@ -27,7 +27,6 @@ from torch._C import _get_tracing_state as _tracing_state
 from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version, saved_tensors_hooks
 from torch.compiler import is_compiling
-from torch.onnx import is_in_onnx_export
 
 from tsm_jit import reference
 from tsm_jit.plans import Shift
@@ -155,7 +154,7 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
     if is_compiling() or _is_tracing():
         # Graphs for ONNX and of torch.jit.trace are to run where no tsm_jit is. And under transforms a compiler would
         # drop the tangent of an operator that Python taught to differentiate.
-        plainly = is_in_onnx_export() or _is_tracing() or _transforms_are_active()
+        plainly = torch.onnx.is_in_onnx_export() or _is_tracing() or _transforms_are_active()
         return reference.sliced(x, Shift.decode(shift)) if plainly else _forward(x, shift)
     return _TransformableShift.apply(x, shift)
 
@@ -188,8 +187,13 @@ def elements_are_apart(x: Tensor) -> bool:
 
 def temporal_shift_(x: Tensor, shift: str) -> Tensor:
     """``shift`` applied to ``x`` in place, by PyTorch's rules: see :func:`tsm_jit.temporal_shift`."""
+    if not elements_are_apart(x):
+        raise ValueError(
+            "x must not overlap itself to be shifted in place, "
+            f"got sizes {[int(size) for size in x.shape]} with strides {x.stride()}"
+        )
     records = x.requires_grad and torch.is_grad_enabled()
-    if not eager():  # where copy_ refuses memory that elements share
+    if not eager():
         # copy_ is an in-place operation that compilers and transforms know. mark_dirty is not: released versions of
         # torch compute wrong gradients when the dirtied tensor is an input of the compiled graph.
         if records and x.is_leaf:
@@ -197,10 +201,6 @@ def temporal_shift_(x: Tensor, shift: str) -> Tensor:
             x.detach().copy_(shifted.detach())
             return shifted
         return x.copy_(temporal_shift(x, shift))
-    if not elements_are_apart(x):
-        raise ValueError(
-            f"x must not overlap itself to be shifted in place, got sizes {list(x.shape)} with strides {x.stride()}"
-        )
     if records:
         _check_view(x)
         return (_InPlaceOnLeaf if x.is_leaf else _InPlace).apply(x, shift)
@@ -293,7 +293,7 @@ def shifting_again(x: Tensor, shift: str) -> Iterator[Tensor]:
 
 def eager() -> bool:
     """True if no compiler, tracer or transform is watching, and what autograd does may be arranged by hand."""
-    return not (
+    return not (  # every call asks: none of this in functions of its own
         is_compiling() or _tracing_state() is not None or functorch_is_active() or forward_ad._current_level >= 0
     )
 

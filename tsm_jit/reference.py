@@ -85,6 +85,8 @@ def sliced(x: Tensor, shift: Shift) -> Tensor:
         begin += width
     if begin < clips.shape[channel_dim]:
         parts.append(clips.narrow(channel_dim, begin, clips.shape[channel_dim] - begin))
+    if not parts:  # no channels
+        return x.clone()
     out = torch.cat(parts, channel_dim)
     if frames_dim == 1:
         out = out.flatten(0, 1)

@@ -24,13 +24,14 @@ class TemporalShift(ShiftedModule):
         layer: the module that receives the shifted frames, typically a block's first convolution.
         n_segment: the clip length in segments, video and audio together.
         n_segment_shifted: the leading segments that are shifted.
-        f_div: ``C // f_div`` channels move each way, in ``shift_depth`` folds of equal width.
+        f_div: 2 or more; ``C // f_div`` channels move each way, in ``shift_depth`` folds of equal width.
         shift_depth: how many frames away the farthest fold reads, 1 to 4 in TSAM.
         inplace: keep no second activation, as in :class:`tsm_jit.TemporalShift`: the input holds the same bits
             afterwards, outputs and gradients are exact.
 
     Raises:
-        TypeError, ValueError: on a call, as :func:`tsm_jit.temporal_shift`.
+        TypeError, ValueError: an argument is no integer or outside its range; on a call, as
+            :func:`tsm_jit.temporal_shift`.
 
     Example::
 
@@ -49,10 +50,10 @@ class TemporalShift(ShiftedModule):
     ):
         super().__init__()
         self.layer = layer
-        self.n_segment = n_segment
-        self.n_segment_shifted = n_segment_shifted
-        self.f_div = f_div
-        self.shift_depth = shift_depth
+        self.n_segment = integer("n_segment", n_segment, 1)
+        self.n_segment_shifted = integer("n_segment_shifted", n_segment_shifted, 1)
+        self.f_div = integer("f_div", f_div, 2)  # each way, so that no plan is wider than C
+        self.shift_depth = integer("shift_depth", shift_depth, 1)
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def make_Shift(
     n_segment_shifted = integer("n_segment_shifted", n_segment_shifted, 1)
     if n_segment_shifted > n_segments:
         raise ValueError(f"n_segment_shifted must be at most n_segments={n_segments}, got {n_segment_shifted}")
-    f_div, shift_depth = integer("f_div", f_div, 1), integer("shift_depth", shift_depth, 1)
+    f_div, shift_depth = integer("f_div", f_div, 2), integer("shift_depth", shift_depth, 1)
     n_insert, m_insert = integer("n_insert", n_insert, 1), integer("m_insert", m_insert, 0)
     if m_insert >= n_insert:
         raise ValueError(f"m_insert must be less than n_insert={n_insert}, got {m_insert}")

@@ -68,6 +68,8 @@ class TemporalPool(ClipModule):
     ``T = n_segment`` even.
     """
 
+    halves = True
+
     def __init__(self, net: nn.Module, n_segment: int):
         super().__init__()
         self.net = net

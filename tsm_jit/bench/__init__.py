@@ -7,7 +7,8 @@ kernel itself takes; and the host's time for a call on a tensor so small that th
 The floor is measured, not looked up: the bytes that an operation has to move (:func:`tsm_jit.bench.peers.bytes_moved`)
 over the bandwidth of torch's own copy of a tensor, in the same process and by the same clock.
 
-Every output is compared with the oracle, bit for bit, before it is timed.
+Every output is compared with the oracle before it is timed: ours bit for bit, those of others element by element,
+since some turn -0.0 into 0.0.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Shape:
             numbers = [int(part) for part in text.split(",")]
         except ValueError:
             numbers = []
-        if len(numbers) not in (5, 6) or min(numbers) < 1:
-            raise ValueError("a shape is B,T,C,H,W or B,T,C,H,W,DIV, positive integers")
+        if len(numbers) not in (5, 6) or min(numbers) < 1 or numbers[5:] == [1]:
+            raise ValueError("a shape is B,T,C,H,W or B,T,C,H,W,DIV, integers from 1 up, DIV from 2 up")
         return cls(*numbers)
 
     def tensor(self, dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
@@ -102,8 +103,11 @@ def environment(device: torch.device) -> Row:
 
 
 def _commit() -> str | None:
+    root = Path(__file__).parent.parent.parent
+    if not (root / ".git").exists():  # installed: another repository may lie around it
+        return None
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -120,10 +124,8 @@ def _driver() -> str | None:
 # --- what is timed ---------------------------------------------------------------------------------------------------
 
 
-def operations(
-    x: Tensor, shift: Shift, with_compiled: bool
-) -> Iterator[tuple[str, str, bool, Callable[[Tensor], Any]]]:
-    """(operation, who, in place?, call on a tensor like x)."""
+def operations(x: Tensor, shift: Shift, with_compiled: bool) -> Iterator[Operation]:
+    """Everybody's forward and backward, for tensors like ``x``."""
     forward: dict[str, peers.Peer] = {"copy": peers.copy, "eager": peers.eager, "tsm_jit": peers.ours}
     if shift.padding == "zeros":
         forward["split and cat"] = peers.split_cat
@@ -153,39 +155,53 @@ def _adjoint_in_place(grad: Tensor, encoded: str) -> Tensor:
 
 
 def check(operation: str, name: str, call: Callable[[Tensor], Any], x: Tensor, shift: Shift) -> None:
-    """Raises Mismatch unless the call computes what the oracle does, bit for bit."""
+    """Raises Mismatch unless the call computes what the oracle does."""
     if name == "copy":
         return
     oracle = reference.temporal_shift if operation == "forward" else reference.temporal_shift_backward
     expected = oracle(x, shift)
+    argument = torch.empty_like(x).copy_(x)
     torch.full_like(x, float("nan"))  # what the next tensor of this size finds in its memory
-    actual = call(x.clone())
-    # Elements, not bits: some peers of the backward turn -0.0 into 0.0.
+    actual = call(argument)
+    if name.startswith("tsm_jit"):
+        expected, actual = _bits(expected), _bits(actual)
     if not torch.equal(actual, expected):
         raise Mismatch(f"{operation} of {name} is not what the oracle computes for {list(x.shape)} and {shift}")
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 
 # --- the parts of a run ----------------------------------------------------------------------------------------------
 
 
 def against_peers(
-    shapes: tuple[Shape, ...], dtypes, layouts, device: torch.device, repeats: int, with_compiled: bool, step
+    shapes: tuple[Shape, ...], dtypes, layouts, depths, device: torch.device, repeats: int, with_compiled: bool, step
 ) -> list[Row]:
-    """Ours and the others, forward and backward, alone with cold caches and many in a row; memory."""
+    """Ours and the others, forward and backward, each call alone; memory."""
     rows: list[Row] = []
     for shape in shapes:
         for dtype in dtypes:
             for layout in layouts:
-                rows += (found := peer_rows(shape, dtype, layout, device, repeats, with_compiled))
-                step(found)
+                for depth in depths:
+                    rows += (found := peer_rows(shape, dtype, layout, depth, device, repeats, with_compiled))
+                    step(found)
     return rows
 
 
 def peer_rows(
-    shape: Shape, dtype: torch.dtype, layout: str, device: torch.device, repeats: int, with_compiled: bool
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: str,
+    depth: int,
+    device: torch.device,
+    repeats: int,
+    with_compiled: bool,
 ) -> list[Row]:
-    """One shape, dtype and layout: everybody, forward and backward."""
-    values, shift = shape.tensor(dtype, layout, device), shape.shift(0)
+    """One shape, dtype, layout and plan: everybody, forward and backward."""
+    values, shift = shape.tensor(dtype, layout, device), shape.shift(depth)
+    size = values.numel() * values.element_size()
     x = torch.empty_like(values).copy_(values)
     peers.forget_compilations()
     calls: dict[tuple[str, str], timing.Call] = {}
@@ -193,14 +209,16 @@ def peer_rows(
     for operation, name, in_place, call in operations(x, shift, with_compiled):
         check(operation, name, call, x, shift)
         calls[operation, name] = lambda call=call: call(x)
-        moved[operation, name] = peers.bytes_moved(x, shift, in_place, operation == "backward")
+        shifted = peers.bytes_moved(x, shift, in_place, operation == "backward")
+        moved[operation, name] = 2 * size if name == "copy" else shifted
     alone = timing.medians(calls, device, lambda: x.copy_(values), repeats, seconds=0.5)
-    copied = 2 * x.numel() * x.element_size() / alone["forward", "copy"]
+    copied = 2 * size / alone["forward", "copy"]
     return [
         {
             "shape": str(shape),
             "dtype": _name(dtype),
             "layout": layout,
+            "depth": depth,
             "operation": operation,
             "who": name,
             "milliseconds": seconds * 1e3,
@@ -244,10 +262,12 @@ def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device:
 
     def bandwidth(moved: int) -> float:
         if moved not in copied:
-            part = max(16, moved // 2)
+            part = max(16, moved // 32 * 16)
+            # Each from a buffer of its own to a place of its own: as little of it in the cache as of the shift's.
+            windows = size // part
             pairs = [
-                (a.view(torch.uint8)[:part], b.view(torch.uint8)[:part])
-                for a, b in zip(_flat(buffers), _flat(others * count), strict=False)
+                (_bytes(a)[:part], _bytes(others[k // windows % len(others)]).narrow(0, k % windows * part, part))
+                for k, a in enumerate(buffers)
             ]
             calls = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]
             copied[moved] = 2 * part / timing.in_a_row(calls, device, refill)
@@ -256,9 +276,10 @@ def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device:
     for name, in_place, adjoint, call in (
         ("forward", False, False, lambda b: ops.temporal_shift(b, encoded)),
         ("backward", False, True, lambda b: ops.temporal_shift_backward(b, encoded)),
-        ("forward in place", True, False, lambda b: torch.ops.tsm_jit.temporal_shift_(b, encoded)),
-        ("backward in place", True, True, lambda b: torch.ops.tsm_jit.temporal_shift_backward_(b, encoded)),
+        ("forward in place", True, False, lambda b: ops.temporal_shift_(b, encoded)),
+        ("backward in place", True, True, lambda b: _adjoint_in_place(b, encoded)),
     ):
+        check("backward" if adjoint else "forward", "tsm_jit", call, x, shift)
         moved = peers.bytes_moved(x, shift, in_place, adjoint)
         seconds = timing.in_a_row([lambda b=b, call=call: call(b) for b in buffers], device, refill)
         row[name] = {
@@ -269,8 +290,8 @@ def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device:
     return row
 
 
-def _flat(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.as_strided((t.numel(),), (1,)) for t in tensors]
+def _bytes(x: Tensor) -> Tensor:
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def sweep(device: torch.device, largest: int, step) -> list[Row]:
@@ -363,19 +384,17 @@ def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bo
             dtypes, layouts = (DTYPES[:1], LAYOUTS[:1]) if quick else (DTYPES, LAYOUTS)
             results["calls"] = progress.table("calls", calls_on_the_host(device))
             results["peers"] = against_peers(
-                chosen, dtypes, layouts, device, 50, not quick, progress.section("peers", len(chosen))
+                chosen, dtypes, layouts, (0,) if quick else (0, 2), device, 50, not quick, progress.section("peers")
             )
             lengths = [Shape(64 // t, t, 256, 56, 56) for t in (4, 8, 16, 32)]
             odd = [Shape(16, 8, 2048, 7, 7), Shape(16, 8, 1024, 14, 14), Shape(16, 8, 72, 28, 28)]
             grid = chosen if quick or shapes or not cuda else (*lengths, *odd)
             depths = (0,) if quick else (0, 1, 2, 3, 4)
-            results["floor"] = against_the_floor(
-                grid, dtypes, layouts, depths, device, progress.section("floor", len(grid))
-            )
+            results["floor"] = against_the_floor(grid, dtypes, layouts, depths, device, progress.section("floor"))
             largest = 2**22 if quick else 2**33 if cuda else 2**28
             if cuda:  # rotating buffers: the tensor four times
                 largest = min(largest, torch.cuda.mem_get_info(device)[0] // 5)
-            results["sweep"] = sweep(device, largest, progress.section("sweep", 1))
+            results["sweep"] = sweep(device, largest, progress.section("sweep"))
     report.save(results, output)
     return results
 

@@ -113,13 +113,13 @@ def bytes_moved(x: Tensor, shift: Shift, in_place: bool, adjoint: bool = False) 
         if offset == 0:
             continue
         n, t = shift.n_segment_shifted, shift.n_segment
-        gap = min(abs(offset), n)
-        # Of each clip, the frames that another reads, and those that change.
-        read = written = n
-        if shift.padding == "zeros" or (shift.padding == "keep" and not adjoint):
-            read = n - gap
-        if shift.padding == "keep" and in_place and not adjoint:
-            written = n - gap
+        gap = min(abs(offset), n)  # frames without a source
+        # Of each clip: the frames that anything reads, and those that it writes.
+        read, written = n - gap, n
+        if shift.padding == "keep" and in_place:  # some are no one's source, some keep what they have
+            read = written = min(n, 2 * (n - gap)) if adjoint else n - gap
+        elif shift.padding == "keep":  # its own value is a source as well
+            read = n if adjoint else max(gap, n - gap)
         stays = 0 if in_place else 2 * (t - n)
         total += width * frame * (read + written + stays) // t
     return total

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 _COLUMNS = {
     "calls": ("call", "microseconds", "cheaper_than_stock"),
     "peers": (
-        "shape", "dtype", "layout", "operation", "who",
+        "shape", "dtype", "layout", "depth", "operation", "who",
         "milliseconds", "gigabytes_per_second", "of_copy", "against_eager", "peak_mebibytes",
     ),
     "floor": ("shape", "dtype", "layout", "depth", *(operations := (
@@ -27,7 +27,7 @@ _COLUMNS = {
 }  # fmt: skip
 _TITLES = {
     "calls": "one call on the host, 8 frames of 64 channels of 2x2",
-    "peers": "alone with cold caches: against other implementations; of_copy: of the bandwidth of a copy of the tensor",
+    "peers": "each call alone, on CUDA with cold caches; of_copy: of the bandwidth of a copy of the tensor",
     "floor": "many in a row: microseconds, and of what a copy of as many bytes reaches",
     "sweep": "from small to large, float32 NCHW TSM: microseconds, and of what a copy of as many bytes reaches",
     "seed": "the project's first text: its claims and what is measured",
@@ -47,7 +47,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def section(self, name: str, count: int) -> Callable[[list[Row]], None]:
+    def section(self, name: str) -> Callable[[list[Row]], None]:
         """Starts a table; the function it returns prints rows of it."""
         self._bar.write("")
         self._bar.write(_TITLES[name])
@@ -64,7 +64,7 @@ class Progress:
 
     def table(self, name: str, rows: list[Row]) -> list[Row]:
         """A whole table at once."""
-        self.section(name, len(rows))(rows)
+        self.section(name)(rows)
         return rows
 
 
@@ -119,7 +119,8 @@ def draw_sweep(rows: list[Row], environment: Row) -> Figure:
 
 def draw_peers(rows: list[Row], environment: Row) -> Figure:
     """Bars of milliseconds, each shape and operation relative to the family's own implementation."""
-    rows = [row for row in rows if (row["dtype"], row["layout"]) == (rows[0]["dtype"], rows[0]["layout"])]
+    keys = ("dtype", "layout", "depth")
+    rows = [row for row in rows if all(row[key] == rows[0][key] for key in keys)]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure = Figure(figsize=(2.2 * len(shapes) + 5, 7), layout="constrained")
     for axis, operation in zip(figure.subplots(2, 1), ("forward", "backward"), strict=True):
@@ -133,5 +134,5 @@ def draw_peers(rows: list[Row], environment: Row) -> Figure:
         axis.axhline(1, color="gray", linewidth=0.8)
         axis.set(ylabel=f"{operation}: times as fast as eager", xticks=range(len(shapes)), xticklabels=shapes)
     figure.axes[0].legend(ncols=3)
-    figure.suptitle(f"TSM's shift, {rows[0]['dtype']} {rows[0]['layout']}, on {environment['device']}, cold caches")
+    figure.suptitle(f"TSM's shift, {rows[0]['dtype']} {rows[0]['layout']}, on {environment['device']}")
     return figure
