@@ -61,7 +61,8 @@ def temporal_shift(
     Raises:
         TypeError: an argument is of the wrong type; ``x`` is sparse or quantized.
         ValueError: ``n_segment`` does not divide ``N*T`` or differs from ``T``; the plan needs more than ``C``
-            channels; any argument is outside its range; ``inplace`` on a tensor whose elements share memory.
+            channels; any argument is outside its range; ``inplace`` on a tensor whose elements share memory (under
+            ``torch.compile`` PyTorch itself refuses expanded tensors, and does not see other overlaps).
 
     In place, PyTorch's rules hold: the version counter of ``x`` is bumped, its history rebased, tensors that other
     operations saved for their backward are reported as stale, ``grad_output`` is never written, and without autograd

@@ -187,7 +187,8 @@ def elements_are_apart(x: Tensor) -> bool:
 
 def temporal_shift_(x: Tensor, shift: str) -> Tensor:
     """``shift`` applied to ``x`` in place, by PyTorch's rules: see :func:`tsm_jit.temporal_shift`."""
-    if not elements_are_apart(x):
+    # Compiled, the question would mean another graph for another batch size; there copy_ refuses expanded tensors.
+    if not is_compiling() and not elements_are_apart(x):
         raise ValueError(
             "x must not overlap itself to be shifted in place, "
             f"got sizes {[int(size) for size in x.shape]} with strides {x.stride()}"
