@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, launches, memory, and more elements than 32 bits count."""
+"""What only a GPU can show: streams, other GPUs, graphs, memory, failed launches."""
 
 import subprocess
 import sys

@@ -13,7 +13,7 @@ since some turn -0.0 into 0.0.
 
 from __future__ import annotations
 
-import json
+import itertools
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -181,12 +181,9 @@ def against_peers(
 ) -> list[Row]:
     """Ours and the others, forward and backward, each call alone; memory."""
     rows: list[Row] = []
-    for shape in shapes:
-        for dtype in dtypes:
-            for layout in layouts:
-                for depth in depths:
-                    rows += (found := peer_rows(shape, dtype, layout, depth, device, repeats, with_compiled))
-                    step(found)
+    for shape, dtype, layout, depth in itertools.product(shapes, dtypes, layouts, depths):
+        rows += (found := peer_rows(shape, dtype, layout, depth, device, repeats, with_compiled))
+        step(found)
     return rows
 
 
@@ -234,12 +231,9 @@ def peer_rows(
 def against_the_floor(shapes: tuple[Shape, ...], dtypes, layouts, depths, device: torch.device, step) -> list[Row]:
     """Ours alone, many calls in a row on rotating buffers, as a part of what a copy of as many bytes reaches."""
     rows: list[Row] = []
-    for shape in shapes:
-        for dtype in dtypes:
-            for layout in layouts:
-                for depth in depths:
-                    rows.append(floor_row(shape, dtype, layout, depth, device))
-                    step(rows[-1:])
+    for shape, dtype, layout, depth in itertools.product(shapes, dtypes, layouts, depths):
+        rows.append(floor_row(shape, dtype, layout, depth, device))
+        step(rows[-1:])
     return rows
 
 
@@ -397,11 +391,6 @@ def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bo
             results["sweep"] = sweep(device, largest, progress.section("sweep"))
     report.save(results, output)
     return results
-
-
-def load(path: Path) -> Row:
-    """The results in a JSON file of an earlier run."""
-    return json.loads(path.read_text())
 
 
 def _name(dtype: torch.dtype) -> str:
