@@ -1,4 +1,5 @@
-// The element types an adjoint may add: how each is stored, and the type it is added in. The same bits on CPU and CUDA.
+// The element types an adjoint may add: how each is stored, and the type it is added in. The same bits on CPU and CUDA,
+// but for the payload of a NaN that a sum makes.
 #pragma once
 
 #include "temporal_shift.h"
@@ -32,6 +33,11 @@ struct BFloat16 {
   using Wide = float;
   TSM_HOST_DEVICE static float widen(uint16_t x) { return bits_as<float>(static_cast<uint32_t>(x) << 16); }
   TSM_HOST_DEVICE static uint16_t narrow(float x) {
+#if __CUDA_ARCH__ >= 800
+    uint16_t narrowed;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrowed) : "f"(x));
+    return narrowed;
+#endif
     const uint32_t bits = bits_as<uint32_t>(x);
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -42,12 +48,22 @@ struct Float16 {
   using Stored = uint16_t;
   using Wide = float;
   TSM_HOST_DEVICE static float widen(uint16_t x) {
+#if defined(__CUDA_ARCH__)
+    float widened;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(widened) : "h"(x));
+    return widened;
+#endif
     const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, exponent = (x >> 10) & 31, mantissa = x & 0x3ff;
     if (exponent == 31) return bits_as<float>(sign | 0x7f800000 | mantissa << 13);
     if (exponent == 0) return bits_as<float>(sign | bits_as<uint32_t>(static_cast<float>(mantissa) * 0x1p-24f));
     return bits_as<float>(sign | (exponent + 112) << 23 | mantissa << 13);
   }
   TSM_HOST_DEVICE static uint16_t narrow(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t narrowed;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrowed) : "f"(x));
+    return narrowed;
+#endif
     const uint32_t bits = bits_as<uint32_t>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
     uint32_t half;
     if (magnitude > 0x7f800000) {

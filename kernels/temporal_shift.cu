@@ -1,43 +1,23 @@
-// Temporal shift on CUDA, host side: the widest unit, the kernel for the clip length, the launches. No torch headers.
+// Temporal shift on CUDA, host side: the widest unit, what a launch and a block cover. No torch headers.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "temporal_shift.cuh"
 
 namespace tsm_jit {
 namespace {
 
-constexpr int64_t kMaxColumns = int64_t{1} << 31;
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+constexpr int32_t kMaxGrid = 65535;         // blocks in y and z
+constexpr size_t kSharedBytes = 48 * 1024;  // what a block may have without asking
+constexpr int32_t kFramesOfThread = 4, kFramesOfBlock = 8;
+constexpr unsigned kMaxRows = 8;  // of threads that share the frames of a block
+constexpr int32_t kMaxTileFrames = kSharedBytes / (kThreads / kMaxRows * 16);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a block may keep in shared memory without asking, and what leaves room for several blocks on a multiprocessor.
-constexpr int64_t kSharedBytes = 48 * 1024;
-constexpr int64_t kGoodSharedBytes = 32 * 1024;
-
-// The largest power of two, at most 16, that divides every address, distance and group boundary.
-int64_t widest_unit(const Shift& s, const void* src, const void* dst) {
-  uint64_t bits = 16 | reinterpret_cast<uintptr_t>(src) | reinterpret_cast<uintptr_t>(dst) | s.run;
-  for (const Strides& strides : {s.src, s.dst}) {
-    if (s.clips > 1) bits |= strides.clip;
-    if (s.frames > 1) bits |= strides.frame;
-    if (s.outer > 1) bits |= strides.outer;
-  }
-  for (int32_t g = 0; g < s.n_groups; ++g) bits |= s.groups[g].end;
-  const int64_t unit = bits & (~bits + 1);
-  switch (s.sum) {  // whole elements: 16 bytes of them, or one
-    case Sum::none: return unit;
-    case Sum::float16:
-    case Sum::bfloat16: return unit == 16 ? 16 : 2;
-    case Sum::float32: return unit == 16 ? 16 : 4;
-    default: return unit == 16 ? 16 : 8;
-  }
-}
-
-// A piece of the shift that one launch can cover: up to kMaxGroups groups of [begin, end) bytes of the run, some rows,
-// some clips. All but absurd sizes need one piece.
+// One launch covers some groups, up to kMaxBytes of the run, some rows, some clips. All but absurd sizes need one.
 class Launcher {
  public:
   Launcher(const Shift& s, const void* src, void* dst, cudaStream_t stream)
@@ -46,43 +26,85 @@ class Launcher {
         dst_(static_cast<char*>(dst)),
         stream_(stream),
         in_place_(src == dst),
-        unit_(widest_unit(s, src, dst)) {}
+        frames_(static_cast<int32_t>(in_place_ ? s.n_segment_shifted : s.frames)) {
+    for (int32_t g = 0; g < s.n_groups; ++g) reach_ = std::max(reach_, std::abs(s.groups[g].offset));
+    const bool whole_clips = in_place_ || s.padding == Padding::circular;
+    frames_of_block_ = whole_clips ? frames_ : std::min(frames_, kFramesOfBlock);
+    tile_frames_ = std::min(int64_t{frames_}, frames_of_block_ + 2 * int64_t{reach_});
+    tiled_ = tile_frames_ <= kMaxTileFrames && ceil_div(frames_, frames_of_block_) <= kMaxGrid;
+    unit_ = widest_unit(false);
+    // With all groups in one launch a unit may hold the end of one. In place that moves what stays, too: of rows,
+    // little.
+    int64_t mixed = s.outer == 1 || !in_place_ ? 16 : (s.sum == Sum::none ? 4 : 16);
+    mixed = std::min(mixed, widest_unit(true));
+    const bool whole_runs = tiled_ && s.n_groups <= kMaxGroups && s.run <= (s.outer > 1 ? kMaxBytes / 16 : kMaxBytes);
+    const bool whole_rows = s.outer == 1 || !in_place_ || s.run % mixed == 0;
+    if (whole_runs && whole_rows) unit_ = std::max(unit_, mixed);
+  }
 
-  cudaError_t run() {
-    int32_t first = 0, last = s_.n_groups;
+  cudaError_t run() const {
+    int64_t begin = 0, end = s_.run;
     if (in_place_) {  // only what moves is read and written
+      int32_t first = 0, last = s_.n_groups;
       while (first < last && s_.groups[first].offset == 0) ++first;
       while (last > first && s_.groups[last - 1].offset == 0) --last;
+      if (first == last) return cudaSuccess;
+      begin = s_.groups[first].begin / unit_ * unit_;
+      end = ceil_div(s_.groups[last - 1].end, unit_) * unit_;
     }
-    for (; first < last; first += kMaxGroups) {
-      const int32_t n_groups = std::min(last - first, kMaxGroups);
-      const int64_t end = s_.groups[first + n_groups - 1].end, step = kMaxColumns * unit_;
-      for (int64_t begin = s_.groups[first].begin; begin < end; begin += step) {
-        if (cudaError_t error = rows(first, n_groups, begin, std::min(begin + step, end))) return error;
+    for (int32_t first = 0; first < s_.n_groups; first += kMaxGroups) {
+      const int32_t n_groups = std::min(s_.n_groups - first, kMaxGroups);
+      const int64_t last_end = std::min(end, s_.groups[first + n_groups - 1].end);
+      for (int64_t at = std::max(begin, s_.groups[first].begin); at < last_end; at += kMaxBytes) {
+        if (cudaError_t error = rows(first, n_groups, at, std::min(at + kMaxBytes, last_end))) return error;
       }
     }
     return cudaSuccess;
   }
 
  private:
+  // The largest power of two, at most 16, that divides every address and distance and, unless units are mixed, the ends
+  // of groups and of rows without a gap. With sums: whole elements, 16 bytes of them or one.
+  int64_t widest_unit(bool mixed) const {
+    uint64_t bits = 16 | reinterpret_cast<uintptr_t>(src_) | reinterpret_cast<uintptr_t>(dst_) | s_.run * s_.outer;
+    for (const Strides& strides : {s_.src, s_.dst}) {
+      if (s_.clips > 1) bits |= strides.clip;
+      if (s_.frames > 1) bits |= strides.frame;
+      if (s_.outer > 1 && !(mixed && strides.outer == s_.run)) bits |= s_.run | strides.outer;
+    }
+    for (int32_t g = 0; g < s_.n_groups && !mixed; ++g) bits |= s_.groups[g].end;
+    const int64_t unit = bits & (~bits + 1);
+    switch (s_.sum) {
+      case Sum::none: return unit;
+      case Sum::float16:
+      case Sum::bfloat16: return unit == 16 ? 16 : 2;
+      case Sum::float32: return unit == 16 ? 16 : 4;
+      default: return unit == 16 ? 16 : 8;
+    }
+  }
+
   cudaError_t rows(int32_t first_group, int32_t n_groups, int64_t begin, int64_t end) const {
     Args a{};
     a.src_strides = s_.src;
     a.dst_strides = s_.dst;
-    a.frames = static_cast<int32_t>(s_.frames);
+    a.frames = frames_;
+    a.frames_of_block = frames_of_block_;
+    a.reach = reach_;
     a.n_segment_shifted = s_.n_segment_shifted;
     a.padding = s_.padding;
-    a.run = static_cast<uint32_t>((end - begin) / unit_);
+    a.run = static_cast<int32_t>(end - begin);
+    a.n_groups = n_groups;
     for (int32_t g = 0; g < n_groups; ++g) {
       const Group& group = s_.groups[first_group + g];
-      a.group_end[g] = static_cast<uint32_t>((std::clamp(group.end, begin, end) - begin) / unit_);
+      a.group_end[g] = static_cast<int32_t>(std::clamp(group.end, begin, end) - begin);
       a.group_offset[g] = group.offset;
     }
-    const int64_t rows = std::max<int64_t>(1, kMaxColumns / a.run);
+    // A multiple of 16, so that units begin where they would in one launch.
+    const int64_t fit = kMaxBytes / a.run, rows = fit < 16 ? std::max<int64_t>(1, fit) : fit / 16 * 16;
     for (int64_t row = 0; row < s_.outer; row += rows) {
       a.src = src_ + row * s_.src.outer + begin;
       a.dst = dst_ + row * s_.dst.outer + begin;
-      a.columns = static_cast<uint32_t>(std::min(rows, s_.outer - row) * a.run);
+      a.bytes = static_cast<int32_t>(std::min(rows, s_.outer - row) * a.run);
       if (cudaError_t error = launch(a)) return error;
     }
     return cudaSuccess;
@@ -97,57 +119,62 @@ class Launcher {
       case Sum::float64: return launch_sum<Native<double>>(a);
     }
     switch (unit_) {
-      case 16: return launch_move<uint4>(a);
-      case 8: return launch_move<uint2>(a);
-      case 4: return launch_move<uint32_t>(a);
-      case 2: return launch_move<uint16_t>(a);
-      default: return launch_move<uint8_t>(a);
+      case 16: return launch_units<uint4, Move>(a);
+      case 8: return launch_units<uint2, Move>(a);
+      case 4: return launch_units<uint32_t, Move>(a);
+      case 2: return launch_units<uint16_t, Move>(a);
+      default: return launch_units<uint8_t, Move>(a);
     }
   }
 
   template <class Element>
   cudaError_t launch_sum(const Args& a) const {
-    if (unit_ == 16) return walk_columns<uint4, Add<Element>>(a);
-    return walk_columns<typename Element::Stored, Add<Element>>(a);
+    if (unit_ == 16) return launch_units<uint4, Add<Element>>(a);
+    return launch_units<typename Element::Stored, Add<Element>>(a);
   }
 
-  template <class Unit>
-  cudaError_t launch_move(const Args& a) const {
-    if (in_place_) return walk_columns<Unit, Move>(a);
-    return start(shift_out_of_place<Unit>, a, kThreads, ceil_div(s_.frames, kFramesInFlight), 0);
-  }
-
-  // In shared memory while a warp's columns fit into it, with as many threads as leave a multiprocessor busy.
   template <class Unit, class Value>
-  cudaError_t walk_columns(const Args& a) const {
-    const int64_t column = s_.n_segment_shifted * sizeof(Unit);
-    if (32 * column > kSharedBytes) return start(shift_stream<Unit, Value>, a, kThreads, 1, 0);
-    int threads = kThreads;
-    while (threads > 32 && threads * column > kGoodSharedBytes) threads /= 2;
-    return start(shift_column<Unit, Value>, a, threads, 1, threads * column);
+  cudaError_t launch_units(const Args& a) const {
+    dim3 block(kThreads), grid;
+    if (!tiled_) {
+      grid.y = static_cast<unsigned>(in_place_ ? 1 : std::min(frames_, kMaxGrid));
+      return start<Unit>(shift_stream<Unit, Value>, a, block, grid, 0);
+    }
+    const size_t column = tile_frames_ * sizeof(Unit);
+    const auto rows = static_cast<unsigned>(ceil_div(frames_of_block_, kFramesOfThread));
+    while (block.y < kMaxRows && (block.y < rows || block.x * column > kSharedBytes)) {
+      block.y *= 2;
+      block.x /= 2;
+    }
+    grid.y = static_cast<unsigned>(ceil_div(frames_, frames_of_block_));
+    return start<Unit>(shift_tile<Unit, Value>, a, block, grid, block.x * column);
   }
 
   // One launch, or several when there are more clips than a grid has blocks.
-  cudaError_t start(void (*kernel)(Args), Args a, int threads, int64_t slices_per_clip, size_t shared) const {
-    a.tiles = static_cast<uint32_t>(ceil_div(a.columns, threads));
-    const int64_t blocks_per_clip = a.tiles * slices_per_clip;
-    const int64_t clips = std::max<int64_t>(1, kMaxBlocks / blocks_per_clip);
-    for (int64_t clip = 0; clip < s_.clips; clip += clips) {
-      const auto blocks = static_cast<unsigned>(std::min(clips, s_.clips - clip) * blocks_per_clip);
-      kernel<<<blocks, threads, shared, stream_>>>(a);
+  template <class Unit>
+  cudaError_t start(void (*kernel)(Args), Args a, dim3 block, dim3 grid, size_t shared) const {
+    grid.x = static_cast<unsigned>(ceil_div(a.bytes, block.x * sizeof(Unit)));
+    for (int64_t clip = 0; clip < s_.clips; clip += kMaxGrid) {
+      grid.z = static_cast<unsigned>(std::min<int64_t>(kMaxGrid, s_.clips - clip));
+      kernel<<<grid, block, shared, stream_>>>(a);
       if (cudaError_t error = cudaGetLastError()) return error;
-      a.src += clips * s_.src.clip;
-      a.dst += clips * s_.dst.clip;
+      a.src += kMaxGrid * s_.src.clip;
+      a.dst += kMaxGrid * s_.dst.clip;
     }
     return cudaSuccess;
   }
 
   const Shift& s_;
-  const char* src_;
-  char* dst_;
+  const char* const src_;
+  char* const dst_;
   const cudaStream_t stream_;
   const bool in_place_;
-  const int64_t unit_;
+  const int32_t frames_;     // to write: in place those that take part, else all
+  int32_t frames_of_block_;  // all of them, or a few
+  int32_t reach_ = 0;        // the largest offset
+  int64_t tile_frames_;      // that a block has in shared memory
+  bool tiled_;               // has it room for them?
+  int64_t unit_;
 };
 
 }  // namespace

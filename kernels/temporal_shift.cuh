@@ -1,17 +1,16 @@
 // Temporal shift on CUDA: the kernels and their index arithmetic. Raw pointers, no torch headers.
 //
-// A thread owns a column: one unit (1 to 16 bytes) of one clip, through its frames. Neighbouring threads own
-// neighbouring units and visit the frames in step, so every access is whole sectors of memory, whatever the offsets of
-// the groups that a warp spans. Three ways to walk a column:
+// A column is one unit (1 to 16 bytes) of one clip, through its frames. Two kernels:
 //
-//     shift_out_of_place   a thread fills four frames of its column straight from their sources
-//     shift_column         the column is read into shared memory, then written: in place, since all of it is read
-//                          before anything is written, and for sums, which read a frame more than once
-//     shift_stream         columns too long for shared memory, in place or summed: a few frames at a time, in the
-//                          order in which every frame is read before it is overwritten
+//     shift_tile     a block takes neighbouring columns and some frames, in place all of them: it brings what these
+//                    frames become into shared memory, then writes them. So each byte is read once and written once,
+//                    in place nothing is written before all is read, and threads visit the frames in step: every access
+//                    is whole lines of memory, whatever the offsets of the groups that a warp spans.
+//     shift_stream   where shared memory has no room for that: a thread walks a column of its own, in place in the
+//                    order in which every frame is read before it is overwritten
 //
-// All index arithmetic within a clip is 32-bit (a launch covers at most 2^31 columns); a division runs per block, and
-// per thread only where a frame has several rows (channels_last).
+// All index arithmetic within a frame is 32-bit; the one division, per thread, is where a frame has several rows
+// (channels_last).
 #pragma once
 
 #include "element.h"
@@ -19,20 +18,23 @@
 
 namespace tsm_jit {
 
-constexpr int kThreads = 256;
-constexpr int kFramesInFlight = 4;
+constexpr int kThreads = 128;
 constexpr int kMaxGroups = 32;
+constexpr int64_t kMaxBytes = int64_t{1} << 30;  // of a frame, that one launch covers
 
 struct Args {
   const char* src;
   char* dst;
   Strides src_strides, dst_strides;
-  uint32_t columns;  // of one clip: outer * run, in units
-  uint32_t run;      // in units
-  uint32_t tiles;    // blocks that cover the columns
-  int32_t frames, n_segment_shifted;
+  int32_t bytes;            // of one frame: outer * run
+  int32_t run;              // in bytes
+  int32_t frames;           // to write: in place those that take part, else all
+  int32_t frames_of_block;  // all, or some of them
+  int32_t reach;            // how far from these the frames lie that they need
+  int32_t n_segment_shifted;
   Padding padding;
-  uint32_t group_end[kMaxGroups];  // in units; the last is `run`
+  int32_t n_groups;
+  int32_t group_end[kMaxGroups];  // in bytes of the run; the last is `run`
   int32_t group_offset[kMaxGroups];
 };
 
@@ -42,69 +44,114 @@ struct Column {
   const char* src;  // at frame 0
   char* dst;
   int64_t src_frame, dst_frame;
-  int32_t offset;
+  int32_t group;   // that holds the first byte
+  int32_t offset;  // of this group
+  int32_t end;     // of this group, in bytes of the unit
 
   __device__ Unit operator[](int32_t t) const { return *reinterpret_cast<const Unit*>(src + t * src_frame); }
   __device__ void set(int32_t t, Unit value) const { *reinterpret_cast<Unit*>(dst + t * dst_frame) = value; }
 };
 
-// The column of this thread in a block that is `tile` of `clip`; false beyond the last one.
+// The column of this thread in a block that is tile x of clip z; false beyond the last one.
 template <class Unit>
-__device__ bool find_column(const Args& a, uint32_t tile, uint32_t clip, Column<Unit>& column) {
-  const uint32_t i = tile * blockDim.x + threadIdx.x;
-  if (i >= a.columns) return false;
-  const uint32_t row = a.columns == a.run ? 0 : i / a.run;
-  const uint32_t unit = i - row * a.run;
-  int group = 0;
-  while (unit >= a.group_end[group]) ++group;
-  const int64_t byte = static_cast<int64_t>(unit) * sizeof(Unit);
-  column.src = a.src + clip * a.src_strides.clip + row * a.src_strides.outer + byte;
-  column.dst = a.dst + clip * a.dst_strides.clip + row * a.dst_strides.outer + byte;
+__device__ bool find_column(const Args& a, Column<Unit>& column) {
+  const uint32_t byte = (blockIdx.x * blockDim.x + threadIdx.x) * sizeof(Unit);
+  if (byte >= a.bytes) return false;
+  const uint32_t row = a.bytes == a.run ? 0 : byte / a.run;
+  const int32_t begin = byte - row * a.run;
+  column.group = 0;
+  column.offset = a.group_offset[0];
+  column.end = a.group_end[0] - begin;
+  for (int g = 1; g < a.n_groups; ++g) {  // all of them: as fast as the last thread of a warp, which decides
+    if (column.end > 0) continue;
+    column.group = g;
+    column.offset = a.group_offset[g];
+    column.end = a.group_end[g] - begin;
+  }
+  column.src = a.src + blockIdx.z * a.src_strides.clip + row * a.src_strides.outer + begin;
+  column.dst = a.dst + blockIdx.z * a.dst_strides.clip + row * a.dst_strides.outer + begin;
   column.src_frame = a.src_strides.frame;
   column.dst_frame = a.dst_strides.frame;
-  column.offset = a.group_offset[group];
   return true;
 }
 
-// What out[t] becomes, for t < n_segment_shifted; `frames[t]` gives the values before the shift.
-//
-// Move: the value of its source frame.
+// `low`, its bytes from `begin` on replaced by those of `high`.
+template <class Unit>
+__device__ Unit join(Unit low, Unit high, int32_t begin) {
+  constexpr int kWords = (sizeof(Unit) + 3) / 4;
+  uint32_t l[kWords] = {}, h[kWords] = {};
+  memcpy(l, &low, sizeof low);
+  memcpy(h, &high, sizeof high);
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    const int32_t kept = begin - 4 * w;  // bytes of this word
+    const uint32_t mask = kept <= 0 ? 0 : kept >= 4 ? ~0u : (1u << 8 * kept) - 1;
+    l[w] = (l[w] & mask) | (h[w] & ~mask);
+  }
+  memcpy(&low, l, sizeof low);
+  return low;
+}
+
+// What becomes out[t]: the sum of the frames `first`, unless it is kNoFrame, and `others`.
+struct Terms {
+  int32_t first;
+  FrameRange others;
+
+  __device__ bool are_only(int32_t t) const { return first == t && others.begin >= others.end; }
+};
+
+// Move: the value of the source frame.
 struct Move {
-  static constexpr int kBatch = kFramesInFlight;
+  // out[t] = in[t + kSign * offset], but for padding.
+  static constexpr int32_t kSign = 1;
+
+  static __device__ Terms terms(const Args& a, int32_t t, int32_t offset) {
+    return {t < a.n_segment_shifted ? source_frame(t, offset, a.n_segment_shifted, a.padding) : t, {0, 0}};
+  }
+  // Beside the frames that move, is t read as padding of the frames [first, last)?
+  static __device__ bool pads(const Args& a, int32_t t, int32_t offset, int32_t first, int32_t last) {
+    const int32_t edge = offset > 0 ? a.n_segment_shifted - 1 : 0;
+    return a.padding == Padding::circular || (a.padding == Padding::replicate && t == edge) ||
+           (first <= t && t < last && terms(a, t, offset).are_only(t));
+  }
   template <class Unit, class Frames>
-  static __device__ Unit value(const Args& a, const Frames& frames, int32_t t, int32_t offset) {
-    const int32_t from = source_frame(t, offset, a.n_segment_shifted, a.padding);
-    return from == kNoFrame ? Unit{} : frames[from];
+  static __device__ Unit sum(const Frames& frames, Terms of) {
+    return of.first == kNoFrame ? Unit{} : frames[of.first];
   }
-  static __device__ bool changes(const Args& a, int32_t t, int32_t offset) {
-    return source_frame(t, offset, a.n_segment_shifted, a.padding) != t;
-  }
-  static __device__ bool walks_back(int32_t offset) { return offset < 0; }
 };
 
 // Add: the adjoint of Move under `keep` and `replicate`, the sum of every frame that read t, rounded once. A single one
 // is moved, which keeps bits that an addition might not.
 template <class Element>
 struct Add {
-  static constexpr int kBatch = 1;  // its code is long
+  static constexpr int32_t kSign = -1;
+
+  static __device__ Terms terms(const Args& a, int32_t t, int32_t offset) {
+    if (t >= a.n_segment_shifted) return {t, {0, 0}};
+    const FrameRange readers = padding_readers(t, offset, a.n_segment_shifted, a.padding);
+    const int32_t moved = t - offset;
+    if (0 <= moved && moved < a.n_segment_shifted) return {moved, readers};
+    if (readers.begin == readers.end) return {kNoFrame, readers};
+    return {readers.begin, {readers.begin + 1, readers.end}};
+  }
+  static __device__ bool pads(const Args& a, int32_t t, int32_t offset, int32_t first, int32_t last) {
+    const int32_t read = Move::terms(a, t, offset).first;
+    return first <= read && read < last;
+  }
   template <class Unit, class Frames>
-  static __device__ Unit value(const Args& a, const Frames& frames, int32_t t, int32_t offset) {
+  static __device__ Unit sum(const Frames& frames, Terms of) {
     using Stored = typename Element::Stored;
     constexpr int kLanes = sizeof(Unit) / sizeof(Stored);
-    const int32_t moved = t - offset;
-    const bool has_moved = 0 <= moved && moved < a.n_segment_shifted;
-    FrameRange readers = padding_readers(t, offset, a.n_segment_shifted, a.padding);
-    if (!has_moved && readers.begin == readers.end) return Unit{};
-    Unit sum = frames[has_moved ? moved : readers.begin++];
-    if (readers.begin == readers.end) return sum;
+    Unit sum = Move::sum<Unit>(frames, of);
+    if (of.others.begin >= of.others.end) return sum;
     Stored lane[kLanes];
     typename Element::Wide wide[kLanes];
     memcpy(lane, &sum, sizeof sum);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) wide[k] = Element::widen(lane[k]);
 #pragma unroll 1
-    for (int32_t r = readers.begin; r < readers.end; ++r) {
-      const Unit term = frames[r];
+    for (int32_t other = of.others.begin; other < of.others.end; ++other) {
+      const Unit term = frames[other];
       memcpy(lane, &term, sizeof term);
 #pragma unroll
       for (int k = 0; k < kLanes; ++k) wide[k] += Element::widen(lane[k]);
@@ -114,81 +161,91 @@ struct Add {
     memcpy(&sum, lane, sizeof sum);
     return sum;
   }
-  static __device__ bool changes(const Args&, int32_t, int32_t offset) { return offset != 0; }
-  static __device__ bool walks_back(int32_t offset) { return offset > 0; }
 };
 
-// Grid: tiles x groups of four frames x clips, in one dimension.
+// A copy to shared memory that no register waits for; `wait_for_copies` waits for all that this thread started.
 template <class Unit>
-__global__ void __launch_bounds__(kThreads) shift_out_of_place(const __grid_constant__ Args a) {
-  const uint32_t fours = (a.frames + kFramesInFlight - 1) / kFramesInFlight;
-  const uint32_t slice = blockIdx.x / a.tiles, tile = blockIdx.x - slice * a.tiles;
-  const uint32_t clip = slice / fours;
-  const int32_t first = (slice - clip * fours) * kFramesInFlight;
-  Column<Unit> column;
-  if (!find_column(a, tile, clip, column)) return;
-  Unit value[kFramesInFlight];
-#pragma unroll
-  for (int k = 0; k < kFramesInFlight; ++k) {
-    const int32_t t = first + k;
-    if (t < a.n_segment_shifted) {
-      value[k] = Move::value<Unit>(a, column, t, column.offset);
-    } else if (t < a.frames) {
-      value[k] = column[t];
-    }
+__device__ void start_copy(Unit* shared, const char* from) {
+#if __CUDA_ARCH__ >= 800
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (sizeof(Unit) == 16) {  // past L1: nothing is read twice
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    return;
+  } else if constexpr (sizeof(Unit) >= 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(sizeof(Unit)) : "memory");
+    return;
   }
-#pragma unroll
-  for (int k = 0; k < kFramesInFlight; ++k) {
-    if (first + k < a.frames) column.set(first + k, value[k]);
-  }
+#endif
+  *shared = *reinterpret_cast<const Unit*>(from);
 }
 
-// Grid: tiles x clips. Shared memory: n_segment_shifted units per thread, which no other thread looks at.
+__device__ inline void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Block: columns x some threads that share their frames. Grid: blocks that cover the bytes of a frame x those that
+// cover the frames x clips. Shared memory: the block's frames, and those within reach, of its columns. A unit may hold
+// the end of a group and, where rows follow each other without a gap, of a row.
 template <class Unit, class Value>
-__global__ void __launch_bounds__(kThreads) shift_column(const __grid_constant__ Args a) {
-  constexpr int kBatch = 2 * kFramesInFlight;
+__global__ void __launch_bounds__(kThreads) shift_tile(const __grid_constant__ Args a) {
   extern __shared__ uint4 shared[];
-  struct {
-    Unit* frames;
-    __device__ Unit& operator[](int32_t t) const { return frames[t * blockDim.x]; }
-  } before{reinterpret_cast<Unit*>(shared) + threadIdx.x};
-  const uint32_t clip = blockIdx.x / a.tiles;
-  const bool in_place = a.src == a.dst;
   Column<Unit> column;
-  if (!find_column(a, blockIdx.x - clip * a.tiles, clip, column) || (in_place && column.offset == 0)) return;
+  if (!find_column(a, column)) return;  // no barrier waits for a thread that is gone
+  const int32_t offset = column.offset, n = a.n_segment_shifted;
+  const bool in_place = a.src == a.dst, one_group = column.end >= static_cast<int32_t>(sizeof(Unit));
+  if (in_place && one_group && offset == 0) return;
+  const int32_t first = blockIdx.y * a.frames_of_block, last = min(first + a.frames_of_block, a.frames);
+  const int32_t lowest = max(first - a.reach, 0), highest = min(last + a.reach, a.frames);
+  struct {
+    Unit* lowest;
+    int32_t t;
+    __device__ Unit& operator[](int32_t at) const { return lowest[(at - t) * blockDim.x]; }
+  } const before{reinterpret_cast<Unit*>(shared) + threadIdx.x, lowest};
 
-  const int32_t n = a.n_segment_shifted;
-  for (int32_t first = 0; first < n; first += kBatch) {
-    Unit value[kBatch];
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (first + k < n) value[k] = column[first + k];
-    }
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (first + k < n) before[first + k] = value[k];
-    }
+  // Which frames the column needs: those that move, and perhaps others.
+  const int32_t begin = max(first + Value::kSign * offset, 0), end = min(min(last, n) + Value::kSign * offset, n);
+  const bool pads = a.padding == Padding::keep ? !in_place || Value::kSign < 0 : a.padding != Padding::zeros;
+  const bool others = pads || a.frames > n;
+  const int64_t src_step = blockDim.y * column.src_frame, dst_step = blockDim.y * column.dst_frame;
+  int32_t t = lowest + threadIdx.y;
+  const char* src = column.src + t * column.src_frame;
+  for (; t < highest; t += blockDim.y, src += src_step) {
+    const bool moves = begin <= t && t < end;
+    if (moves || !one_group || (others && Value::pads(a, t, offset, first, last))) start_copy(&before[t], src);
   }
-  for (int32_t t = 0; t < n; ++t) {
-    if (!in_place || Value::changes(a, t, column.offset)) {
-      column.set(t, Value::template value<Unit>(a, before, t, column.offset));
+  wait_for_copies();
+  __syncthreads();
+  t = first + threadIdx.y;
+  char* dst = column.dst + t * column.dst_frame;
+  for (; t < last; t += blockDim.y, dst += dst_step) {
+    const Terms terms = Value::terms(a, t, offset);
+    if (in_place && one_group && terms.are_only(t)) continue;
+    Unit value = Value::template sum<Unit>(before, terms);
+    for (int32_t end = column.end, group = column.group; end < static_cast<int32_t>(sizeof(Unit));) {
+      if (++group == a.n_groups) group = 0;
+      value = join(value, Value::template sum<Unit>(before, Value::terms(a, t, a.group_offset[group])), end);
+      end += a.group_end[group] - (group == 0 ? 0 : a.group_end[group - 1]);
     }
+    *reinterpret_cast<Unit*>(dst) = value;
   }
-  for (int32_t t = n; t < a.frames && !in_place; ++t) column.set(t, column[t]);
 }
 
-// Grid: tiles x clips.
+// Grid: blocks that cover the bytes of a frame x any number that share the frames, in place one x clips. Every unit
+// belongs to one group.
 template <class Unit, class Value>
 __global__ void __launch_bounds__(kThreads) shift_stream(const __grid_constant__ Args a) {
-  const uint32_t clip = blockIdx.x / a.tiles;
-  const bool in_place = a.src == a.dst;
   Column<Unit> column;
-  if (!find_column(a, blockIdx.x - clip * a.tiles, clip, column) || (in_place && column.offset == 0)) return;
-  const int32_t n = a.n_segment_shifted;
-
-  if (in_place && a.padding == Padding::circular) {
+  if (!find_column(a, column)) return;
+  const int32_t n = a.n_segment_shifted, offset = column.offset;
+  if (a.src != a.dst) {
+    for (int32_t t = blockIdx.y; t < a.frames; t += gridDim.y) {
+      column.set(t, Value::template sum<Unit>(column, Value::terms(a, t, offset)));
+    }
+  } else if (offset != 0 && a.padding == Padding::circular) {
     // A rotation is a set of cycles t -> t + offset; their number is gcd(offset, n).
-    int32_t cycles = n, rest = column.offset > 0 ? column.offset : -column.offset;
+    int32_t cycles = n, rest = offset > 0 ? offset : -offset;
     while (rest != 0) {
       const int32_t next = cycles % rest;
       cycles = rest;
@@ -197,26 +254,19 @@ __global__ void __launch_bounds__(kThreads) shift_stream(const __grid_constant__
     for (int32_t start = 0; start < cycles; ++start) {
       const Unit first = column[start];
       int32_t t = start;
-      for (int32_t from; (from = source_frame(t, column.offset, n, a.padding)) != start; t = from) {
+      for (int32_t from; (from = source_frame(t, offset, n, a.padding)) != start; t = from) {
         column.set(t, column[from]);
       }
       column.set(t, first);
     }
-    return;
-  }
-  const bool back = Value::walks_back(column.offset);
-  for (int32_t i = 0; i < n; i += Value::kBatch) {
-    Unit value[Value::kBatch];
-#pragma unroll
-    for (int k = 0; k < Value::kBatch; ++k) {
-      if (i + k < n) value[k] = Value::template value<Unit>(a, column, back ? n - 1 - i - k : i + k, column.offset);
-    }
-#pragma unroll
-    for (int k = 0; k < Value::kBatch; ++k) {
-      if (i + k < n) column.set(back ? n - 1 - i - k : i + k, value[k]);
+  } else if (offset != 0) {
+    const bool back = Value::kSign * offset < 0;
+    for (int32_t done = 0; done < n; ++done) {
+      const int32_t t = back ? n - 1 - done : done;
+      const Terms terms = Value::terms(a, t, offset);
+      if (!terms.are_only(t)) column.set(t, Value::template sum<Unit>(column, terms));
     }
   }
-  for (int32_t t = n; t < a.frames && !in_place; ++t) column.set(t, column[t]);
 }
 
 }  // namespace tsm_jit

@@ -111,7 +111,21 @@ def test_more_groups_than_a_launch_takes(device, padding):
 
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_long_clips(device, padding):
-    check(random_values((1024, 8, 2, 3), torch.float32, device), Shift(1024, 1000, 1, padding, ((3, 7), (3, -500))))
+    """More frames than a block has, than shared memory has room for, and offsets as long as a clip."""
+    for n, offsets in ((19, (1, -2)), (40, (40, -13)), (150, (4, -4)), (200, (1, -3)), (1024, (7, -500))):
+        plan = tuple((3, offset) for offset in offsets)
+        check(random_values((n, 8, 2, 3), torch.float32, device), Shift(n, n - 5, 1, padding, plan))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_groups_that_end_within_16_bytes(device, dtype, padding):
+    """What one thread writes belongs to several groups, to several pixels, or to some of each."""
+    narrow = tuple((width, offset) for offset in (1, -1, 2, -2, 0, 3) for width in (1, 2, 3))
+    for channels, plan in ((72, ((9, 1), (9, -1))), (65, ((8, 1), (8, -1))), (41, narrow), (3, ((1, 1), (1, -1)))):
+        for shape in ((2, 8, channels, 4, 4), (1, 11, channels, 7, 3)):
+            for channel_dim, x in layouts(*shape, dtype, device, random_values).values():
+                check(x, Shift(shape[1], shape[1] - 1, channel_dim, padding, plan))
 
 
 def test_large_enough_to_be_cut_into_tiles(device):

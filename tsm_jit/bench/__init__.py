@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,17 +176,6 @@ def _bits(x: Tensor) -> Tensor:
 # --- the parts of a run ----------------------------------------------------------------------------------------------
 
 
-def against_peers(
-    shapes: tuple[Shape, ...], dtypes, layouts, depths, device: torch.device, repeats: int, with_compiled: bool, step
-) -> list[Row]:
-    """Ours and the others, forward and backward, each call alone; memory."""
-    rows: list[Row] = []
-    for shape, dtype, layout, depth in itertools.product(shapes, dtypes, layouts, depths):
-        rows += (found := peer_rows(shape, dtype, layout, depth, device, repeats, with_compiled))
-        step(found)
-    return rows
-
-
 def peer_rows(
     shape: Shape,
     dtype: torch.dtype,
@@ -226,15 +215,6 @@ def peer_rows(
         }
         for (operation, name), seconds in alone.items()
     ]
-
-
-def against_the_floor(shapes: tuple[Shape, ...], dtypes, layouts, depths, device: torch.device, step) -> list[Row]:
-    """Ours alone, many calls in a row on rotating buffers, as a part of what a copy of as many bytes reaches."""
-    rows: list[Row] = []
-    for shape, dtype, layout, depth in itertools.product(shapes, dtypes, layouts, depths):
-        rows.append(floor_row(shape, dtype, layout, depth, device))
-        step(rows[-1:])
-    return rows
 
 
 def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device: torch.device) -> Row:
@@ -288,17 +268,14 @@ def _bytes(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
-def sweep(device: torch.device, largest: int, step) -> list[Row]:
-    """From 64 KB up by factors of 4, float32 NCHW TSM: where launches end and memory begins."""
-    rows: list[Row] = []
+def sweep(largest: int) -> Iterator[Shape]:
+    """From 64 KB up by factors of 4, in float32: where launches end and memory begins."""
     batch = 1
     while True:
         shape = Shape(batch, 8, 64, 8, 4) if batch * 8 * 64 * 32 * 4 < 2**22 else Shape(batch // 64, 8, 64, 64, 32)
-        size = shape.batch * shape.frames * shape.channels * shape.height * shape.width * 4
-        if size > largest:
-            return rows
-        rows.append(floor_row(shape, torch.float32, "NCHW", 0, device))
-        step(rows[-1:])
+        if shape.batch * shape.frames * shape.channels * shape.height * shape.width * 4 > largest:
+            return
+        yield shape
         batch *= 4
 
 
@@ -370,26 +347,38 @@ def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bo
     torch.manual_seed(0)
     results: Row = {"environment": environment(device)}
     with report.Progress(results["environment"]) as progress:
-        if seed_table:
-            results["seed"] = progress.table("seed", seed_tables(device))
-        else:
+
+        def part(name: str, found: Iterable[list[Row]]) -> None:
+            results[name], step = [], progress.section(name)
+            for rows in found:
+                results[name] += rows
+                step(rows)
+
+        try:
+            if seed_table:
+                part("seed", [seed_tables(device)])
+                return results
             cuda = device.type == "cuda"
+            part("calls", [calls_on_the_host(device)])
+
             chosen = shapes or (QUICK_SHAPES if quick else SHAPES if cuda else SHAPES[:3])
             dtypes, layouts = (DTYPES[:1], LAYOUTS[:1]) if quick else (DTYPES, LAYOUTS)
-            results["calls"] = progress.table("calls", calls_on_the_host(device))
-            results["peers"] = against_peers(
-                chosen, dtypes, layouts, (0,) if quick else (0, 2), device, 50, not quick, progress.section("peers")
-            )
             lengths = [Shape(64 // t, t, 256, 56, 56) for t in (4, 8, 16, 32)]
             odd = [Shape(16, 8, 2048, 7, 7), Shape(16, 8, 1024, 14, 14), Shape(16, 8, 72, 28, 28)]
             grid = chosen if quick or shapes or not cuda else (*lengths, *odd)
             depths = (0,) if quick else (0, 1, 2, 3, 4)
-            results["floor"] = against_the_floor(grid, dtypes, layouts, depths, device, progress.section("floor"))
+            cases = itertools.product(grid, dtypes, layouts, depths)
+            part("floor", ([floor_row(*case, device)] for case in cases))
+
             largest = 2**22 if quick else 2**33 if cuda else 2**28
             if cuda:  # rotating buffers: the tensor four times
                 largest = min(largest, torch.cuda.mem_get_info(device)[0] // 5)
-            results["sweep"] = sweep(device, largest, progress.section("sweep"))
-    report.save(results, output)
+            part("sweep", ([floor_row(shape, torch.float32, "NCHW", 0, device)] for shape in sweep(largest)))
+
+            cases = itertools.product(chosen, dtypes, layouts, (0,) if quick else (0, 2))
+            part("peers", (peer_rows(*case, device, 50, not quick) for case in cases))
+        finally:  # what an interrupted run has measured is measured
+            report.save(results, output)
     return results
 
 

@@ -62,11 +62,6 @@ class Progress:
 
         return step
 
-    def table(self, name: str, rows: list[Row]) -> list[Row]:
-        """A whole table at once."""
-        self.section(name)(rows)
-        return rows
-
 
 def _cell(column: str, value: Any) -> str:
     width = {"shape": 28, "call": 25, "who": 16, "layout": 13, "table": 48, "entry": 26}.get(column, 11)
