@@ -1,6 +1,8 @@
 """The benchmark: its peers compute what they should, its counts are right, and the command leaves what it promises."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +65,17 @@ def test_seed_table_and_shape(tmp_path, monkeypatch):
     assert {row["shape"] for row in json.loads((tmp_path / "bench.json").read_text())["peers"]} == {
         "(1, 4, 16, 2, 2)/8"
     }
+
+
+def test_report_of_an_earlier_run(tmp_path, capsys):
+    committed = Path(__file__).parent.parent / "results" / "h200" / "bench.json"
+    path = shutil.copy(committed, tmp_path)
+    assert cli.main(["bench", "--report", str(path)]) == 0
+    assert "| (8, 8, 256, 56, 56)/8 |" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"bench.json", "sweep.png", "peers.png"}
+    Path(path).write_text("{}")
+    assert cli.main(["bench", "--report", str(path)]) == 2
+    assert f"--report {path}: not the JSON of a run on a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", ["", "1,2,3", "1,8,16,2,2,4,4", "1,8,x,2,2", "1,8,16,0,2", "1,8,16,2,2,1"])

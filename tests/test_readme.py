@@ -1,5 +1,6 @@
 """The README's Python runs as written, its plain-torch equivalent is one, its table of features is what tests show."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 from support import assert_same_bits
 
 import tsm_jit
+from tsm_jit.bench import report
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -26,6 +29,13 @@ def test_equivalent_to():
     names = {"torch": torch, "x": x}
     exec(block, names)
     assert_same_bits(names["y"].flatten(0, 1), tsm_jit.temporal_shift(x, 8))
+
+
+def test_the_numbers_are_those_of_the_committed_run():
+    """What stands between the two comments is what the command that the first one names prints."""
+    command, section = re.search(r"<!-- python -m tsm_jit (.*?) -->\n\n(.*?)\n<!-- end -->", README, re.DOTALL).groups()
+    *_, path = command.split()
+    assert report.markdown(json.loads((ROOT / path).read_text())) == section
 
 
 def test_the_table_of_features_is_what_the_tests_show(request):

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from tsm_jit import _loader
 from tsm_jit._info import info
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shape", action="append", default=[], metavar="B,T,C,H,W,DIV", help="instead of the usual ones"
     )
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    bench.add_argument(
+        "--report", type=Path, metavar="JSON", help="no run: Markdown and plots of the JSON of an earlier one"
+    )
     bench.add_argument("--output", type=Path, default=Path("bench"), help="folder of JSON and plots (%(default)s)")
 
     options = parser.parse_args(arguments)
@@ -83,10 +87,12 @@ def _bench(options: argparse.Namespace) -> int:
 
     try:
         from tsm_jit import bench
-        from tsm_jit.bench import report  # noqa: F401 (what it needs is missing now, or never)
+        from tsm_jit.bench import report
     except ImportError as error:
         sys.stderr.write(f"the benchmark needs {error.name}: pip install 'tsm-jit[demo]'\n")
         return 1
+    if options.report is not None:
+        return _report(report, options.report)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("--device cuda: torch sees no GPU\n")
@@ -103,6 +109,18 @@ def _bench(options: argparse.Namespace) -> int:
     except bench.Mismatch as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    return 0
+
+
+def _report(report: ModuleType, path: Path) -> int:
+    try:
+        results = json.loads(path.read_text())
+        text = report.markdown(results)
+    except (OSError, ValueError, KeyError) as error:
+        sys.stderr.write(f"--report {path}: not the JSON of a run on a GPU: {error!r}\n")
+        return 2
+    report.draw(results, path.parent)
+    _print(text)
     return 0
 
 

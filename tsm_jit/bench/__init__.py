@@ -227,7 +227,7 @@ def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device:
     buffers = [torch.empty_like(x).copy_(x) for _ in range(count)]
     others = [torch.empty_like(x) for _ in range(min(count, 1 + 3 * timing.cache_bytes(device) // size))]
     row: Row = {"shape": str(shape), "dtype": _name(dtype), "layout": layout, "depth": depth, "mebibytes": size / 2**20}
-    # A copy of as many bytes as each operation moves.
+    # A copy of about as many bytes as each operation moves.
     copied: dict[int, float] = {}
 
     def refill() -> None:  # in place, zeros come in
@@ -236,7 +236,8 @@ def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device:
 
     def bandwidth(moved: int) -> float:
         if moved not in copied:
-            part = max(16, moved // 32 * 16)
+            part = max(1, moved // 2)
+            part -= part % min(part, 4096)  # odd sizes and places are copied slower
             # Each from a buffer of its own to a place of its own: as little of it in the cache as of the shift's.
             windows = size // part
             pairs = [

@@ -81,16 +81,52 @@ def _cell(column: str, value: Any) -> str:
 
 
 def save(results: Row, folder: Path) -> None:
-    """``bench.json``, and a PNG for every part that is a curve or bars."""
+    """``bench.json``, and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-    written = ["bench.json"]
-    for name, draw in (("sweep", draw_sweep), ("peers", draw_peers)):
+    sys.stdout.write(f"\nwritten to {folder}: {', '.join(['bench.json', *draw(results, folder)])}\n")
+
+
+def draw(results: Row, folder: Path) -> list[str]:
+    """A PNG for every part that is a curve or bars; returns their names."""
+    written = []
+    for name, plot in (("sweep", draw_sweep), ("peers", draw_peers)):
         if results.get(name):
-            figure = draw(results[name], results["environment"])
-            figure.savefig(folder / f"{name}.png", dpi=110)
+            plot(results[name], results["environment"]).savefig(folder / f"{name}.png", dpi=110)
             written.append(f"{name}.png")
-    sys.stdout.write(f"\nwritten to {folder}: {', '.join(written)}\n")
+    return written
+
+
+def markdown(results: Row) -> str:
+    """What the README says of a run on a GPU: two tables for TSM."""
+    about = results["environment"]
+    title = f"{about['device']}, driver {about['driver']}, torch {about['torch']}, commit {about['commit']}"
+    whose = {
+        "forward": ("eager", "compiled", "tsm_jit", "tsm_jit in place"),
+        "backward": ("eager", "compiled", "tsm_jit"),
+    }
+    heads = [f"{operation}: {who}" for operation, names in whose.items() for who in names]
+    lines = [f"{title}. Milliseconds of one call with cold caches, float32, NCHW:", ""]
+    lines += ["| (B, T, C, H, W)/fold_div | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    peers = [row for row in results["peers"] if (row["dtype"], row["layout"], row["depth"]) == ("float32", "NCHW", 0)]
+    times = {(row["shape"], row["operation"], row["who"]): row["milliseconds"] for row in peers}
+    for shape in dict.fromkeys(row["shape"] for row in peers):
+        cells = [f"{times[shape, operation, who]:.3f}" for operation, names in whose.items() for who in names]
+        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
+    floor = [row for row in results["floor"] if row["depth"] == 0 and "56, 56" in row["shape"]]
+    lines += [
+        "",
+        "Of what a copy of as many bytes reaches, many calls in a row on rotating buffers, 64 frames of 256 channels",
+    ]
+    lines += ["of 56x56 in clips of 4 to 32 frames:", "", "| | " + " | ".join(operations) + " |"]
+    lines.append("| --- |" + " --- |" * len(operations))
+    for dtype, layout in dict.fromkeys((row["dtype"], row["layout"]) for row in floor):
+        cells = []
+        for operation in operations:
+            parts = [row[operation]["of_floor"] for row in floor if (row["dtype"], row["layout"]) == (dtype, layout)]
+            cells.append(f"{min(parts):.0%} to {max(parts):.0%}")
+        lines.append(f"| {dtype}, {layout} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def draw_sweep(rows: list[Row], environment: Row) -> Figure:
