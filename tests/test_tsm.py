@@ -439,3 +439,37 @@ def test_another_clip_length():
         tsm_jit.n_segment(nn.Linear(2, 2), 8)
     with pytest.raises(ValueError, match="n_segment must divide the 12 frames of x, got 8"):
         net(x[:12])
+
+
+@pytest.mark.parametrize("place", ["block", "blockres"])
+@pytest.mark.parametrize("temporal_pool", [False, True])
+def test_removed_shifts_leave_the_network_as_it_was(place, temporal_pool):
+    net = torchvision.models.resnet18().eval()
+    keys, x = list(net.state_dict()), torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        expected = net(x)
+        make_temporal_shift(net, 8, place=place, temporal_pool=temporal_pool)
+        if temporal_pool:
+            make_temporal_pool(net, 8)
+        tsm_jit.remove_temporal_shift(net)
+        assert list(net.state_dict()) == keys
+        assert torch.equal(net(x), expected)
+    with pytest.raises(ValueError, match="net must hold temporal shifts or pools to remove, got ResNet"):
+        tsm_jit.remove_temporal_shift(net)
+    with pytest.raises(ValueError, match="net must hold temporal shifts, and not be one itself, got TemporalShift"):
+        tsm_jit.remove_temporal_shift(TemporalShift(nn.Identity()))
+    with pytest.raises(TypeError, match=r"net must be a torch.nn.Module, got int"):
+        tsm_jit.remove_temporal_shift(8)
+    make_temporal_shift(net, 8)
+
+
+@pytest.mark.parametrize("direction", ["past", "future"])
+def test_one_direction(device, direction):
+    x = torch.randn(2 * 4, 16, 3, 3, device=device)
+    shift = TemporalShift(nn.Identity(), 4, 8, direction=direction)
+    expected = reference.temporal_shift(x, Shift(4, 4, 1, "zeros", ((2, -1 if direction == "past" else 1),)))
+    assert_same_bits(shift(x), expected)
+    assert f"direction='{direction}'" in repr(shift)
+    net = torchvision.models.resnet18()
+    make_temporal_shift(net, 4, direction=direction)
+    assert {each.direction for each in net.modules() if isinstance(each, TemporalShift)} == {direction}

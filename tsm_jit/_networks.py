@@ -101,6 +101,31 @@ def _assign(changes: list[tuple[nn.Module, str, int]]) -> None:
         setattr(module, name, value)
 
 
+def remove_temporal_shift(net: nn.Module) -> None:
+    """Takes the temporal shifts and pools of every family out of a converted network, in place.
+
+    The network is then as it was before ``make_temporal_shift`` (:func:`tsm_jit.make_temporal_shift`, TSAM's
+    ``make_Shift``), its weights as they are now, its keys without ``net`` or ``layer``.
+
+    Raises:
+        TypeError, ValueError: ``net`` is no module, holds no temporal shift or pool, or is one itself.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    if isinstance(net, ClipModule):
+        raise ValueError(f"net must hold temporal shifts, and not be one itself, got {type(net).__name__}")
+    places = [
+        (parent, name)
+        for parent in net.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, ClipModule)
+    ]
+    if not places:
+        raise ValueError(f"net must hold temporal shifts or pools to remove, got {type(net).__name__}")
+    for parent, name in reversed(places):  # the innermost first: each then holds what is left of its module
+        setattr(parent, name, _unwrapped(getattr(parent, name)))
+
+
 def refuse_converted(net: nn.Module) -> None:
     """Raises ValueError if ``net`` holds a temporal shift of any family."""
     if any(isinstance(module, ShiftedModule) for module in net.modules()):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tsm_jit._checks import integer, one_of
 from tsm_jit._networks import ClipModule, ShiftedModule, refuse_converted, residual_stages
 from tsm_jit.functional import encode_temporal, temporal_shift
+from tsm_jit.plans import DIRECTIONS, Direction
 
 
 class TemporalShift(ShiftedModule):
@@ -33,6 +34,8 @@ class TemporalShift(ShiftedModule):
             shift is undone; until then no other thread or CUDA stream may use the input. A ``net`` that might write
             into its input or return it (all but ``nn.Conv1d/2d/3d`` and ``nn.Linear`` without hooks) gets a copy.
         vect: accepted for compatibility and ignored: the vector width follows from the alignment of the tensor.
+        direction: ``"both"``; or ``"past"``, TSM's uni-directional form, where one fold reads the previous frame and
+            none the next one, for streams (:mod:`tsm_jit.online`); or ``"future"``.
 
     Raises:
         TypeError, ValueError: on a call, as :func:`tsm_jit.temporal_shift`.
@@ -42,15 +45,26 @@ class TemporalShift(ShiftedModule):
         block.conv1 = TemporalShift(block.conv1, n_segment=8, n_div=8, inplace=True)
     """
 
-    def __init__(self, net: nn.Module, n_segment: int = 3, n_div: int = 8, inplace: bool = False, vect: Any = None):
+    def __init__(
+        self,
+        net: nn.Module,
+        n_segment: int = 3,
+        n_div: int = 8,
+        inplace: bool = False,
+        vect: Any = None,
+        *,
+        direction: Direction = "both",
+    ):
         super().__init__()
         self.net = net
         self.n_segment = n_segment
         self.fold_div = n_div
         self.inplace = inplace
+        self.direction = direction
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call_shifted(self.net, x, encode_temporal(x, self.n_segment, self.fold_div))
+        shift = encode_temporal(x, self.n_segment, self.fold_div, direction=self.direction)
+        return self.call_shifted(self.net, x, shift)
 
     @staticmethod
     def shift(x: Tensor, n_segment: int, fold_div: int = 3, inplace: bool = False, vect: Any = None) -> Tensor:
@@ -58,7 +72,8 @@ class TemporalShift(ShiftedModule):
         return temporal_shift(x, n_segment, fold_div, inplace=inplace)
 
     def extra_repr(self) -> str:
-        return f"n_segment={self.n_segment}, fold_div={self.fold_div}, inplace={self.inplace}"
+        direction = "" if self.direction == "both" else f", direction={self.direction!r}"
+        return f"n_segment={self.n_segment}, fold_div={self.fold_div}, inplace={self.inplace}{direction}"
 
 
 class TemporalPool(ClipModule):
@@ -109,6 +124,7 @@ def make_temporal_shift(
     temporal_pool: bool = False,
     *,
     inplace: bool = False,
+    direction: Direction = "both",
 ) -> None:
     """Puts a :class:`TemporalShift` into every residual block of a ResNet, in place on the network, as TSM does.
 
@@ -125,12 +141,15 @@ def make_temporal_shift(
         temporal_pool: the clip is halved before ``layer2`` (see :func:`make_temporal_pool`), so that the later stages
             shift clips of ``n_segment // 2``.
         inplace: as in :class:`TemporalShift`: same values, less memory and time.
+        direction: as in :class:`TemporalShift`: ``"past"`` for networks that are to run on a stream.
 
     Raises:
-        TypeError: ``net`` has no such stages. ValueError: an unknown ``place``; a network that was converted already.
+        TypeError: ``net`` has no such stages. ValueError: an unknown ``place`` or ``direction``; a network that was
+        converted already.
     """
     stages = residual_stages(net)
     one_of("place", place, ("block", "blockres"))
+    one_of("direction", direction, DIRECTIONS)
     refuse_converted(net)
     n_segment, n_div = integer("n_segment", n_segment, 1), integer("n_div", n_div, 1)
     later = _halved(n_segment) if temporal_pool else n_segment
@@ -139,9 +158,9 @@ def make_temporal_shift(
         segments = n_segment if index == 0 else later
         for i, block in enumerate(stage):
             if place == "block":
-                stage[i] = TemporalShift(block, segments, n_div, inplace)
+                stage[i] = TemporalShift(block, segments, n_div, inplace, direction=direction)
             elif i % every == 0:
-                block.conv1 = TemporalShift(block.conv1, segments, n_div, inplace)
+                block.conv1 = TemporalShift(block.conv1, segments, n_div, inplace, direction=direction)
 
 
 def make_temporal_pool(net: nn.Module, n_segment: int) -> None:
