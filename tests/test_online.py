@@ -128,6 +128,16 @@ def test_copies_and_moves_keep_the_state():
         assert {each.dtype for each in other.float().state} == {torch.float32}
 
 
+def test_frames_in_and_out_of_inference_mode():
+    net, x = offline_network(), clips()
+    expected, stream = offline(net, x), online.convert(net)
+    for t, mode in enumerate((torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode)):
+        with mode():
+            assert_close(stream(x[:, t]), expected[:, t])
+    stream.reset(torch.ones(STREAMS, dtype=torch.bool))
+    assert not any(each.any() for each in stream.state)
+
+
 def test_frames_that_do_not_fit_the_state():
     stream, x = online.convert(offline_network()), clips()
     with torch.no_grad():

@@ -7,10 +7,12 @@ from tsm_jit._info import info
 from tsm_jit._networks import n_segment, remove_temporal_shift
 from tsm_jit.functional import shift_groups, temporal_shift
 from tsm_jit.tsm import TemporalPool, TemporalShift, make_temporal_pool, make_temporal_shift
+from tsm_jit.video import VideoModel
 
 __all__ = [
     "TemporalPool",
     "TemporalShift",
+    "VideoModel",
     "info",
     "make_temporal_pool",
     "make_temporal_shift",

@@ -86,13 +86,12 @@ class OnlineNetwork(nn.Module):
         caches = self._caches
         if state is None:
             out = self.net(frames)
-            with torch.no_grad():
-                for i, after in enumerate(caches.after):
-                    kept = caches.before[i]
-                    if kept is None:
-                        caches.before[i] = after.detach()
-                    else:
-                        kept.copy_(after)  # where it was: a CUDA graph finds it there again
+            for i, after in enumerate(caches.after):
+                # Never an inference tensor, which no later frame outside of inference_mode could write to.
+                with torch.inference_mode(False), torch.no_grad():
+                    if caches.before[i] is None:
+                        caches.before[i] = torch.empty_like(after)
+                    caches.before[i].copy_(after)  # where it was: a CUDA graph finds it there again
             return out
         kept, caches.before = caches.before, self._checked(state)
         try:
