@@ -73,9 +73,10 @@ def test_report_of_an_earlier_run(tmp_path, capsys):
     assert cli.main(["bench", "--report", str(path)]) == 0
     assert "| (8, 8, 256, 56, 56)/8 |" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"bench.json", "sweep.png", "peers.png"}
-    Path(path).write_text("{}")
-    assert cli.main(["bench", "--report", str(path)]) == 2
-    assert f"--report {path}: not the JSON of a run on a GPU" in capsys.readouterr().err
+    for other in ("{}", "[]", "no JSON", '{"environment": {"driver": null}}'):
+        Path(path).write_text(other)
+        assert cli.main(["bench", "--report", str(path)]) == 2
+        assert f"--report {path}: not the JSON of a full run on a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", ["", "1,2,3", "1,8,16,2,2,4,4", "1,8,x,2,2", "1,8,16,0,2", "1,8,16,2,2,1"])

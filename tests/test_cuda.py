@@ -14,7 +14,7 @@ from tsm_jit.plans import PADDINGS, Shift
 TSM = ((8, 1), (8, -1))
 
 
-@pytest.mark.feature("streams, several GPUs")
+@pytest.mark.feature("CUDA streams, several GPUs")
 def test_current_stream(cuda):
     x = random_values((8 * 8, 64, 28, 28), torch.float32, cuda)
     expected = reference.temporal_shift(x, Shift(8, 8, 1, "zeros", TSM))
@@ -30,7 +30,7 @@ def test_current_stream(cuda):
     assert_same_bits(late, expected)
 
 
-@pytest.mark.feature("streams, several GPUs")
+@pytest.mark.feature("CUDA streams, several GPUs")
 def test_another_gpu_than_the_current_one(cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")

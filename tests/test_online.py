@@ -73,9 +73,11 @@ def test_reset_of_some_streams():
     assert_close(out[1], offline(net, x)[1, 2])
     with tsm_jit.n_segment(net, FRAMES - 2):
         assert_close(out[::2], offline(net, x[::2, 2:])[:, 0])
-    for mask in (torch.ones(2, dtype=torch.bool), torch.ones(STREAMS)):
+    for mask in (torch.ones(2, dtype=torch.bool), torch.ones(STREAMS), torch.tensor(True)):
         with pytest.raises(ValueError, match=f"mask must be of torch.bool, one for each of {STREAMS} streams, got"):
             stream.reset(mask)
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        stream.reset([True])
 
 
 def test_state_passed_along_and_set():
@@ -101,6 +103,9 @@ def test_state_passed_along_and_set():
         stream(x[:, 0], state[:2])
     with pytest.raises(ValueError, match=r"state must hold a tensor for each of 8 shifts, got 0"):
         stream.state = []
+    for wrong in ([1] * 8, 5, x):
+        with pytest.raises(TypeError, match="state must be a list of tensors, got"):
+            stream(x[:, 0], wrong)
 
 
 def test_gradients_through_time_with_a_state_of_ones_own():
@@ -134,19 +139,74 @@ def test_frames_in_and_out_of_inference_mode():
     for t, mode in enumerate((torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode)):
         with mode():
             assert_close(stream(x[:, t]), expected[:, t])
-    stream.reset(torch.ones(STREAMS, dtype=torch.bool))
-    assert not any(each.any() for each in stream.state)
+        with torch.inference_mode():
+            stream.double().state = [each.clone() for each in stream.state]
+    copy.deepcopy(stream)  # holds no graph of the frame that was recorded
+    where = [each.data_ptr() for each in stream.state]
+    for mask in (torch.ones(STREAMS, dtype=torch.bool), None):
+        stream(x[:, 0])
+        stream.reset(mask)
+        assert not any(each.any() for each in stream.state)
+    assert [each.data_ptr() for each in stream.state] == where
+
+
+class Twice(nn.Module):
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x):
+        return self.shift(self.shift(x))
+
+
+class Never(Twice):
+    def forward(self, x):
+        return x
+
+
+def test_each_shift_is_called_once_a_frame():
+    """In two places a module is two shifts; called twice in one place, or not at all, it cannot keep its state."""
+    shift = tsm_jit.TemporalShift(nn.Identity(), FRAMES, 4, direction="past")
+    nested = tsm_jit.TemporalShift(shift, FRAMES, 4, direction="past")
+    x = torch.randn(FRAMES, 8, 2, 2)
+    for model in (nn.Sequential(shift, nn.ReLU(), shift), nested):
+        stream = online.convert(model)
+        assert_close(torch.cat([stream(frame[None]) for frame in x]), model(x))
+    with pytest.raises(ValueError, match="model must call each shift once a frame, got a second call at 'shift'"):
+        online.convert(Twice(shift))(x)
+    with pytest.raises(ValueError, match="model must call each shift once a frame, got no call at 'shift'"):
+        online.convert(Never(shift))(x)
+    with pytest.raises(ValueError, match=re.escape("frames must be [S, C, H, W], got [1, 5, 8, 2, 2] at ''")):
+        online.convert(shift)(x[None])
+
+
+def test_a_checkpointed_shift_is_an_error_and_no_wrong_gradient():
+    class Checkpointed(Twice):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.shift, x, use_reentrant=False)
+
+    shift = tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), FRAMES, 4, direction="past")
+    stream, x = online.convert(Checkpointed(shift)), torch.randn(1, 8, 2, 2)
+    out, _ = stream(x, stream.initial_state(x))
+    with pytest.raises(RuntimeError, match="must be called by its OnlineNetwork, not again in backward"):
+        out.sum().backward()
 
 
 def test_frames_that_do_not_fit_the_state():
-    stream, x = online.convert(offline_network()), clips()
+    x = clips()
     with torch.no_grad():
+        expected = offline(stream_net := offline_network(), x)
+        stream = online.convert(stream_net)
         stream(x[:, 0])
-        message = "frames must be of as many streams and of the size that the state is of, got [2, 8, 8, 12] at a shift"
+        message = (
+            "frames must be of the streams, the size and the dtype that the state is of, got a fold of [2, 8, 8, 12] "
+            "torch.float64 at 'layer1.0.conv1', where the state is [3, 8, 8, 12] torch.float64; reset() begins anew"
+        )
         with pytest.raises(ValueError, match=re.escape(message)):
             stream(x[:2, 1])
-        expected = offline(offline_network(), x)  # another network, the same shapes
-        assert stream(x[:, 1]).shape == expected[:, 1].shape
+        assert_close(stream(x[:, 1]), expected[:, 1])  # and the state is as it was
+        stream.reset()
+        assert_close(stream(x[:2, 0]), expected[:2, 0])
 
 
 def test_what_cannot_run_on_a_stream():
@@ -162,6 +222,7 @@ def test_what_cannot_run_on_a_stream():
         (pooled, ValueError, "got tsm_jit.tsm.TemporalPool at 'layer2'"),
         (tsam, ValueError, "got tsm_jit.tsam.TemporalShift at"),
         (torchvision.models.resnet18(), ValueError, "model must hold temporal shifts, got ResNet"),
+        (tsm_jit.VideoModel(both), ValueError, "got a VideoModel at '': convert its backbone"),
         (None, TypeError, "model must be a torch.nn.Module, got NoneType"),
     ):
         with pytest.raises(kind, match=re.escape(message)):
@@ -198,7 +259,7 @@ def test_cuda_graphs(cuda):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = stream(frame)
-        stream.reset(torch.ones(STREAMS, dtype=torch.bool, device=cuda))
+        stream.reset()
         for t in range(FRAMES):
             frame.copy_(x[:, t])
             graph.replay()

@@ -454,6 +454,10 @@ def test_removed_shifts_leave_the_network_as_it_was(place, temporal_pool):
         tsm_jit.remove_temporal_shift(net)
         assert list(net.state_dict()) == keys
         assert torch.equal(net(x), expected)
+    shift = TemporalShift(nn.Identity())
+    twice = nn.Sequential(shift, nn.ReLU(), shift)
+    tsm_jit.remove_temporal_shift(twice)
+    assert [type(each) for each in twice] == [nn.Identity, nn.ReLU, nn.Identity]
     with pytest.raises(ValueError, match="net must hold temporal shifts or pools to remove, got ResNet"):
         tsm_jit.remove_temporal_shift(net)
     with pytest.raises(ValueError, match="net must hold temporal shifts, and not be one itself, got TemporalShift"):

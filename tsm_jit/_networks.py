@@ -104,8 +104,8 @@ def _assign(changes: list[tuple[nn.Module, str, int]]) -> None:
 def remove_temporal_shift(net: nn.Module) -> None:
     """Takes the temporal shifts and pools of every family out of a converted network, in place.
 
-    The network is then as it was before ``make_temporal_shift`` (:func:`tsm_jit.make_temporal_shift`, TSAM's
-    ``make_Shift``), its weights as they are now, its keys without ``net`` or ``layer``.
+    The network is then as before :func:`tsm_jit.make_temporal_shift` or :func:`tsm_jit.tsam.make_Shift`, its weights as
+    they are now, its keys without ``net`` or ``layer``. Hooks on the shifts go with them.
 
     Raises:
         TypeError, ValueError: ``net`` is no module, holds no temporal shift or pool, or is one itself.
@@ -117,13 +117,13 @@ def remove_temporal_shift(net: nn.Module) -> None:
     places = [
         (parent, name)
         for parent in net.modules()
-        for name, child in parent.named_children()
+        for name, child in parent._modules.items()
         if isinstance(child, ClipModule)
     ]
     if not places:
         raise ValueError(f"net must hold temporal shifts or pools to remove, got {type(net).__name__}")
     for parent, name in reversed(places):  # the innermost first: each then holds what is left of its module
-        setattr(parent, name, _unwrapped(getattr(parent, name)))
+        parent._modules[name] = _unwrapped(parent._modules[name])
 
 
 def refuse_converted(net: nn.Module) -> None:

@@ -116,8 +116,8 @@ def _report(report: ModuleType, path: Path) -> int:
     try:
         results = json.loads(path.read_text())
         text = report.markdown(results)
-    except (OSError, ValueError, KeyError) as error:
-        sys.stderr.write(f"--report {path}: not the JSON of a run on a GPU: {error!r}\n")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.stderr.write(f"--report {path}: not the JSON of a full run on a GPU: {error!r}\n")
         return 2
     report.draw(results, path.parent)
     _print(text)

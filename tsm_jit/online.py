@@ -1,21 +1,23 @@
 """Streams: a converted network that is fed one frame at a time (TSM's online form, arXiv:1811.08383, section 4.2).
 
 Each shift keeps, of the frame before, the fold that the next frame reads. The network then computes for every frame
-what it computes offline, where all frames of a clip are there at once; nothing is computed twice.
+what it computes offline, in a clip that began with the stream; nothing is computed twice.
 
 Example::
 
     net = torchvision.models.resnet50()
     tsm_jit.make_temporal_shift(net, n_segment=8, direction="past")  # no shift may read a frame that is still to come
     stream = tsm_jit.online.convert(net.eval())
-    for frame in video:
-        scores = stream(frame)  # [1, C, H, W] in, the scores of this frame out
+    with torch.inference_mode():
+        for frame in video:
+            scores = stream(frame)  # [1, C, H, W] in, the scores of this frame out
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,40 +25,55 @@ from torch import Tensor, nn
 
 from tsm_jit._networks import ClipModule
 from tsm_jit.tsm import TemporalShift
+from tsm_jit.video import VideoModel
 
 State = list[Tensor]
 
 
-class _Caches:
-    """The folds that the shifts of one network read and leave during a frame, in the order of its modules."""
+@dataclass
+class _Frame:
+    """What the shifts of one network share while it runs a frame: the folds they read and those they leave."""
 
-    def __init__(self, count: int):
-        self.before: list[Tensor | None] = [None] * count
-        self.after: list[Tensor | None] = [None] * count
+    places: list[str]  # the shifts
+    before: Sequence[Tensor | None] | None = None  # None: no frame is being run
+    after: list[Tensor | None] = field(default_factory=list)
+    may_differ: bool = False  # is `before` that of no frame at all, so that streams and sizes may be new?
 
 
 class _OnlineShift(nn.Module):
     """``net`` of the frames ``[S, C, *]`` of S streams, the first fold taken from the frame before; zero at first."""
 
-    def __init__(self, net: nn.Module, fold_div: int, caches: _Caches, index: int):
+    def __init__(self, net: nn.Module, fold_div: int, frame: _Frame, index: int):
         super().__init__()
         self.net = net
         self.fold_div = fold_div
-        self._caches = caches
+        self._frame = frame
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
+        frame, place = self._frame, self._frame.places[self._index]
+        if frame.before is None:
+            raise RuntimeError(
+                f"the shift at {place!r} must be called by its OnlineNetwork, not again in backward, as checkpoints do"
+            )
+        if frame.after[self._index] is not None:
+            raise ValueError(f"model must call each shift once a frame, got a second call at {place!r}")
+        if x.dim() == 5:
+            raise ValueError(f"frames must be [S, C, H, W], got {list(x.shape)} at {place!r}")
         fold = x.shape[1] // self.fold_div
         own, rest = x[:, :fold], x[:, fold:]
-        before = self._caches.before[self._index]
+        before = frame.before[self._index]
+        if before is not None and (before.shape, before.dtype) != (own.shape, own.dtype):
+            if not frame.may_differ:
+                raise ValueError(
+                    f"frames must be of the streams, the size and the dtype that the state is of, got a fold of "
+                    f"{list(own.shape)} {own.dtype} at {place!r}, where the state is {list(before.shape)} "
+                    f"{before.dtype}; reset() begins anew"
+                )
+            before = None
         if before is None:
             before = torch.zeros_like(own)
-        elif before.shape != own.shape:
-            raise ValueError(
-                f"frames must be of as many streams and of the size that the state is of, got {list(own.shape)} at a "
-                f"shift whose state is {list(before.shape)}; reset() begins anew"
-            )
-        self._caches.after[self._index] = own.clone()
+        frame.after[self._index] = own.clone()
         return self.net(torch.cat([before, rest], 1))
 
     def extra_repr(self) -> str:
@@ -68,86 +85,108 @@ class OnlineNetwork(nn.Module):
 
     Called with the next frame of each of S streams, ``[S, C, H, W]``, it returns the output of ``net`` for them and
     keeps the state in itself. Called with a ``state`` as well, it keeps nothing and returns ``(output, new_state)``:
-    for export, for CUDA graphs of one's own, and for gradients through time, which end at the frame otherwise.
+    for export, and for gradients through time, which end at the frame otherwise. One thread at a time.
 
-    The state is a list of one tensor ``[S, C // n_div, H, W]`` for each shift, of the dtype of its activations.
+    The state is a list of one tensor ``[S, C // n_div, H, W]`` for each shift, of the dtype of its activations. Once
+    there, it stays where it is, so that a CUDA graph captured after a first frame goes on from it; ``reset`` and
+    ``state = ...`` write into it.
 
     Raises:
-        ValueError: frames of another number of streams or size than the state is of; a state of another length.
+        TypeError, ValueError: frames of another number of streams, size or dtype than the state is of; a ``state`` that
+            is no list of as many tensors; a network that calls a shift not once a frame.
     """
 
-    def __init__(self, net: nn.Module, caches: _Caches):
+    def __init__(self, net: nn.Module, frame: _Frame):
         super().__init__()
         self.net = net
         self.training = net.training
-        self._caches = caches
+        self._frame = frame
+        self._state: list[Tensor | None] = [None] * len(frame.places)
+        self._is_reset = True
 
     def forward(self, frames: Tensor, state: Sequence[Tensor] | None = None) -> Tensor | tuple[Tensor, State]:
-        caches = self._caches
-        if state is None:
-            out = self.net(frames)
-            for i, after in enumerate(caches.after):
-                # Never an inference tensor, which no later frame outside of inference_mode could write to.
-                with torch.inference_mode(False), torch.no_grad():
-                    if caches.before[i] is None:
-                        caches.before[i] = torch.empty_like(after)
-                    caches.before[i].copy_(after)  # where it was: a CUDA graph finds it there again
-            return out
-        kept, caches.before = caches.before, self._checked(state)
+        if state is not None:
+            return self._run(frames, self._checked(state))
+        out, after = self._run(frames, self._state, may_differ=self._is_reset)
+        self._keep(after)
+        self._is_reset = False
+        return out
+
+    def _run(self, frames: Tensor, before: Sequence[Tensor | None], may_differ: bool = False) -> tuple[Tensor, State]:
+        frame = self._frame
+        frame.before, frame.after, frame.may_differ = before, [None] * len(frame.places), may_differ
         try:
-            return self.net(frames), list(caches.after)
+            out, after = self.net(frames), frame.after
         finally:
-            caches.before = kept
+            frame.before, frame.after = None, []
+        for place, each in zip(frame.places, after, strict=True):
+            if each is None:
+                raise ValueError(f"model must call each shift once a frame, got no call at {place!r}")
+        return out, after
+
+    def _keep(self, state: State) -> None:
+        # Never an inference tensor, which no frame outside of inference_mode could write to.
+        with torch.inference_mode(False), torch.no_grad():
+            for i, new in enumerate(state):
+                old = self._state[i]
+                if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+                    self._state[i] = torch.empty_like(new)
+                self._state[i].copy_(new)
 
     @property
     def state(self) -> State:
         """The state, as it is: later calls change these tensors. To set it copies.
 
-        Raises ValueError when read before the first frame, or set to a list of another length.
+        Raises ValueError when read before the first frame, TypeError or ValueError when set to what is no state.
         """
-        if None in self._caches.before:
+        if None in self._state:
             raise ValueError("state must not be read before the first frame: initial_state() makes one")
-        return list(self._caches.before)
+        return list(self._state)
 
     @state.setter
     def state(self, state: Sequence[Tensor]) -> None:
-        self._caches.before = [each.detach().clone() for each in self._checked(state)]
+        self._keep(self._checked(state))
+        self._is_reset = False
 
     def initial_state(self, frames: Tensor) -> State:
         """The state before the first frame of streams like ``frames``: zeros. The network runs once to see them."""
-        kept, self._caches.before = self._caches.before, [None] * len(self._caches.before)
-        try:
-            with torch.no_grad():
-                self.net(frames)
-        finally:
-            self._caches.before = kept
-        return [torch.zeros_like(after) for after in self._caches.after]
+        with torch.no_grad():
+            _, after = self._run(frames, [None] * len(self._state))
+        return [torch.zeros_like(each) for each in after]
 
     def reset(self, mask: Tensor | None = None) -> None:
         """The next frame is the first of its stream; with ``mask``, ``[S]`` of bool, of the streams where it is true.
 
-        Raises ValueError for a mask of another dtype or length.
+        Without a mask, the next frame may be of other streams and of another size.
+
+        Raises TypeError or ValueError for a mask of another type, dtype or length, or before the first frame.
         """
         if mask is None:
-            self._caches.before = [None] * len(self._caches.before)
+            self._is_reset = True
+            for kept in self._state:
+                if kept is not None:
+                    kept.zero_()
             return
-        for kept in self._caches.before:
-            if kept is None:
-                continue
-            if mask.dtype != torch.bool or mask.shape != kept.shape[:1]:
-                got = f"{mask.dtype} of {list(mask.shape)}"
-                raise ValueError(f"mask must be of torch.bool, one for each of {kept.shape[0]} streams, got {got}")
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+        state = self.state
+        streams = {each.shape[0] for each in state}
+        if mask.dtype != torch.bool or mask.dim() != 1 or streams != {len(mask)}:
+            got = f"{mask.dtype} of {list(mask.shape)}"
+            raise ValueError(f"mask must be of torch.bool, one for each of {max(streams)} streams, got {got}")
+        for kept in state:
             kept.masked_fill_(mask.to(kept.device).view(-1, *[1] * (kept.dim() - 1)), 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> OnlineNetwork:
-        self._caches.before = [None if kept is None else fn(kept) for kept in self._caches.before]
+        with torch.inference_mode(False):
+            self._state = [None if kept is None else fn(kept) for kept in self._state]
         return super()._apply(fn, *args, **kwargs)
 
     def _checked(self, state: Sequence[Tensor]) -> list[Tensor]:
-        if len(state) != len(self._caches.before):
-            raise ValueError(
-                f"state must hold a tensor for each of {len(self._caches.before)} shifts, got {len(state)}"
-            )
+        if not isinstance(state, Sequence) or not all(isinstance(each, Tensor) for each in state):
+            raise TypeError(f"state must be a list of tensors, got {state!r:.80}")
+        if len(state) != len(self._state):
+            raise ValueError(f"state must hold a tensor for each of {len(self._state)} shifts, got {len(state)}")
         return list(state)
 
 
@@ -160,14 +199,16 @@ def convert(model: nn.Module) -> OnlineNetwork:
 
     Raises:
         TypeError: ``model`` is no module. ValueError: it holds no shift; one that reads frames still to come; a
-        temporal pool, which halves the frames, or TSAM's shift.
+        temporal pool, which halves the frames, or TSAM's shift; a :class:`tsm_jit.VideoModel`, which takes clips.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
+        if isinstance(module, VideoModel):
+            raise ValueError(f"model must be a network of frames, got a VideoModel at {name!r}: convert its backbone")
         if not isinstance(module, ClipModule):
             continue
-        if not _is_shift(module):
+        if not isinstance(module, TemporalShift):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ValueError(
                 f"model must hold no other temporal module than tsm_jit.TemporalShift, got {kind} at {name!r}"
@@ -177,18 +218,19 @@ def convert(model: nn.Module) -> OnlineNetwork:
                 f"model must shift from the past alone, since the next frame of a stream is still to come; got "
                 f"direction={module.direction!r} at {name!r}: convert and train with direction='past'"
             )
-    root = nn.Sequential(copy.deepcopy(model))  # the model may be a shift itself
+    root = nn.ModuleList([copy.deepcopy(model)])  # the model may be a shift itself
     places = [
-        (parent, name) for parent in root.modules() for name, child in parent.named_children() if _is_shift(child)
+        (f"{prefix}.{name}".lstrip(".")[2:], parent, name)
+        for prefix, parent in root.named_modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, TemporalShift)
     ]
     if not places:
         raise ValueError(f"model must hold temporal shifts, got {type(model).__name__}")
-    caches = _Caches(len(places))
-    for index, (parent, name) in enumerate(places):
-        shift = getattr(parent, name)
-        parent.add_module(name, _OnlineShift(shift.net, shift.fold_div, caches, index))
-    return OnlineNetwork(root[0], caches)
-
-
-def _is_shift(module: nn.Module) -> bool:
-    return isinstance(module, TemporalShift)
+    frame = _Frame([place for place, _, _ in places])
+    for index, (_, parent, name) in reversed(list(enumerate(places))):  # a shift in a shift comes first
+        shift = parent._modules[name]
+        online = _OnlineShift(shift.net, shift.fold_div, frame, index)
+        online.training = shift.training
+        parent._modules[name] = online
+    return OnlineNetwork(root[0], frame)

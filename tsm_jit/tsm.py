@@ -144,8 +144,8 @@ def make_temporal_shift(
         direction: as in :class:`TemporalShift`: ``"past"`` for networks that are to run on a stream.
 
     Raises:
-        TypeError: ``net`` has no such stages. ValueError: an unknown ``place`` or ``direction``; a network that was
-        converted already.
+        TypeError, ValueError: ``net`` has no such stages or was converted already; an unknown ``place`` or
+            ``direction``; an ``n_segment`` or ``n_div`` that is no integer from 1 up, or odd and to be halved.
     """
     stages = residual_stages(net)
     one_of("place", place, ("block", "blockres"))
@@ -167,7 +167,7 @@ def make_temporal_pool(net: nn.Module, n_segment: int) -> None:
     """Halves the clip before ``layer2`` of a ResNet, in place on the network, as TSM does (key ``layer2.net``).
 
     Raises:
-        TypeError: ``net`` is no ResNet. ValueError: it is pooled already.
+        TypeError, ValueError: ``net`` is no ResNet or is pooled already; ``n_segment`` is no even integer.
     """
     residual_stages(net)
     _halved(n_segment)

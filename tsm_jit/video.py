@@ -8,7 +8,7 @@ from tsm_jit._networks import ClipModule
 
 
 class VideoModel(nn.Module):
-    """Clips ``[N, T, C, H, W]`` in, scores ``[N, K]`` out: those of the frames, averaged (TSN's consensus, 1608.00859).
+    """Clips ``[N, T, C, H, W]`` in, scores ``[N, K]`` out: the mean of the frames, TSN's consensus (arXiv:1608.00859).
 
     Args:
         backbone: a network of frames, ``[N*T, C, H, W]`` to ``[N*T, ...]``, or to fewer where it pools over time;
@@ -18,8 +18,8 @@ class VideoModel(nn.Module):
         dropout: the part of the head's input that is dropped in training, 0 to 1.
 
     Raises:
-        ValueError: on a call, ``clips`` have no five dimensions, or another length than the backbone is converted for:
-            ``tsm_jit.n_segment(model, length)`` changes that.
+        TypeError, ValueError: on a call, ``clips`` are no tensor, have no five dimensions, or have another length than
+            the backbone is converted for: ``tsm_jit.n_segment(model, length)`` changes that.
 
     Example::
 
@@ -37,6 +37,8 @@ class VideoModel(nn.Module):
         self.head = nn.Identity() if head is None else head
 
     def forward(self, clips: Tensor) -> Tensor:
+        if not isinstance(clips, Tensor):
+            raise TypeError(f"clips must be a tensor, got {type(clips).__name__}")
         if clips.dim() != 5:
             raise ValueError(f"clips must be [N, T, C, H, W], got {list(clips.shape)}")
         length = max((each.n_segment for each in self.backbone.modules() if isinstance(each, ClipModule)), default=None)

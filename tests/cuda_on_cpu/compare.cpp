@@ -61,7 +61,8 @@ bool same_bytes() {
   if ((s.padding == Padding::keep || s.padding == Padding::replicate) && one_in(2)) {
     if (element == 2) s.sum = one_in(2) ? Sum::float16 : Sum::bfloat16;
     if (element == 4) s.sum = Sum::float32;
-    if (element == 8) s.sum = Sum::float64;
+    if (element == 8) s.sum = one_in(2) ? Sum::float32 : Sum::float64;  // complex64 or float64
+    if (element == 16) s.sum = Sum::float64;
   }
 
   std::vector<Group> groups;

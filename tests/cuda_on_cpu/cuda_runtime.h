@@ -2,6 +2,7 @@
 // coroutines. A barrier lets every other thread of the block come as far before any goes on.
 #pragma once
 
+#include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -70,7 +71,10 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Arg
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        std::memset(tsm_jit::shared, 0xA5, shared_bytes);
+        ASAN_UNPOISON_MEMORY_REGION(tsm_jit::shared, sizeof tsm_jit::shared);
+        std::memset(tsm_jit::shared, 0xA5, sizeof tsm_jit::shared);
+        const size_t rest = sizeof tsm_jit::shared - shared_bytes;
+        ASAN_POISON_MEMORY_REGION(reinterpret_cast<char*>(tsm_jit::shared) + shared_bytes, rest);
         for (uint32_t i = 0; i < block.x * block.y; ++i) {
           Thread& thread = threads[i];
           thread.done = false;

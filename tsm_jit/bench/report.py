@@ -98,33 +98,40 @@ def draw(results: Row, folder: Path) -> list[str]:
 
 
 def markdown(results: Row) -> str:
-    """What the README says of a run on a GPU: two tables for TSM."""
+    """What the README says of a full run on a GPU: two tables for TSM. Raises ValueError or KeyError for other runs."""
     about = results["environment"]
+    if about["driver"] is None:
+        raise ValueError("it ran on the CPU")
     title = f"{about['device']}, driver {about['driver']}, torch {about['torch']}, commit {about['commit']}"
     whose = {
         "forward": ("eager", "compiled", "tsm_jit", "tsm_jit in place"),
         "backward": ("eager", "compiled", "tsm_jit"),
     }
-    heads = [f"{operation}: {who}" for operation, names in whose.items() for who in names]
+    columns = [(operation, who) for operation, names in whose.items() for who in names]
+    heads = [f"{operation}: {who}" for operation, who in columns]
     lines = [f"{title}. Milliseconds of one call with cold caches, float32, NCHW:", ""]
-    lines += ["| (B, T, C, H, W)/fold_div | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    lines.append("| (B, T, C, H, W)/fold_div | " + " | ".join(heads) + " |")
+    lines.append("| --- |" + " --- |" * len(columns))
     peers = [row for row in results["peers"] if (row["dtype"], row["layout"], row["depth"]) == ("float32", "NCHW", 0)]
-    times = {(row["shape"], row["operation"], row["who"]): row["milliseconds"] for row in peers}
+    times = {(row["shape"], (row["operation"], row["who"])): row["milliseconds"] for row in peers}
     for shape in dict.fromkeys(row["shape"] for row in peers):
-        cells = [f"{times[shape, operation, who]:.3f}" for operation, names in whose.items() for who in names]
-        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
-    floor = [row for row in results["floor"] if row["depth"] == 0 and "56, 56" in row["shape"]]
+        lines.append(f"| {shape} | " + " | ".join(f"{times[shape, column]:.3f}" for column in columns) + " |")
+
+    # A clip's length at a time: rows of other shapes say something else, and stand in the JSON.
+    floor = [row for row in results["floor"] if row["depth"] == 0 and "256, 56, 56" in row["shape"]]
+    if not floor:
+        raise ValueError("it has no row of 256 channels of 56x56")
+    shapes = ", ".join(dict.fromkeys(row["shape"] for row in floor))
     lines += [
         "",
-        "Of what a copy of as many bytes reaches, many calls in a row on rotating buffers, 64 frames of 256 channels",
+        "Of what a copy of as many bytes reaches, the least and the most, many calls in a row on rotating buffers, of",
     ]
-    lines += ["of 56x56 in clips of 4 to 32 frames:", "", "| | " + " | ".join(operations) + " |"]
-    lines.append("| --- |" + " --- |" * len(operations))
+    lines += [f"{shapes}:", "", "| | " + " | ".join(operations) + " |", "| --- |" + " --- |" * len(operations)]
     for dtype, layout in dict.fromkeys((row["dtype"], row["layout"]) for row in floor):
         cells = []
         for operation in operations:
             parts = [row[operation]["of_floor"] for row in floor if (row["dtype"], row["layout"]) == (dtype, layout)]
-            cells.append(f"{min(parts):.0%} to {max(parts):.0%}")
+            cells.append(" to ".join(dict.fromkeys(f"{part:.0%}" for part in (min(parts), max(parts)))))
         lines.append(f"| {dtype}, {layout} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
