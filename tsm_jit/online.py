@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,14 +29,14 @@ from tsm_jit.video import VideoModel
 State = list[Tensor]
 
 
-@dataclass
 class _Frame:
     """What the shifts of one network share while it runs a frame: the folds they read and those they leave."""
 
-    places: list[str]  # the shifts
-    before: Sequence[Tensor | None] | None = None  # None: no frame is being run
-    after: list[Tensor | None] = field(default_factory=list)
-    may_differ: bool = False  # is `before` that of no frame at all, so that streams and sizes may be new?
+    def __init__(self, places: list[str]):
+        self.places = places  # of the shifts
+        self.before: Sequence[Tensor | None] | None = None  # None: no frame is being run
+        self.after: list[Tensor | None] = []
+        self.may_differ = False  # is `before` that of no frame at all, so that streams and sizes may be new?
 
 
 class _OnlineShift(nn.Module):
