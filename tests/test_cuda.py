@@ -79,13 +79,16 @@ def test_graphs_of_everything(cuda, padding):
 
 
 def peak_of(work) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = work()
-    peak = torch.cuda.max_memory_allocated() - before
-    del result
-    return peak
+    """The largest of three: what autograd's threads or the garbage collector free meanwhile makes it smaller."""
+    peaks = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del result
+    return max(peaks)
 
 
 COPIED = {"cropped", "channels outermost"}  # no equal runs of channels: through one contiguous copy
@@ -104,7 +107,7 @@ def test_memory(cuda):
         assert peak_of(lambda: tsm_jit.temporal_shift(x, **arguments)) == one, name
         leaf = x.detach().requires_grad_()
         out, grad = tsm_jit.temporal_shift(leaf, **arguments), torch.empty_like(x)
-        assert peak_of(lambda: torch.autograd.grad(out, leaf, grad)) == one, name
+        assert peak_of(lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)) == one, name
 
 
 def test_a_failed_launch_is_an_error(cuda):
