@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
-from tsm_jit import bench, cli, reference
-from tsm_jit.bench import peers
+from tsm_jit import bench, cli, online, reference
+from tsm_jit.bench import peers, streams
 
 CPU = torch.device("cpu")
 SHAPE = bench.Shape(2, 8, 32, 3, 2, 4)
@@ -83,6 +84,22 @@ def test_report_of_an_earlier_run(tmp_path, capsys):
 def test_wrong_shapes(shape, capsys):
     assert cli.main(["bench", "--shape", shape]) == 2
     assert "a shape is B,T,C,H,W or B,T,C,H,W,DIV" in capsys.readouterr().err
+
+
+def test_streams(device, monkeypatch):
+    """Every way is timed for 1 stream and for 8, once its scores are right."""
+
+    def make():
+        return torchvision.models.resnet18(num_classes=3)
+
+    found = [row for rows in streams.rows(device, 2, bench.Mismatch, make, size=32) for row in rows]
+    names = ["without shift", "online", *["online, CUDA graph"] * (device.type == "cuda"), "the last 8 frames again"]
+    assert [(row["streams"], row["who"]) for row in found] == [(s, name) for s in (1, 8) for name in names]
+    assert all(0 < row["median_milliseconds"] <= row["p99_milliseconds"] for row in found)
+    assert {row["state_mebibytes"] is None for row in found if row["who"].startswith("online")} == {False}
+    monkeypatch.setattr(online.OnlineNetwork, "_keep", lambda self, state: None)  # it forgets
+    with pytest.raises(bench.Mismatch, match="online: 1 streams do not have the scores of their clips"):
+        list(streams.rows(torch.device("cpu"), 2, bench.Mismatch, make, size=32))
 
 
 @pytest.mark.parametrize("layout", bench.LAYOUTS)

@@ -378,6 +378,11 @@ def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bo
 
             cases = itertools.product(chosen, dtypes, layouts, (0,) if quick else (0, 2))
             part("peers", (peer_rows(*case, device, 50, not quick) for case in cases))
+
+            if not quick:
+                from tsm_jit.bench import streams
+
+                part("online", streams.rows(device, 300 if cuda else 10, Mismatch, streams.resnet50))
         finally:  # what an interrupted run has measured is measured
             report.save(results, output)
     return results

@@ -23,6 +23,9 @@ _COLUMNS = {
         "forward", "backward", "forward in place", "backward in place"
     ))),
     "sweep": ("mebibytes", *operations),
+    "online": (
+        "streams", "who", "median_milliseconds", "p99_milliseconds", "state_mebibytes", "peak_mebibytes",
+    ),
     "seed": ("table", "entry", "claimed", "measured"),
 }  # fmt: skip
 _TITLES = {
@@ -30,6 +33,7 @@ _TITLES = {
     "peers": "each call alone, on CUDA with cold caches; of_copy: of the bandwidth of a copy of the tensor",
     "floor": "many in a row: microseconds, and of what a copy of as many bytes reaches",
     "sweep": "from small to large, float32 NCHW TSM: microseconds, and of what a copy of as many bytes reaches",
+    "online": "a frame of a TSM-ResNet-50, 224x224 float32: from its arrival on the device to its scores there",
     "seed": "the project's first text: its claims and what is measured",
 }
 
@@ -64,7 +68,7 @@ class Progress:
 
 
 def _cell(column: str, value: Any) -> str:
-    width = {"shape": 28, "call": 25, "who": 16, "layout": 13, "table": 48, "entry": 26}.get(column, 11)
+    width = {"shape": 28, "call": 25, "who": 23, "layout": 13, "table": 48, "entry": 26}.get(column, 11)
     if column in operations:
         width = 18
     if value is None:
