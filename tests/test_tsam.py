@@ -116,7 +116,7 @@ def test_what_cannot_be_converted():
     net.layer1[0] = tsam.TemporalShift(net.layer1[0], 8, 8, 8, 1)
     with pytest.raises(ValueError, match="must not hold temporal shifts already"):
         tsam.make_Shift(net, 8, 8, 8, 1, 1, 0)
-    with pytest.raises(TypeError, match="net must be a ResNet with stages layer1, layer2, layer3, layer4"):
+    with pytest.raises(TypeError, match="net must be a ResNet with stages layer1 to layer4"):
         tsam.make_Shift(torchvision.models.mobilenet_v2(), 8, 8, 8, 1, 1, 0)
     net = torchvision.models.resnet18()
     tsm_jit.make_temporal_shift(net, 8)

@@ -2,28 +2,49 @@
 
 __version__ = "0.1.0"
 
-from tsm_jit import _loader, online, plans, tsam
+import importlib
+from types import ModuleType
+
+from tsm_jit import _loader, plans
 from tsm_jit._info import info
-from tsm_jit._networks import n_segment, remove_temporal_shift
+from tsm_jit._networks import n_segment, remove_temporal_shift, shift_before
 from tsm_jit.functional import shift_groups, temporal_shift
-from tsm_jit.tsm import TemporalPool, TemporalShift, make_temporal_pool, make_temporal_shift
+from tsm_jit.tsm import TemporalPool, TemporalShift, TokenShift, make_temporal_pool, make_temporal_shift
 from tsm_jit.video import VideoModel
 
 __all__ = [
     "TemporalPool",
     "TemporalShift",
+    "TokenShift",
     "VideoModel",
+    "audio",
+    "checkpoints",
     "info",
     "make_temporal_pool",
     "make_temporal_shift",
     "n_segment",
+    "non_local",
     "online",
     "plans",
     "remove_temporal_shift",
+    "shift_before",
     "shift_groups",
     "temporal_shift",
     "tsam",
 ]
+
+_ON_FIRST_USE = ("audio", "checkpoints", "non_local", "online", "tsam")  # for a quick import
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f"tsm_jit.{name}")
+    raise AttributeError(f"module 'tsm_jit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})
+
 
 if not _loader.asked_to_clean():
     _loader.load()

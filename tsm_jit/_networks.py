@@ -1,6 +1,8 @@
-"""What modules and surgery of every family share: a module around one that sees shifted frames, ResNet stages."""
+"""What modules and surgery of every family share: a module around one that sees shifted frames, and its place."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +26,22 @@ class ShiftedModule(ClipModule):
 
     inplace: bool
 
-    def call_shifted(self, net: nn.Module, x: Tensor, shift: str) -> Tensor:
-        """``net`` of the shifted ``x``, which holds the same bits afterwards."""
+    def call_shifted(self, net: nn.Module, x: Tensor, shift: str, still: int = 0) -> Tensor:
+        """``net`` of the shifted ``x``, which holds the same bits afterwards; its first ``still`` tokens stay."""
+
+        def shifted(x: Tensor) -> Tensor:
+            moved = ops.temporal_shift(x[:, still:] if still else x, shift)
+            return torch.cat([x[:, :still], moved], 1) if still else moved
+
         if not self.inplace or not ops.eager():
-            return net(ops.temporal_shift(x, shift))
+            return net(shifted(x))
         if torch.is_grad_enabled():
-            with ops.shifting_again(x, shift) as shifted:
-                return net(shifted)
+            with ops.shifting_again(x, shifted) as copy:
+                return net(copy)
         if _only_reads_its_input(net) and ops.elements_are_apart(x):
-            with ops.shift_undone(x, shift):
+            with ops.shift_undone(x[:, still:] if still else x, shift):
                 return net(x)
-        return net(ops.temporal_shift(x, shift))
+        return net(shifted(x))
 
 
 def _only_reads_its_input(net: nn.Module) -> bool:
@@ -126,28 +133,62 @@ def remove_temporal_shift(net: nn.Module) -> None:
         parent._modules[name] = _unwrapped(parent._modules[name])
 
 
+def shift_before(net: nn.Module, places: Mapping[str, Callable[[nn.Module], nn.Module]]) -> None:
+    """Puts a temporal shift before modules of any network, in place: what all surgery here is built on.
+
+    Args:
+        net: the network; as it was if anything below is raised.
+        places: for the name of each module that is to see shifted frames (``net.named_modules()`` lists them), what to
+            call with it: a :class:`tsm_jit.TemporalShift`, or another temporal module, without its first argument.
+
+    Raises:
+        TypeError, ValueError: ``net`` is no module; ``places`` is no mapping, names no module of ``net``, or one that
+            is shifted already; its values make no temporal module.
+
+    Example::
+
+        shift = functools.partial(tsm_jit.TemporalShift, n_segment=8, inplace=True)
+        tsm_jit.shift_before(net, {"layer3.0.conv1": shift, "layer4.0.conv1": shift})
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    if not isinstance(places, Mapping):
+        raise TypeError(f"places must be a mapping from names of modules, got {type(places).__name__}")
+    wrapped = []
+    for place, around in places.items():
+        parent, child = _place(net, place)
+        module = parent._modules[child]
+        if isinstance(module, ShiftedModule):
+            raise ValueError(f"places must not be shifted already, but {place!r} is")
+        if not callable(around):
+            raise TypeError(f"places must map to what makes a temporal module, got {around!r:.80} for {place!r}")
+        new = around(module)
+        if not isinstance(new, ClipModule):
+            raise TypeError(f"places must map to what makes a temporal module, got {type(new).__name__} for {place!r}")
+        new.training = module.training
+        wrapped.append((parent, child, new))
+    for parent, child, new in wrapped:
+        parent._modules[child] = new
+
+
+def _place(net: nn.Module, place: str) -> tuple[nn.Module, str]:
+    """The module that holds the one named ``place``, and the name there."""
+    if not isinstance(place, str):
+        raise TypeError(f"places must map from names of modules, got {place!r:.80}")
+    above, _, child = place.rpartition(".")
+    try:
+        parent = net.get_submodule(above)
+    except AttributeError:
+        parent = None
+    if parent is None or parent._modules.get(child) is None:
+        raise ValueError(f"places must name modules of net, got {place!r}, which {type(net).__name__} does not have")
+    return parent, child
+
+
 def refuse_converted(net: nn.Module) -> None:
     """Raises ValueError if ``net`` holds a temporal shift of any family."""
     if any(isinstance(module, ShiftedModule) for module in net.modules()):
         raise ValueError("net must not hold temporal shifts already, but it was converted before")
-
-
-def residual_stages(net: nn.Module) -> list[nn.Sequential]:
-    """The four stages of a ResNet of torchvision or timm, of blocks with a ``conv1``. Raises TypeError for others."""
-    names = ("layer1", "layer2", "layer3", "layer4")
-    stages = [getattr(net, name, None) for name in names]
-    # A stage or a block may be wrapped already, by TemporalPool or a shift before the whole block.
-    stages = [_unwrapped(stage) for stage in stages]
-    for stage in stages:
-        if not isinstance(stage, nn.Sequential) or not all(isinstance(_first_convolution(b), nn.Module) for b in stage):
-            raise TypeError(
-                f"net must be a ResNet with stages {', '.join(names)} of blocks with a conv1, got {type(net).__name__}"
-            )
-    return stages
-
-
-def _first_convolution(block: nn.Module) -> nn.Module | None:
-    return getattr(_unwrapped(block), "conv1", None)
 
 
 def _unwrapped(module: nn.Module | None) -> nn.Module | None:

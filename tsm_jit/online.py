@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from tsm_jit._networks import ClipModule
-from tsm_jit.tsm import TemporalShift
+from tsm_jit.tsm import TemporalShift, TokenShift
 from tsm_jit.video import VideoModel
 
 State = list[Tensor]
+SHIFTS = (TemporalShift, TokenShift)
 
 
 class _Frame:
@@ -40,12 +41,15 @@ class _Frame:
 
 
 class _OnlineShift(nn.Module):
-    """``net`` of the frames ``[S, C, *]`` of S streams, the first fold taken from the frame before; zero at first."""
+    """``net`` of the frames or tokens of S streams, the first fold taken from the frame before; zero at first."""
 
-    def __init__(self, net: nn.Module, fold_div: int, frame: _Frame, index: int):
+    def __init__(self, shift: TemporalShift | TokenShift, frame: _Frame, index: int):
         super().__init__()
-        self.net = net
-        self.fold_div = fold_div
+        self.net = shift.net
+        self.fold_div = shift.fold_div
+        self.training = shift.training
+        tokens = isinstance(shift, TokenShift)
+        self._channel_dim, self._still = (2, shift.num_prefix_tokens) if tokens else (1, 0)
         self._frame = frame
         self._index = index
 
@@ -59,8 +63,9 @@ class _OnlineShift(nn.Module):
             raise ValueError(f"model must call each shift once a frame, got a second call at {place!r}")
         if x.dim() == 5:
             raise ValueError(f"frames must be [S, C, H, W], got {list(x.shape)} at {place!r}")
-        fold = x.shape[1] // self.fold_div
-        own, rest = x[:, :fold], x[:, fold:]
+        moving, channels = x[:, self._still :] if self._still else x, x.shape[self._channel_dim]
+        fold = channels // self.fold_div
+        own, rest = moving.split([fold, channels - fold], self._channel_dim)
         before = frame.before[self._index]
         if before is not None and (before.shape, before.dtype) != (own.shape, own.dtype):
             if not frame.may_differ:
@@ -73,7 +78,8 @@ class _OnlineShift(nn.Module):
         if before is None:
             before = torch.zeros_like(own)
         frame.after[self._index] = own.clone()
-        return self.net(torch.cat([before, rest], 1))
+        shifted = torch.cat([before, rest], self._channel_dim)
+        return self.net(torch.cat([x[:, : self._still], shifted], 1) if self._still else shifted)
 
     def extra_repr(self) -> str:
         return f"fold_div={self.fold_div}"
@@ -86,9 +92,9 @@ class OnlineNetwork(nn.Module):
     keeps the state in itself. Called with a ``state`` as well, it keeps nothing and returns ``(output, new_state)``:
     for export, and for gradients through time, which end at the frame otherwise. One thread at a time.
 
-    The state is a list of one tensor ``[S, C // n_div, H, W]`` for each shift, of the dtype of its activations. Once
-    there, it stays where it is, so that a CUDA graph captured after a first frame goes on from it; ``reset`` and
-    ``state = ...`` write into it.
+    The state is a list of one tensor for each shift, of the dtype of its activations: ``[S, C // n_div, H, W]``, of
+    tokens ``[S, L, C // n_div]``. Once there, it stays where it is, so that a CUDA graph captured after a first frame
+    goes on from it; ``reset`` and ``state = ...`` write into it.
 
     Raises:
         TypeError, ValueError: frames of another number of streams, size or dtype than the state is of; a ``state`` that
@@ -193,8 +199,9 @@ def convert(model: nn.Module) -> OnlineNetwork:
     """A copy of ``model`` for streams; ``model`` stays as it is.
 
     Args:
-        model: a network with :class:`tsm_jit.TemporalShift` modules of ``direction="past"``, in any place, and nothing
-            else that looks at other frames; in ``eval`` mode if it has batch normalisation.
+        model: a network with :class:`tsm_jit.TemporalShift` or :class:`tsm_jit.TokenShift` modules of
+            ``direction="past"``, in any place, and nothing else that looks at other frames; in ``eval`` mode if it has
+            batch normalisation.
 
     Raises:
         TypeError: ``model`` is no module. ValueError: it holds no shift; one that reads frames still to come; a
@@ -207,7 +214,7 @@ def convert(model: nn.Module) -> OnlineNetwork:
             raise ValueError(f"model must be a network of frames, got a VideoModel at {name!r}: convert its backbone")
         if not isinstance(module, ClipModule):
             continue
-        if not isinstance(module, TemporalShift):
+        if not isinstance(module, SHIFTS):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ValueError(
                 f"model must hold no other temporal module than tsm_jit.TemporalShift, got {kind} at {name!r}"
@@ -222,14 +229,11 @@ def convert(model: nn.Module) -> OnlineNetwork:
         (f"{prefix}.{name}".lstrip(".")[2:], parent, name)
         for prefix, parent in root.named_modules()
         for name, child in parent._modules.items()
-        if isinstance(child, TemporalShift)
+        if isinstance(child, SHIFTS)
     ]
     if not places:
         raise ValueError(f"model must hold temporal shifts, got {type(model).__name__}")
     frame = _Frame([place for place, _, _ in places])
     for index, (_, parent, name) in reversed(list(enumerate(places))):  # a shift in a shift comes first
-        shift = parent._modules[name]
-        online = _OnlineShift(shift.net, shift.fold_div, frame, index)
-        online.training = shift.training
-        parent._modules[name] = online
+        parent._modules[name] = _OnlineShift(parent._modules[name], frame, index)
     return OnlineNetwork(root[0], frame)

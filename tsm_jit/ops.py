@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -255,12 +255,12 @@ def _unread_frames(x: Tensor, shift: Shift) -> Iterator[Tensor]:
 
 
 @contextmanager
-def shifting_again(x: Tensor, shift: str) -> Iterator[Tensor]:
-    """Gives a shifted copy of ``x``. What autograd would keep of the copy within, it computes from ``x`` again.
+def shifting_again(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Gives ``shift(x)``, a shifted copy of ``x``. What autograd would keep of it within, it computes from ``x`` again.
 
     Where someone else's saved-tensor hooks are at work (checkpointing, offloading to the CPU), theirs decide.
     """
-    shifted = temporal_shift(x, shift)
+    shifted = shift(x)
     storage, dtype = shifted.untyped_storage().data_ptr(), shifted.dtype
     others_decide = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     if others_decide or x.is_inference() or not storage:  # neither versions nor memory to go by
@@ -286,7 +286,7 @@ def shifting_again(x: Tensor, shift: str) -> Iterator[Tensor]:
                 "the input of a temporal shift, needed to compute gradients, was modified by an in-place operation: "
                 f"it is at version {source._version}, expected version {version}"
             )
-        return _forward_kernel(source, shift).as_strided(*packed)
+        return shift(source).as_strided(*packed)
 
     with saved_tensors_hooks(pack, unpack):
         yield shifted

@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tsm_jit._checks import integer
-from tsm_jit._networks import ShiftedModule, refuse_converted, residual_stages
+from tsm_jit._families import resnet_stages
+from tsm_jit._networks import ShiftedModule, refuse_converted, shift_before
 from tsm_jit.functional import encode_temporal
 
 
@@ -93,7 +94,7 @@ def make_Shift(
         TypeError: ``net`` has no such stages. ValueError: an argument outside its range; a network that was converted
             already.
     """
-    stages = residual_stages(net)
+    stages = resnet_stages(net)
     n_segments = integer("n_segments", n_segments, 1)
     n_segment_shifted = integer("n_segment_shifted", n_segment_shifted, 1)
     if n_segment_shifted > n_segments:
@@ -103,6 +104,8 @@ def make_Shift(
     if m_insert >= n_insert:
         raise ValueError(f"m_insert must be less than n_insert={n_insert}, got {m_insert}")
     refuse_converted(net)
-    for stage in stages:
-        for block in list(stage)[m_insert::n_insert]:
-            block.conv1 = TemporalShift(block.conv1, n_segments, n_segment_shifted, f_div, shift_depth, inplace=inplace)
+
+    def shift(layer: nn.Module) -> TemporalShift:
+        return TemporalShift(layer, n_segments, n_segment_shifted, f_div, shift_depth, inplace=inplace)
+
+    shift_before(net, {block.first: shift for stage in stages for block in stage[m_insert::n_insert]})

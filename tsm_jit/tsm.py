@@ -6,14 +6,18 @@ users change an import and keep their checkpoints.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tsm_jit._checks import integer, one_of
-from tsm_jit._networks import ClipModule, ShiftedModule, refuse_converted, residual_stages
+from tsm_jit._families import RESNET, VIT, resnet_stages, stages_of
+from tsm_jit._networks import ClipModule, ShiftedModule, refuse_converted, shift_before
 from tsm_jit.functional import encode_temporal, temporal_shift
+from tsm_jit.non_local import MODES, Mode, make_non_local
 from tsm_jit.plans import DIRECTIONS, Direction
 
 
@@ -76,6 +80,51 @@ class TemporalShift(ShiftedModule):
         return f"n_segment={self.n_segment}, fold_div={self.fold_div}, inplace={self.inplace}{direction}"
 
 
+class TokenShift(ShiftedModule):
+    """Shift of the tokens of a vision transformer, then ``net``: TSM (arXiv:1811.08383) along another dimension.
+
+    The input is ``[N*T, L, C]``, ``T = n_segment``, of any dtype; the output is that of ``net``. The first
+    ``num_prefix_tokens`` of the L tokens, such as the class token, stay.
+
+    Args:
+        net: the module that receives the tokens, typically the ``nn.Linear`` before an attention.
+        num_prefix_tokens: 0 or more.
+        n_segment, n_div, inplace, direction: as in :class:`TemporalShift`.
+
+    Raises:
+        TypeError, ValueError: ``num_prefix_tokens`` is no integer from 0 up; on a call, an input that is not
+            three-dimensional; and as :func:`tsm_jit.temporal_shift`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        n_segment: int,
+        n_div: int = 8,
+        inplace: bool = False,
+        *,
+        direction: Direction = "both",
+        num_prefix_tokens: int = 1,
+    ):
+        super().__init__()
+        self.net = net
+        self.n_segment = n_segment
+        self.fold_div = n_div
+        self.inplace = inplace
+        self.direction = direction
+        self.num_prefix_tokens = integer("num_prefix_tokens", num_prefix_tokens, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3:
+            raise ValueError(f"x must be tokens [N*T, L, C], got {list(x.shape)}")
+        shift = encode_temporal(
+            x[:, self.num_prefix_tokens :], self.n_segment, self.fold_div, direction=self.direction, channel_dim=-1
+        )
+        return self.call_shifted(self.net, x, shift, still=self.num_prefix_tokens)
+
+    extra_repr = TemporalShift.extra_repr
+
+
 class TemporalPool(ClipModule):
     """Halves the clip length, then ``net``: TSM's temporal pooling (arXiv:1811.08383).
 
@@ -125,52 +174,108 @@ def make_temporal_shift(
     *,
     inplace: bool = False,
     direction: Direction = "both",
+    stages: Collection[int] | None = None,
+    blocks: Collection[int] | None = None,
+    non_local: Mode | None = None,
 ) -> None:
-    """Puts a :class:`TemporalShift` into every residual block of a ResNet, in place on the network, as TSM does.
+    """Puts a :class:`TemporalShift` into the residual blocks of a network, in place on the network, as TSM does.
 
     Keys of the state dict become those of TSM: ``layer1.0.conv1.net.weight`` for ``blockres``.
 
     Args:
-        net: a ResNet with stages ``layer1`` to ``layer4`` of blocks with a ``conv1``: those of torchvision (ResNet,
-            ResNeXt, Wide-ResNet), and timm's.
+        net: one of these, of torchvision or timm: ResNet, ResNeXt, Wide-ResNet, ResNet-D, RegNet, ConvNeXt, MobileNetV2
+            and V3, EfficientNet (of inverted residuals only those are shifted that skip and expand), or timm's ViT,
+            which gets a :class:`TokenShift`. For others there is :func:`tsm_jit.shift_before`.
         n_segment: the clip length in frames at the network's input.
         n_div: a fold is ``C // n_div`` channels.
-        place: ``"blockres"``, before the first convolution of a block, on the residual branch, where the skip branch
-            still sees the unshifted frames; or ``"block"``, before the whole block. As in TSM, ``blockres`` shifts only
-            every second block of a network whose ``layer3`` has 23 blocks or more (ResNet-101).
-        temporal_pool: the clip is halved before ``layer2`` (see :func:`make_temporal_pool`), so that the later stages
-            shift clips of ``n_segment // 2``.
+        place: ``"blockres"``, before the first convolution of a block (ViT: before ``attn.qkv``), on the residual
+            branch, where the skip branch still sees the unshifted frames; or ``"block"``, before the whole block. As in
+            TSM, ``blockres`` shifts only every second block of a ResNet whose ``layer3`` has 23 blocks or more.
+        temporal_pool: of a ResNet. The clip is halved before ``layer2`` (see :func:`make_temporal_pool`), so that the
+            later stages shift clips of ``n_segment // 2``.
         inplace: as in :class:`TemporalShift`: same values, less memory and time.
         direction: as in :class:`TemporalShift`: ``"past"`` for networks that are to run on a stream.
+        stages: the stages to shift, from 1 as in ``layer1``; all without. A ViT is one stage.
+        blocks: the blocks to shift in each of them, from 0 as in ``layer1.0``; all without.
+        non_local: of a ResNet. ``"embedded_gaussian"`` or ``"dot_product"``: non-local blocks as well, see
+            :func:`tsm_jit.non_local.make_non_local`.
 
     Raises:
-        TypeError, ValueError: ``net`` has no such stages or was converted already; an unknown ``place`` or
-            ``direction``; an ``n_segment`` or ``n_div`` that is no integer from 1 up, or odd and to be halved.
+        TypeError, ValueError: ``net`` is of no such family, or was converted already; an unknown ``place``,
+            ``direction`` or ``non_local``; an ``n_segment`` or ``n_div`` that is no integer from 1 up, or odd and to be
+            halved; ``stages`` or ``blocks`` that the network does not have; ``temporal_pool`` that is not as the
+            network pools.
+
+    Example::
+
+        make_temporal_shift(net, 8, stages=[3], blocks=[0])  # a single shift, before the third stage
     """
-    stages = residual_stages(net)
+    family, all_stages = stages_of(net)
     one_of("place", place, ("block", "blockres"))
     one_of("direction", direction, DIRECTIONS)
+    if non_local is not None:
+        one_of("non_local", non_local, MODES)
     refuse_converted(net)
     n_segment, n_div = integer("n_segment", n_segment, 1), integer("n_div", n_div, 1)
+    if family is not RESNET and (temporal_pool or non_local is not None):
+        kind = type(net).__name__
+        raise ValueError(f"temporal_pool and non_local must be left alone for what is no ResNet, got them for {kind}")
+    if not temporal_pool and any(isinstance(module, TemporalPool) for module in net.modules()):
+        raise ValueError(f"temporal_pool must be True for a network that pools, got {temporal_pool!r}")
     later = _halved(n_segment) if temporal_pool else n_segment
-    every = 2 if place == "blockres" and len(stages[2]) >= 23 else 1
-    for index, stage in enumerate(stages):
-        segments = n_segment if index == 0 else later
-        for i, block in enumerate(stage):
-            if place == "block":
-                stage[i] = TemporalShift(block, segments, n_div, inplace, direction=direction)
-            elif i % every == 0:
-                block.conv1 = TemporalShift(block.conv1, segments, n_div, inplace, direction=direction)
+    stages = _chosen("stages", stages, range(1, len(all_stages) + 1))
+    every = 2 if family is RESNET and place == "blockres" and blocks is None and len(all_stages[2]) >= 23 else 1
+    blocks = _chosen("blocks", blocks, range(max(map(len, all_stages))))
+    shift = functools.partial(TemporalShift, n_div=n_div, inplace=inplace, direction=direction)
+    if family is VIT:
+        still = getattr(net, "num_prefix_tokens", 1)
+        shift = functools.partial(
+            TokenShift, n_div=n_div, inplace=inplace, direction=direction, num_prefix_tokens=still
+        )
+    places = {
+        block.name if place == "block" else block.first: functools.partial(
+            shift, n_segment=n_segment if number == 1 else later
+        )
+        for number, stage in enumerate(all_stages, 1)
+        for i, block in enumerate(stage)
+        if number in stages and i in blocks and i % every == 0 and block.first is not None
+    }
+    if not places:
+        raise ValueError(
+            f"stages and blocks must choose a block that can be shifted, got {list(stages)} and {list(blocks)}"
+        )
+    shift_before(net, places)
+    if non_local is not None:
+        make_non_local(net, later, mode=non_local)
+
+
+def _chosen(name: str, chosen: Collection[int] | None, there: range) -> Collection[int]:
+    if chosen is None:
+        return there
+    if not isinstance(chosen, Collection) or isinstance(chosen, (str, bytes)):
+        raise TypeError(f"{name} must be a collection of integers, got {chosen!r}")
+    numbers = [integer(name, each) for each in chosen]
+    if not set(numbers) <= set(there):
+        raise ValueError(f"{name} must be from {there[0]} to {there[-1]} for this network, got {numbers}")
+    return numbers
 
 
 def make_temporal_pool(net: nn.Module, n_segment: int) -> None:
     """Halves the clip before ``layer2`` of a ResNet, in place on the network, as TSM does (key ``layer2.net``).
 
     Raises:
-        TypeError, ValueError: ``net`` is no ResNet or is pooled already; ``n_segment`` is no even integer.
+        TypeError, ValueError: ``net`` is no ResNet or is pooled already; ``n_segment`` is no even integer, or what
+            ``layer2`` and later hold already is not made for half of it.
     """
-    residual_stages(net)
-    _halved(n_segment)
+    resnet_stages(net)
+    half = _halved(n_segment)
     if isinstance(net.layer2, TemporalPool):
         raise ValueError("net must not be pooled already, but its layer2 is a TemporalPool")
-    net.layer2 = TemporalPool(net.layer2, n_segment)
+    for stage in (net.layer2, net.layer3, net.layer4):
+        for module in stage.modules():
+            if isinstance(module, ClipModule) and module.n_segment != half:
+                raise ValueError(
+                    f"n_segment must be twice the clip length that layer2 and later are converted for, got {n_segment} "
+                    f"and {module.n_segment}: make_temporal_shift(..., temporal_pool=True) halves it there"
+                )
+    shift_before(net, {"layer2": functools.partial(TemporalPool, n_segment=n_segment)})
