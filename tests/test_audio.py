@@ -160,7 +160,10 @@ def test_gradients(device):
     waveform = torch.rand(2, 60, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: mel_spectrogram(x, 1000, 16, 8, 4, n_fft=32), waveform)
     waveform = torch.rand(2500, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: log_mel_image(x, 16000, size=16), waveform, fast_mode=True)
+    # On CUDA the backward of an antialiased resize adds in any order.
+    assert torch.autograd.gradcheck(
+        lambda x: log_mel_image(x, 16000, size=16), waveform, fast_mode=True, nondet_tol=1e-9
+    )
     silence = torch.zeros(2500, device=device, requires_grad=True)
     log_mel_image(silence, 16000).sum().backward()
     assert_same_bits(silence.grad, torch.zeros_like(silence))

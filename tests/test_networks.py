@@ -260,8 +260,11 @@ def not_first(pattern, counts):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_places_in_other_networks(net, where):
-    with torch.device("meta"):
-        net = timm_model(net[5:]) if net.startswith("timm ") else torchvision_model(net)
+    if net.startswith("timm "):  # whose older RegNets cannot be made on meta
+        net = timm_model(net[5:])
+    else:
+        with torch.device("meta"):
+            net = torchvision_model(net)
     make_temporal_shift(net, 8)
     assert [name for name, module in net.named_modules() if isinstance(module, TemporalShift)] == where
 

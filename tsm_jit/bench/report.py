@@ -102,7 +102,7 @@ def draw(results: Row, folder: Path) -> list[str]:
 
 
 def markdown(results: Row) -> str:
-    """What the README says of a full run on a GPU: two tables for TSM. Raises ValueError or KeyError for other runs."""
+    """What the README says of a full run on a GPU: three tables. Raises ValueError or KeyError for other runs."""
     about = results["environment"]
     if about["driver"] is None:
         raise ValueError("it ran on the CPU")
@@ -137,6 +137,19 @@ def markdown(results: Row) -> str:
             parts = [row[operation]["of_floor"] for row in floor if (row["dtype"], row["layout"]) == (dtype, layout)]
             cells.append(" to ".join(dict.fromkeys(f"{part:.0%}" for part in (min(parts), max(parts)))))
         lines.append(f"| {dtype}, {layout} | " + " | ".join(cells) + " |")
+
+    online = results["online"]
+    lines += [
+        "",
+        "A frame of each stream through a ResNet-50, 224x224 float32, from its arrival on the GPU, milliseconds:",
+        "",
+    ]
+    lines += ["| | " + " | ".join(f"{n}: median | {n}: p99" for n in ("1 stream", "8 streams")) + " |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for who in dict.fromkeys(row["who"] for row in online):
+        rows = [row for row in online if row["who"] == who]
+        cells = [f"{row['median_milliseconds']:.2f} | {row['p99_milliseconds']:.2f}" for row in rows]
+        lines.append(f"| {who} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
