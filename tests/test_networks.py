@@ -142,7 +142,8 @@ def by_hand(net, where, **options):
     net = copy.deepcopy(net)
     for place in where:
         above, _, child = place.rpartition(".")
-        setattr(net.get_submodule(above), child, Plain(net.get_submodule(place), "attn" in place, **options))
+        tokens = hasattr(net, "patch_embed")
+        setattr(net.get_submodule(above), child, Plain(net.get_submodule(place), tokens, **options))
     return net
 
 
@@ -155,10 +156,13 @@ def run(net, x, seed):
     return [out, x.grad, *(p.grad for p in net.parameters())]
 
 
-def check_against_plain(name, inplace, seed):
+def check_against_plain(name, inplace, seed, place="blockres"):
     net, where, x = made(name)
+    if place == "block":
+        ends = (".conv1.conv", ".conv_dw", ".conv.0.0", ".attn.qkv")
+        where = [each.removesuffix(next(end for end in ends if each.endswith(end))) for each in where]
     unshifted, plain = copy.deepcopy(net), by_hand(net, where)
-    make_temporal_shift(net, CLIP, inplace=inplace)
+    make_temporal_shift(net, CLIP, inplace=inplace, place=place)
     for actual, expected in zip(run(net, x, seed), run(plain, x, seed), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     net.eval(), plain.eval(), unshifted.eval()
@@ -171,6 +175,11 @@ def check_against_plain(name, inplace, seed):
 @shows("convert")
 def test_converted_against_shifts_placed_by_hand(name, seed):
     check_against_plain(name, False, seed)
+
+
+@pytest.mark.parametrize("name", ["ConvNeXt (timm)", "MobileNetV2 (torchvision)", "RegNet (timm)", "ViT (timm)"])
+def test_before_the_block_against_shifts_placed_by_hand(name, seed):
+    check_against_plain(name, False, seed, "block")
 
 
 @shows("in place")
