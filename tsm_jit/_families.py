@@ -1,6 +1,6 @@
-"""Where the residual blocks of known networks are, and the first convolution of each: found by names, not by classes.
+"""Where the residual blocks of known networks are, and the first convolution of each: found by names.
 
-A new family is a line in the table. Networks of timm are known without importing it.
+A new family is a line in the table. Networks of torchvision and timm are known without importing these.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def stages_of(net: nn.Module) -> tuple[Family, list[list[Block]]]:
     modules = dict(_unwrapped_modules(net))
     for family in FAMILIES:
         stages = _stages(family, modules)
-        if stages is not None:
+        if stages is not None and _is_whole(net, family, stages):
             return family, stages
     raise TypeError(
         "net must be of a family whose blocks are known: "
@@ -59,13 +59,20 @@ def stages_of(net: nn.Module) -> tuple[Family, list[list[Block]]]:
     )
 
 
+def _is_whole(net: nn.Module, family: Family, stages: list[list[Block]]) -> bool:
+    """Others have a part of its names: HRNet a ``layer1``, CaiT the blocks of a ViT, with no class token in them."""
+    if family is VIT:
+        return any(each.__name__ == "VisionTransformer" for each in type(net).__mro__)
+    return family is not RESNET or len(stages) == 4
+
+
 def resnet_stages(net: nn.Module) -> list[list[Block]]:
     """The four stages of a ResNet. Raises TypeError for any other network."""
     try:
         family, stages = stages_of(net)
     except TypeError:
         family, stages = None, []
-    if family is not RESNET or len(stages) != 4:
+    if family is not RESNET:
         kind = type(net).__name__
         raise TypeError(f"net must be a ResNet with stages layer1 to layer4 of blocks with a conv1, got {kind}")
     return stages

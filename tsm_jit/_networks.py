@@ -109,10 +109,10 @@ def _assign(changes: list[tuple[nn.Module, str, int]]) -> None:
 
 
 def remove_temporal_shift(net: nn.Module) -> None:
-    """Takes the temporal shifts and pools of every family out of a converted network, in place.
+    """Takes the temporal shifts, pools and non-local blocks of every family out of a converted network, in place.
 
     The network is then as before :func:`tsm_jit.make_temporal_shift` or :func:`tsm_jit.tsam.make_Shift`, its weights as
-    they are now, its keys without ``net`` or ``layer``. Hooks on the shifts go with them.
+    they are now, its keys without ``net``, ``layer`` or ``block``. Hooks on these modules go with them.
 
     Raises:
         TypeError, ValueError: ``net`` is no module, holds no temporal shift or pool, or is one itself.

@@ -224,13 +224,11 @@ def make_temporal_shift(
         raise ValueError(f"temporal_pool must be True for a network that pools, got {temporal_pool!r}")
     later = _halved(n_segment) if temporal_pool else n_segment
     stages = _chosen("stages", stages, range(1, len(all_stages) + 1))
-    deep = family is RESNET and any(len(stage) >= 23 for stage in all_stages[2:3])
-    every = 2 if deep and place == "blockres" and blocks is None else 1
+    every = 2 if family is RESNET and place == "blockres" and blocks is None and len(all_stages[2]) >= 23 else 1
     blocks = _chosen("blocks", blocks, range(max(map(len, all_stages))))
     shift = functools.partial(TemporalShift, n_div=n_div, inplace=inplace, direction=direction)
     if family is VIT:
-        still = getattr(net, "num_prefix_tokens", 1)
-        shift = functools.partial(TokenShift, **shift.keywords, num_prefix_tokens=still)
+        shift = functools.partial(TokenShift, **shift.keywords, num_prefix_tokens=net.num_prefix_tokens)
     places = {
         block.name if place == "block" else block.first: functools.partial(
             shift, n_segment=n_segment if number == 1 else later
