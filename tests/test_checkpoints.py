@@ -269,7 +269,10 @@ def test_what_has_no_place_is_told():
     assert converted.missing == ["bn1.weight", "fc.weight", "fc.bias"]
     assert not net.load_state_dict(converted.state_dict, strict=False).unexpected_keys
     twice = checkpoints.convert(weights, target="torchvision").unplaced
-    assert twice == {"module.new_fc.weight": "another key has become fc.weight"}
+    assert twice == {
+        "base_model.layer5.0.conv1.net.weight": "the target has nothing like it",
+        "module.new_fc.weight": "another key has become fc.weight",
+    }
 
 
 def test_the_tensors_are_those_given():
@@ -311,5 +314,63 @@ def test_errors():
         checkpoints.convert(weights, "caffe", target="tsm")
     with pytest.raises(ValueError, match=r"target must be one of .*, got 'caffe'"):
         checkpoints.convert(weights, target="caffe")
-    with pytest.raises(ValueError, match=r"target must be a network, .* for MobileNetV2, got 'mmaction2'"):
+    with pytest.raises(ValueError, match="must be a network for what is no ResNet of torchvision, got 'mmaction2'"):
         checkpoints.convert(ours("mobilenet_v2").state_dict(), target="mmaction2")
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "convnext_tiny", "alexnet", "resnet18"])
+def test_every_network_keeps_the_name_of_its_head(name):
+    with torch.device("meta"):
+        net = getattr(torchvision.models, name)(num_classes=5)
+    weights = net.state_dict()
+    for target in ("torchvision", net):
+        converted = checkpoints.convert(weights, target=target)
+        assert list(converted.state_dict) == list(weights)
+        assert converted.unplaced == {}
+    clips = checkpoints.convert(weights, target="video_model").state_dict
+    assert list(clips) == list(tsm_jit.VideoModel(net).state_dict())
+    assert list(checkpoints.convert(clips, target="torchvision").state_dict) == list(weights)
+
+
+def test_the_mobilenet_of_tsm_as_torchvisions():
+    converted = checkpoints.convert(mobilenet_of_tsm().state_dict(), target="torchvision")
+    assert list(converted.state_dict) == list(ours("mobilenet_v2").state_dict())
+    assert converted.unplaced == {}
+
+
+def test_a_head_behind_a_backbone_with_one():
+    model = tsm_jit.VideoModel(torchvision.models.resnet18(num_classes=512), nn.Linear(512, 512))
+    weights = model.state_dict()
+    converted = checkpoints.convert(weights, target=model)
+    assert (converted.unplaced, converted.missing) == ({}, [])
+    assert all(converted.state_dict[key] is value for key, value in weights.items())
+
+
+def test_a_video_model_of_a_network_with_blocks_of_convolution_and_normalisation():
+    timm = pytest.importorskip("timm", reason="needs timm: pip install 'tsm-jit[test]'")
+    net = timm.create_model("regnetx_002", num_classes=5)
+    weights = net.state_dict()
+    tsm_jit.make_temporal_shift(net, SEGMENTS)
+    for model in (tsm_jit.VideoModel(net), net):
+        converted = checkpoints.convert(weights, target=model)
+        assert (converted.unplaced, converted.missing) == ({}, [])
+    assert checkpoints.convert(tsm_jit.VideoModel(net).state_dict(), target=net).source == "video_model"
+
+
+def test_names_that_a_layout_does_not_have_are_told():
+    weights = tsm().state_dict() | {"base_model.extra.junk": torch.zeros(1)}
+    for target in ("tsm", "mmaction2", "torchvision"):
+        assert checkpoints.convert(weights, target=target).unplaced.keys() == {"base_model.extra.junk"}
+    block = "backbone.layer2.0.non_local_block.g.weight"
+    theirs = Recognizer().state_dict() | {block: torch.zeros(1)}
+    for target in ("tsm", "tsam", "torchvision", "video_model"):
+        assert checkpoints.convert(theirs, target=target).unplaced.keys() == {
+            "backbone.layer2.0.non_local_block.g.weight"
+        }
+    deep = {
+        "conv1.0.weight": torch.zeros(1),
+        "layer1.0.conv1.weight": torch.zeros(1),
+        "layer1.0.downsample.2.weight": torch.zeros(1),
+    }
+    with pytest.raises(ValueError, match="must be a network for what is no ResNet of torchvision, got 'tsm'"):
+        checkpoints.convert(deep, target="tsm")

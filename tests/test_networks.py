@@ -13,7 +13,8 @@ from support import assert_same_bits
 from torch import nn
 
 import tsm_jit
-from tsm_jit import TemporalPool, TemporalShift, TokenShift, checkpoints, make_temporal_shift, shift_before
+from tsm_jit import TemporalShift, TokenShift, checkpoints, make_temporal_shift, shift_before
+from tsm_jit.non_local import make_non_local
 
 CLIP = 4
 
@@ -353,7 +354,7 @@ def test_an_unknown_network_is_told_what_is_known():
     with pytest.raises(TypeError, match="net must be of a family whose blocks are known"):
         make_temporal_shift(net, 8)
     # These have a part of the names.
-    for name in ("hrnet_w18_small", "cait_xxs24_224"):
+    for name in ("hrnet_w18_small", "cait_xxs24_224", "mixnet_s"):
         with pytest.raises(TypeError, match="net must be of a family whose blocks are known"):
             make_temporal_shift(timm_model(name), 8)
 
@@ -363,16 +364,31 @@ def test_pools_are_of_resnets_and_made_for_half():
         with pytest.raises(ValueError, match=r"temporal_pool and non_local must be left alone .* for MobileNetV2"):
             make_temporal_shift(torchvision_model("mobilenet_v2"), 8, **options)
     net = torchvision_model("resnet18")
-    make_temporal_shift(net, 8)
-    with pytest.raises(ValueError, match=r"n_segment must be twice the clip length .* got 8 and 8"):
-        tsm_jit.make_temporal_pool(net, 8)
-    assert not any(isinstance(module, TemporalPool) for module in net.modules())
-    net = torchvision_model("resnet18")
     tsm_jit.make_temporal_pool(net, 8)
     with pytest.raises(ValueError, match="temporal_pool must be True for a network that pools, got False"):
         make_temporal_shift(net, 8)
     make_temporal_shift(net, 8, temporal_pool=True)
     assert net.layer2.net[0].conv1.n_segment == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda net: make_temporal_shift(net, 8), lambda net: tsm_jit.make_temporal_pool(net, 8)),
+        (lambda net: make_temporal_shift(net, 16, stages=[1]), lambda net: tsm_jit.make_temporal_pool(net, 8)),
+        (lambda net: tsm_jit.make_temporal_pool(net, 8), lambda net: make_temporal_shift(net, 16, temporal_pool=True)),
+        (lambda net: make_non_local(net, 8), lambda net: make_temporal_shift(net, 16)),
+        (lambda net: make_temporal_shift(net, 16), lambda net: make_non_local(net, 8)),
+        (lambda net: tsm_jit.make_temporal_pool(net, 8), lambda net: make_non_local(net, 8)),
+    ],
+)
+def test_clip_lengths_that_do_not_fit_each_other(first, second):
+    net = torchvision_model("resnet18")
+    first(net)
+    before = list(net.state_dict())
+    with pytest.raises(ValueError, match=r"n_segment must fit what net already holds, got \d+ frames, \d+ from"):
+        second(net)
+    assert list(net.state_dict()) == before
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -62,6 +62,7 @@ def test_an_option_of_the_surgery(mode):
     before, x = copy.deepcopy(net), torch.randn(8, 3, 32, 32, dtype=torch.float64)
     tsm_jit.make_temporal_shift(before, 4)
     tsm_jit.make_temporal_shift(net, 4, non_local=mode)
+    assert not any(module.training for module in net.modules())
     where = ["layer2.0", "layer2.2", "layer3.0", "layer3.2", "layer3.4"]
     assert [name for name, module in net.named_modules() if isinstance(module, NL3DWrapper)] == where
     keys = net.state_dict().keys()
@@ -122,10 +123,15 @@ def test_errors():
             make_non_local(net, *arguments, **options)
     with pytest.raises(ValueError, match="non_local must be one of 'embedded_gaussian', 'dot_product', got True"):
         tsm_jit.make_temporal_shift(net, 8, non_local=True)
+    other = torchvision.models.resnet18(norm_layer=lambda channels: nn.GroupNorm(4, channels))
+    before = list(other.state_dict())
+    with pytest.raises(TypeError, match=r"block must be a residual block .* got BasicBlock with GroupNorm"):
+        tsm_jit.make_temporal_shift(other, 8, non_local="dot_product")
+    assert list(other.state_dict()) == before
     assert list(net.state_dict()) == list(torchvision.models.resnet18().state_dict())
     with pytest.raises(TypeError, match="net must be a ResNet"):
         make_non_local(torchvision.models.mobilenet_v2(), 8)
-    with pytest.raises(TypeError, match="block must be a residual block with a bn3 or bn2, got Linear"):
+    with pytest.raises(TypeError, match=r"block must be a residual block that ends in .*, got Linear with NoneType"):
         NL3DWrapper(nn.Linear(1, 1), 8)
     with pytest.raises(ValueError, match=r"x must be clips \[N, C, T, H, W\], got \[2, 4\]"):
         NONLocalBlock3D(4)(torch.zeros(2, 4))

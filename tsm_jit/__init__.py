@@ -33,7 +33,7 @@ __all__ = [
     "tsam",
 ]
 
-_ON_FIRST_USE = ("audio", "checkpoints", "non_local", "online", "tsam")  # for a quick import
+_ON_FIRST_USE = ("audio", "checkpoints", "online", "tsam")  # for a quick import
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -62,7 +62,8 @@ def stages_of(net: nn.Module) -> tuple[Family, list[list[Block]]]:
 def _is_whole(net: nn.Module, family: Family, stages: list[list[Block]]) -> bool:
     """Others have a part of its names: HRNet a ``layer1``, CaiT the blocks of a ViT, with no class token in them."""
     if family is VIT:
-        return any(each.__name__ == "VisionTransformer" for each in type(net).__mro__)
+        names = [each.__name__ for each in type(net).__mro__]
+        return "VisionTransformer" in names and hasattr(net, "num_prefix_tokens")
     return family is not RESNET or len(stages) == 4
 
 
@@ -99,11 +100,11 @@ def _stages(family: Family, modules: dict[str, tuple[str, nn.Module]]) -> list[l
         if not match or not hasattr(module, family.skips or "forward"):
             continue
         skips = family.skips is None or getattr(module, family.skips)
-        first = next((f"{name}.{first}" for first in family.first if _is_layer(modules, f"{name}.{first}")), None)
-        if family.skips is None:
-            if first is None:
-                return None  # a block of another kind
-        elif first is not None and not (skips and _expands(modules[first][1])):
+        candidates = [f"{name}.{first}" for first in family.first]
+        first = next((each for each in candidates if _is_layer(modules, each)), None)
+        if first is None and (family.skips is None or (skips and not modules.keys().isdisjoint(candidates))):
+            return None  # a block of another kind
+        if first is not None and family.skips is not None and not (skips and _expands(modules[first][1])):
             first = None
         # Where names do not tell, a stage begins with a block that does not skip.
         before, number = number, match[1] if match.re.groups else number if skips else name

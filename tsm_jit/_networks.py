@@ -185,6 +185,18 @@ def _place(net: nn.Module, place: str) -> tuple[nn.Module, str]:
     return parent, child
 
 
+def check_clip_lengths(net: nn.Module, first: int, later: int) -> None:
+    """Raises ValueError unless what a ResNet holds is for clips of ``first``, and of ``later`` from layer2 on."""
+    for name, module in net.named_modules():
+        if isinstance(module, ClipModule):
+            expected = first if module.halves or name.startswith("layer1.") else later
+            if module.n_segment != expected:
+                raise ValueError(
+                    f"n_segment must fit what net already holds, got {first} frames, {later} from layer2 on, where "
+                    f"{name!r} is for clips of {module.n_segment} and would get {expected}"
+                )
+
+
 def refuse_converted(net: nn.Module) -> None:
     """Raises ValueError if ``net`` holds a temporal shift of any family."""
     if any(isinstance(module, ShiftedModule) for module in net.modules()):

@@ -30,20 +30,28 @@ Layout = Literal["torchvision", "video_model", "tsm", "mmaction2", "tsam"]
 
 class _Names(NamedTuple):
     backbone: str  # the prefix of the backbone's names
-    head: str  # the name of the last layer
+    head: str | None  # the name of the last layer, if that is not the backbone's
     wrapper: str  # the name that a temporal module has for what it wraps
 
 
 # torchvision is timm too, converted or not.
 _LAYOUTS: dict[str, _Names] = {
-    "torchvision": _Names("", "fc", "net"),
+    "torchvision": _Names("", None, "net"),
     "video_model": _Names("backbone.", "head", "net"),
     "tsm": _Names("base_model.", "new_fc", "net"),
     "mmaction2": _Names("backbone.", "cls_head.fc_cls", "net"),
     "tsam": _Names("nn_backbone.base_model.", "last_fc", "layer"),
 }
-_HEAD = "fc"
-_HEADS = re.compile(r"(?:nn_backbone\.)?(?:fc|new_fc|cls_head\.fc_cls|last_fc)|classifier(?:\.[12])?|head(?:\.fc)?")
+_ANY_NETWORK = (
+    "torchvision",
+    "video_model",
+)  # the other layouts are of torchvision's ResNets, TSM's of MobileNetV2 too
+_RESNET = re.compile(
+    r"(?:conv1|bn1|layer[1-4]\.\d+\.(?:conv\d|bn\d|downsample\.[01]|nl\.(?:theta|phi|g|W)(?:\.[01])?))\.\w+"
+)
+_MOBILENET = re.compile(r"features\.\d+\.(?:[01]|conv\.\d(?:\.\d)?)\.\w+")
+_HEADS = re.compile(r"(fc|classifier(?:\.\d)?|head(?:\.fc)?|heads\.head)\.weight")
+_HEAD = "<head>"  # its plain name
 _WRAPPERS = ("net", "layer")
 _NON_LOCAL = re.compile(r"layer\d\.\d+")  # what a non-local block wraps as "block"
 
@@ -94,7 +102,7 @@ def convert(
     ==============  =======================================================================================
 
     ``module.`` before any of them is dropped. Shifts before whole blocks, temporal pools (``layer2.net``) and TSM's
-    non-local blocks are known, and TSM's MobileNetV2 is for torchvision's.
+    non-local blocks are known, and TSM's MobileNetV2 is for torchvision's. The last layer goes to the last layer.
 
     Args:
         state_dict: names to tensors.
@@ -105,7 +113,7 @@ def convert(
     Raises:
         TypeError, ValueError: ``state_dict`` does not map names to tensors, or is empty; ``source`` or ``target`` is no
             layout; a layout as ``target`` where it takes a network: ``"tsam"`` for weights without shifts, whose places
-            TSAM chooses for each network, and of those above only the first two for a MobileNetV2.
+            TSAM chooses for each network, and of those above only the first two for what is no ResNet of torchvision.
     """
     state_dict = _checked(state_dict)
     if source is None:
@@ -118,7 +126,7 @@ def convert(
         places = {plain: key for key, plain in _Plain(there, _layout_of(there)).of.items()}
     else:
         one_of("target", target, tuple(_LAYOUTS))
-        places = _written(names, target)
+        places = _written(names, source, target)
     result: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         place = places.get(names.of[key])
@@ -152,20 +160,28 @@ def _layout_of(keys: Iterable[str]) -> Layout:
             return layout
     if any(key.startswith("backbone.") for key in keys):
         # A convolution and its batch normalisation are one module in mmaction2.
-        return "mmaction2" if any(re.search(r"\.conv1\.conv\.|^cls_head\.", key) for key in keys) else "video_model"
+        theirs = re.compile(r"backbone\.(layer\d\.\d+\.)?conv1\.conv\.|cls_head\.")
+        return "mmaction2" if any(theirs.match(key) for key in keys) else "video_model"
     return "torchvision"
 
 
 class _Plain:
     """``of`` has each name of a state dict as it is without temporal modules, ``wrapped`` the plain names of what they
-    wrap, ``non_local`` those of the blocks before a non-local block."""
+    wrap, ``non_local`` those of the blocks before a non-local block. ``head`` is the last layer of the backbone, if
+    that is the head."""
 
-    def __init__(self, keys: Iterable[str], layout: Layout):
+    def __init__(self, state_dict: Mapping[str, Tensor], layout: Layout):
+        names = _LAYOUTS[layout]
         self.of: dict[str, str] = {}
         self.wrapped: set[str] = set()
         self.non_local: set[str] = set()
-        for key in keys:
-            name = key.removeprefix("module.").removeprefix(_LAYOUTS[layout].backbone)
+        for key in state_dict:
+            name = key.removeprefix("module.")
+            above, _, last = name.rpartition(".")
+            if names.head is not None and above.removeprefix("nn_backbone.") == names.head:
+                self.of[key] = f"{_HEAD}.{last}"
+                continue
+            name = name.removeprefix(names.backbone)
             if layout == "mmaction2":
                 name = re.sub(r"\b(conv\d)\.conv\.", r"\1.", name)
                 name = re.sub(r"\bconv(\d)\.bn\.", r"bn\1.", name)
@@ -173,11 +189,16 @@ class _Plain:
             self.of[key] = self._unwrapped(name)
         if layout == "tsm":
             self._nest_mobilenet()
+        self.head: str | None = None
+        if f"{_HEAD}.weight" not in self.of.values():
+            matrices = [plain for key, plain in self.of.items() if state_dict[key].dim() == 2]
+            heads = [match[1] for plain in matrices if (match := _HEADS.fullmatch(plain))]
+            if heads:
+                self.head = heads[-1]
+                ends = {f"{self.head}.{last}": f"{_HEAD}.{last}" for last in ("weight", "bias")}
+                self.of = {key: ends.get(plain, plain) for key, plain in self.of.items()}
 
     def _unwrapped(self, name: str) -> str:
-        above, _, last = name.rpartition(".")
-        if _HEADS.fullmatch(above):
-            return f"{_HEAD}.{last}"
         plain: list[str] = []
         for part in name.split("."):
             so_far = ".".join(plain)
@@ -208,23 +229,33 @@ _FLAT_TWO = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"}
 _FLAT_THREE = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
 
 
-def _written(names: _Plain, layout: Layout) -> dict[str, str]:
-    """The plain names, each with its name in ``layout``."""
-    plain = set(names.of.values())
-    wrapped = names.wrapped
-    if layout not in ("torchvision", "video_model"):
-        if any(name.startswith("features.") for name in plain):
-            raise ValueError(
-                f"target must be a network, 'torchvision' or 'video_model' for MobileNetV2, got {layout!r}"
-            )
-        if layout == "tsam" and not wrapped:
-            raise ValueError(
-                "target must be a network for weights without shifts, got 'tsam', which puts them anywhere"
-            )
+def _written(names: _Plain, source: Layout, target: Layout) -> dict[str, str]:
+    """The plain names that ``target`` has, each with its name there."""
+    plain, wrapped = set(names.of.values()), names.wrapped
+    is_resnet = "layer1.0.conv1.weight" in plain and not any("downsample.2." in name for name in plain)
+    if target not in _ANY_NETWORK:
+        if not is_resnet:
+            raise ValueError(f"target must be a network for what is no ResNet of torchvision, got {target!r}")
+        if target == "tsam" and not wrapped:
+            raise ValueError("target must be a network for weights without shifts, got 'tsam', which chooses")
         wrapped = wrapped or _places_of_tsm(plain)
-    if layout == "mmaction2":  # it calls what is in a non-local block otherwise
+    if source not in _ANY_NETWORK or target not in _ANY_NETWORK:
+        known = _RESNET if is_resnet else _MOBILENET
+        plain = {name for name in plain if known.fullmatch(name) or name.startswith(_HEAD)}
+    if target == "mmaction2":  # it calls what is in a non-local block otherwise
         plain = {name for name in plain if ".nl." not in name}
-    return {name: _written_name(name, layout, wrapped, names.non_local) for name in plain}
+    head = _LAYOUTS[target].head
+    if target in _ANY_NETWORK and names.head is not None:
+        head = _LAYOUTS[target].backbone + names.head
+    elif target == "torchvision":
+        head = "fc" if is_resnet else "classifier.1" if source == "tsm" else None
+    written = {}
+    for name in plain:
+        if not name.startswith(_HEAD):
+            written[name] = _written_name(name, target, wrapped, names.non_local)
+        elif head is not None:
+            written[name] = name.replace(_HEAD, head)
+    return written
 
 
 def _places_of_tsm(plain: Iterable[str]) -> set[str]:
@@ -236,9 +267,6 @@ def _places_of_tsm(plain: Iterable[str]) -> set[str]:
 
 def _written_name(name: str, layout: Layout, wrapped: set[str], non_local: set[str]) -> str:
     names = _LAYOUTS[layout]
-    above, _, last = name.rpartition(".")
-    if above == _HEAD:
-        return f"{names.head}.{last}"
     parts = name.split(".")
     written: list[str] = []
     for i, part in enumerate(parts):

@@ -10,10 +10,11 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tsm_jit._checks import integer, one_of
 from tsm_jit._families import resnet_stages
-from tsm_jit._networks import ClipModule, shift_before
+from tsm_jit._networks import ClipModule, check_clip_lengths, shift_before
 
 Mode = Literal["embedded_gaussian", "dot_product"]
 MODES = ("embedded_gaussian", "dot_product")
@@ -88,12 +89,15 @@ class NL3DWrapper(ClipModule):
 
     def __init__(self, block: nn.Module, n_segment: int, *, sub_sample: bool = True, mode: Mode = "embedded_gaussian"):
         super().__init__()
-        last = getattr(block, "bn3", None) or getattr(block, "bn2", None)
-        if last is None:
-            raise TypeError(f"block must be a residual block with a bn3 or bn2, got {type(block).__name__}")
+        last = getattr(block, "bn3", getattr(block, "bn2", None))
+        if not isinstance(last, _BatchNorm) or last.weight is None:
+            raise TypeError(
+                "block must be a residual block that ends in a batch normalisation with weights, bn3 or bn2, "
+                f"got {type(block).__name__} with {type(last).__name__}"
+            )
         self.block = block
         self.nl = NONLocalBlock3D(last.num_features, sub_sample=sub_sample, mode=mode)
-        self.nl.to(last.weight.device, last.weight.dtype)
+        self.nl.to(last.weight.device, last.weight.dtype).train(block.training)
         self.n_segment = integer("n_segment", n_segment, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,14 +122,17 @@ def make_non_local(
         sub_sample, mode: as in :class:`NONLocalBlock3D`.
 
     Raises:
-        TypeError, ValueError: ``net`` is no ResNet, or has such blocks already; ``n_segment`` is no integer from 1 up;
-            an unknown ``mode``.
+        TypeError, ValueError: ``net`` is no ResNet, has such blocks already, or blocks without batch normalisation;
+            ``n_segment`` is no integer from 1 up, or not the clip length that ``net`` is converted for; an unknown
+            ``mode``.
     """
     stages = resnet_stages(net)
     one_of("mode", mode, MODES)
-    integer("n_segment", n_segment, 1)
+    n_segment = integer("n_segment", n_segment, 1)
     if any(isinstance(module, NL3DWrapper) for module in net.modules()):
         raise ValueError("net must not hold non-local blocks already, but it was converted before")
+    pools = any(module.halves for module in net.modules() if isinstance(module, ClipModule))
+    check_clip_lengths(net, 2 * n_segment if pools else n_segment, n_segment)
 
     def wrap(block: nn.Module) -> NL3DWrapper:
         return NL3DWrapper(block, n_segment, sub_sample=sub_sample, mode=mode)

@@ -217,7 +217,7 @@ def convert(model: nn.Module) -> OnlineNetwork:
         if not isinstance(module, SHIFTS):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ValueError(
-                f"model must hold no other temporal module than tsm_jit.TemporalShift, got {kind} at {name!r}"
+                f"model must hold no other temporal module than TemporalShift and TokenShift, got {kind} at {name!r}"
             )
         if module.direction != "past":
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tsm_jit._checks import integer, one_of
 from tsm_jit._families import RESNET, VIT, resnet_stages, stages_of
-from tsm_jit._networks import ClipModule, ShiftedModule, refuse_converted, shift_before
+from tsm_jit._networks import ClipModule, ShiftedModule, check_clip_lengths, refuse_converted, shift_before
 from tsm_jit.functional import encode_temporal, temporal_shift
 from tsm_jit.non_local import MODES, Mode, make_non_local
 from tsm_jit.plans import DIRECTIONS, Direction
@@ -191,8 +191,8 @@ def make_temporal_shift(
         place: ``"blockres"``, before the first convolution of a block (ViT: before ``attn.qkv``), on the residual
             branch, where the skip branch still sees the unshifted frames; or ``"block"``, before the whole block. As in
             TSM, ``blockres`` shifts only every second block of a ResNet whose ``layer3`` has 23 blocks or more.
-        temporal_pool: of a ResNet. The clip is halved before ``layer2`` (see :func:`make_temporal_pool`), so that the
-            later stages shift clips of ``n_segment // 2``.
+        temporal_pool: of a ResNet. The later stages shift clips of ``n_segment // 2``; :func:`make_temporal_pool`,
+            called as well, halves them before ``layer2``.
         inplace: as in :class:`TemporalShift`: same values, less memory and time.
         direction: as in :class:`TemporalShift`: ``"past"`` for networks that are to run on a stream.
         stages: the stages to shift, from 1 as in ``layer1``; all without. A ViT is one stage.
@@ -229,21 +229,26 @@ def make_temporal_shift(
     shift = functools.partial(TemporalShift, n_div=n_div, inplace=inplace, direction=direction)
     if family is VIT:
         shift = functools.partial(TokenShift, **shift.keywords, num_prefix_tokens=net.num_prefix_tokens)
-    places = {
-        block.name if place == "block" else block.first: functools.partial(
-            shift, n_segment=n_segment if number == 1 else later
-        )
-        for number, stage in enumerate(all_stages, 1)
-        for i, block in enumerate(stage)
-        if number in stages and i in blocks and i % every == 0 and block.first is not None
-    }
-    if not places:
+
+    def places() -> dict[str, functools.partial[nn.Module]]:
+        return {
+            block.name if place == "block" else block.first: functools.partial(
+                shift, n_segment=n_segment if number == 1 else later
+            )
+            for number, stage in enumerate(stages_of(net)[1], 1)
+            for i, block in enumerate(stage)
+            if number in stages and i in blocks and i % every == 0 and block.first is not None
+        }
+
+    if not places():
         raise ValueError(
             f"stages and blocks must choose a block that can be shifted, got {list(stages)} and {list(blocks)}"
         )
-    shift_before(net, places)
+    if family is RESNET:
+        check_clip_lengths(net, n_segment, later)
     if non_local is not None:
-        make_non_local(net, later, mode=non_local)
+        make_non_local(net, later, mode=non_local)  # may refuse the network, so it comes first, and renames its blocks
+    shift_before(net, places())
 
 
 def _chosen(name: str, chosen: Collection[int] | None, there: range) -> Collection[int]:
@@ -262,17 +267,11 @@ def make_temporal_pool(net: nn.Module, n_segment: int) -> None:
 
     Raises:
         TypeError, ValueError: ``net`` is no ResNet or is pooled already; ``n_segment`` is no even integer, or what
-            ``layer2`` and later hold already is not made for half of it.
+            the network already holds is not for such clips.
     """
     resnet_stages(net)
     half = _halved(n_segment)
     if isinstance(net.layer2, TemporalPool):
         raise ValueError("net must not be pooled already, but its layer2 is a TemporalPool")
-    for stage in (net.layer2, net.layer3, net.layer4):
-        for module in stage.modules():
-            if isinstance(module, ClipModule) and module.n_segment != half:
-                raise ValueError(
-                    f"n_segment must be twice the clip length that layer2 and later are converted for, got {n_segment} "
-                    f"and {module.n_segment}: make_temporal_shift(..., temporal_pool=True) halves it there"
-                )
+    check_clip_lengths(net, n_segment, half)
     shift_before(net, {"layer2": functools.partial(TemporalPool, n_segment=n_segment)})
