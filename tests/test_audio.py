@@ -59,6 +59,7 @@ def test_against_the_definition(device, sample_rate, window_ms, hop_ms, n_mels, 
     )
     actual = mel_spectrogram(waveform.to(device), sample_rate, window_ms, hop_ms, n_mels, n_fft=n_fft)
     assert actual.device.type == device.type
+    # Thousands of products, added in another order.
     torch.testing.assert_close(actual.cpu(), torch.from_numpy(expected), rtol=1e-8, atol=1e-8)
 
 
@@ -78,7 +79,7 @@ def test_against_torchaudio(sample_rate, window_ms, hop_ms):
     finally:
         torch.set_default_dtype(torch.float32)
     actual = mel_spectrogram(waveform, sample_rate, window_ms, hop_ms, 224)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)  # the filters' corners round elsewhere
     actual = mel_spectrogram(waveform.float(), sample_rate, window_ms, hop_ms, 224)
     # torchaudio makes its filters in float32, with errors of 1e-4 where they are small.
     torch.testing.assert_close(actual, theirs()(waveform.float()), rtol=1e-3, atol=1e-3)
@@ -139,6 +140,8 @@ def test_shapes_batches_and_dtypes(device, dtype):
     images = log_mel_image(waveforms, 16000)
     assert images.shape == (2, 3, 3, 224, 224)
     assert (images.dtype, images.device) == (dtype, waveforms.device)
+    # A product of matrices of another shape adds in another order, in float32, and the logarithm of near silence
+    # enlarges that: here and for other strides and another precision below.
     torch.testing.assert_close(images[1, 2], log_mel_image(waveforms[1, 2], 16000), rtol=1e-3, atol=1e-3)
     assert log_mel_image(waveforms[0], 16000, size=32).shape == (3, 3, 32, 32)
     assert mel_spectrogram(waveforms, 16000, 25, 10, 80).shape == (2, 3, 80, 9000 // 160 + 1)
