@@ -17,6 +17,8 @@ from tsm_jit import TemporalShift, TokenShift, checkpoints, make_temporal_shift,
 from tsm_jit.non_local import make_non_local
 
 CLIP = 4
+# A shift moves bits, but convolutions add in another order for other strides of their input, or other frames beside it.
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture(autouse=True)
@@ -165,12 +167,12 @@ def check_against_plain(name, inplace, seed, place="blockres"):
     unshifted, plain = copy.deepcopy(net), by_hand(net, where)
     make_temporal_shift(net, CLIP, inplace=inplace, place=place)
     for actual, expected in zip(run(net, x, seed), run(plain, x, seed), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(actual, expected, **CLOSE)
     net.eval(), plain.eval(), unshifted.eval()
     with torch.inference_mode():
-        torch.testing.assert_close(net(x), plain(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(net(x), plain(x), **CLOSE)
         assert not torch.allclose(net(x), unshifted(x))
-    assert {module.inplace for module in net.modules() if isinstance(module, (TemporalShift, TokenShift))} == {inplace}
+    assert {module.inplace for module in net.modules() if isinstance(module, TemporalShift)} == {inplace}
 
 
 @shows("convert")
@@ -232,7 +234,9 @@ def test_onnx(name):
     for frames in (x, x[:CLIP], torch.randn(3 * CLIP, *x.shape[1:])):
         (actual,) = session.run(None, {session.get_inputs()[0].name: frames.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(actual), net(frames), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                torch.from_numpy(actual), net(frames), rtol=1e-3, atol=1e-3
+            )  # other convolutions
 
 
 @shows("online")
@@ -245,9 +249,13 @@ def test_on_a_stream(name):
     with torch.inference_mode():
         streams = x.unflatten(0, (2, CLIP))
         frames = torch.stack([stream(streams[:, t]) for t in range(CLIP)], 1)
-        torch.testing.assert_close(frames.flatten(0, 1), plain(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(frames.flatten(0, 1), plain(x), **CLOSE)
         stream.reset()
-        torch.testing.assert_close(stream(streams[:, 0]), frames[:, 0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(stream(streams[:, 0]), frames[:, 0], **CLOSE)
+
+
+def shifted_places(net):
+    return [name for name, module in net.named_modules() if isinstance(module, TemporalShift)]
 
 
 def not_first(pattern, counts):
@@ -276,11 +284,7 @@ def test_places_in_other_networks(net, where):
         with torch.device("meta"):
             net = torchvision_model(net)
     make_temporal_shift(net, 8)
-    assert [name for name, module in net.named_modules() if isinstance(module, TemporalShift)] == where
-
-
-def shifted_places(net):
-    return [name for name, module in net.named_modules() if isinstance(module, (TemporalShift, TokenShift))]
+    assert shifted_places(net) == where
 
 
 def test_some_stages_and_blocks():

@@ -27,7 +27,6 @@ from tsm_jit.tsm import TemporalShift, TokenShift
 from tsm_jit.video import VideoModel
 
 State = list[Tensor]
-SHIFTS = (TemporalShift, TokenShift)
 
 
 class _Frame:
@@ -43,7 +42,7 @@ class _Frame:
 class _OnlineShift(nn.Module):
     """``net`` of the frames or tokens of S streams, the first fold taken from the frame before; zero at first."""
 
-    def __init__(self, shift: TemporalShift | TokenShift, frame: _Frame, index: int):
+    def __init__(self, shift: TemporalShift, frame: _Frame, index: int):
         super().__init__()
         self.net = shift.net
         self.fold_div = shift.fold_div
@@ -214,7 +213,7 @@ def convert(model: nn.Module) -> OnlineNetwork:
             raise ValueError(f"model must be a network of frames, got a VideoModel at {name!r}: convert its backbone")
         if not isinstance(module, ClipModule):
             continue
-        if not isinstance(module, SHIFTS):
+        if not isinstance(module, TemporalShift):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ValueError(
                 f"model must hold no other temporal module than TemporalShift and TokenShift, got {kind} at {name!r}"
@@ -229,7 +228,7 @@ def convert(model: nn.Module) -> OnlineNetwork:
         (f"{prefix}.{name}".lstrip(".")[2:], parent, name)
         for prefix, parent in root.named_modules()
         for name, child in parent._modules.items()
-        if isinstance(child, SHIFTS)
+        if isinstance(child, TemporalShift)
     ]
     if not places:
         raise ValueError(f"model must hold temporal shifts, got {type(model).__name__}")

@@ -80,7 +80,7 @@ class TemporalShift(ShiftedModule):
         return f"n_segment={self.n_segment}, fold_div={self.fold_div}, inplace={self.inplace}{direction}"
 
 
-class TokenShift(ShiftedModule):
+class TokenShift(TemporalShift):
     """Shift of the tokens of a vision transformer, then ``net``: TSM (arXiv:1811.08383) along another dimension.
 
     The input is ``[N*T, L, C]``, ``T = n_segment``, of any dtype; the output is that of ``net``. The first
@@ -106,12 +106,7 @@ class TokenShift(ShiftedModule):
         direction: Direction = "both",
         num_prefix_tokens: int = 1,
     ):
-        super().__init__()
-        self.net = net
-        self.n_segment = n_segment
-        self.fold_div = n_div
-        self.inplace = inplace
-        self.direction = direction
+        super().__init__(net, n_segment, n_div, inplace, direction=direction)
         self.num_prefix_tokens = integer("num_prefix_tokens", num_prefix_tokens, 0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,8 +116,6 @@ class TokenShift(ShiftedModule):
             x[:, self.num_prefix_tokens :], self.n_segment, self.fold_div, direction=self.direction, channel_dim=-1
         )
         return self.call_shifted(self.net, x, shift, still=self.num_prefix_tokens)
-
-    extra_repr = TemporalShift.extra_repr
 
 
 class TemporalPool(ClipModule):
@@ -229,18 +222,13 @@ def make_temporal_shift(
     shift = functools.partial(TemporalShift, n_div=n_div, inplace=inplace, direction=direction)
     if family is VIT:
         shift = functools.partial(TokenShift, **shift.keywords, num_prefix_tokens=net.num_prefix_tokens)
-
-    def places() -> dict[str, functools.partial[nn.Module]]:
-        return {
-            block.name if place == "block" else block.first: functools.partial(
-                shift, n_segment=n_segment if number == 1 else later
-            )
-            for number, stage in enumerate(stages_of(net)[1], 1)
-            for i, block in enumerate(stage)
-            if number in stages and i in blocks and i % every == 0 and block.first is not None
-        }
-
-    if not places():
+    chosen = [
+        (number, i)
+        for number, stage in enumerate(all_stages, 1)
+        for i, block in enumerate(stage)
+        if number in stages and i in blocks and i % every == 0 and block.first is not None
+    ]
+    if not chosen:
         raise ValueError(
             f"stages and blocks must choose a block that can be shifted, got {list(stages)} and {list(blocks)}"
         )
@@ -248,7 +236,13 @@ def make_temporal_shift(
         check_clip_lengths(net, n_segment, later)
     if non_local is not None:
         make_non_local(net, later, mode=non_local)  # may refuse the network, so it comes first, and renames its blocks
-    shift_before(net, places())
+        _, all_stages = stages_of(net)
+    places = {}
+    for number, i in chosen:
+        block = all_stages[number - 1][i]
+        around = functools.partial(shift, n_segment=n_segment if number == 1 else later)
+        places[block.name if place == "block" else block.first] = around
+    shift_before(net, places)
 
 
 def _chosen(name: str, chosen: Collection[int] | None, there: range) -> Collection[int]:

@@ -211,7 +211,7 @@ def peer_rows(
             "gigabytes_per_second": moved[operation, name] / seconds * 1e-9,
             "of_copy": moved[operation, name] / seconds / copied,
             "against_eager": alone[operation, "eager"] / seconds,
-            "peak_mebibytes": _mebibytes(timing.peak_bytes(calls[operation, name], device)),
+            "peak_mebibytes": mebibytes(timing.peak_bytes(calls[operation, name], device)),
         }
         for (operation, name), seconds in alone.items()
     ]
@@ -382,7 +382,7 @@ def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bo
             if not quick:
                 from tsm_jit.bench import streams
 
-                part("online", streams.rows(device, 300 if cuda else 10, Mismatch, streams.resnet50))
+                part("online", streams.rows(device, 300 if cuda else 10))
         finally:  # what an interrupted run has measured is measured
             report.save(results, output)
     return results
@@ -392,5 +392,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _mebibytes(count: int | None) -> float | None:
+def mebibytes(count: int | None) -> float | None:
+    """Of bytes; None where nobody counted."""
     return None if count is None else count / 2**20

@@ -6,37 +6,32 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from tsm_jit import online
-from tsm_jit.bench import timing
+from tsm_jit.bench import Mismatch, Row, mebibytes, timing
 from tsm_jit.tsm import make_temporal_shift
 
-Row = dict[str, Any]
 CLIP = 8
 
 
 def rows(
-    device: torch.device, frames: int, error: type[Exception], make: Callable[[], nn.Module], size: int = 224
+    device: torch.device, frames: int, make: Callable[[], nn.Module] = torchvision.models.resnet50, size: int = 224
 ) -> Iterator[list[Row]]:
-    """For 1 stream and for 8: every way to get the scores of the next frame, over so many frames.
-
-    ``make`` makes the network; ``error`` is raised if streams and clips do not agree.
-    """
+    """For 1 stream and for 8: every way to get the scores of the next frame, over so many frames."""
     plain = make().eval().to(device)
     net = copy.deepcopy(plain)
     make_temporal_shift(net, CLIP, direction="past")
     for streams in (1, 8):
         video = torch.randn(CLIP, streams, 3, size, size, device=device)
         with torch.inference_mode():
-            yield _rows(plain, net, video, frames, error)
+            yield _rows(plain, net, video, frames)
 
 
-def _rows(plain: nn.Module, net: nn.Module, video: Tensor, frames: int, error: type[Exception]) -> list[Row]:
+def _rows(plain: nn.Module, net: nn.Module, video: Tensor, frames: int) -> list[Row]:
     streams, device = video.shape[1], video.device
     clips = video.transpose(0, 1).flatten(0, 1)
     offline = net(clips).unflatten(0, (streams, CLIP)).transpose(0, 1)
@@ -49,9 +44,9 @@ def _rows(plain: nn.Module, net: nn.Module, video: Tensor, frames: int, error: t
             continue
         actual = torch.stack([way(frame).clone() for frame in video])
         if (actual - offline).abs().max() > 1e-2 * offline.abs().max():  # convolutions may run in TF32
-            raise error(f"{name}: {streams} streams do not have the scores of their clips")
+            raise Mismatch(f"{name}: {streams} streams do not have the scores of their clips")
     ways[f"the last {CLIP} frames again"] = lambda frame: net(clips)
-    state = sum(each.numel() * each.element_size() for each in stream.state) / 2**20
+    state = mebibytes(sum(each.numel() * each.element_size() for each in stream.state))
     found = []
     for name, way in ways.items():
         times = sorted(_latencies(way, video, frames))
@@ -64,7 +59,7 @@ def _rows(plain: nn.Module, net: nn.Module, video: Tensor, frames: int, error: t
                 "median_milliseconds": times[len(times) // 2] * 1e3,
                 "p99_milliseconds": times[math.ceil(0.99 * len(times)) - 1] * 1e3,
                 "state_mebibytes": state if name.startswith("online") else None,
-                "peak_mebibytes": None if peak is None else peak / 2**20,
+                "peak_mebibytes": mebibytes(peak),
             }
         )
     return found
@@ -101,8 +96,3 @@ def _latencies(way: Callable[[Tensor], Tensor], video: Tensor, frames: int) -> I
             torch.cuda.synchronize()
         if k >= 3:
             yield time.perf_counter() - begin
-
-
-def resnet50() -> nn.Module:
-    """The network of the benchmark, with random weights."""
-    return torchvision.models.resnet50()
