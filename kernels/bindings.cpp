@@ -11,19 +11,22 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "temporal_shift.h"
+#include "residual_shift.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using tsm_jit::Group;
+using tsm_jit::Norm;
 using tsm_jit::Padding;
+using tsm_jit::Residual;
 using tsm_jit::Shift;
 using tsm_jit::Strides;
 using tsm_jit::Sum;
@@ -101,9 +104,9 @@ struct Dimension {
 
 // Does `tail`, ordered from the outermost dimension, cover memory like one dimension of stride `unit`?
 // If so returns its size, else -1.
-int64_t merged_size(const std::vector<Dimension>& tail, Dimension unit) {
+int64_t merged_size(const Dimension* tail, const Dimension* end, Dimension unit) {
   int64_t size = 1;
-  for (auto d = tail.rbegin(); d != tail.rend(); ++d) {
+  for (const Dimension* d = end; d-- != tail;) {
     if (d->src != unit.src * size || d->dst != unit.dst * size) return -1;
     size *= d->size;
   }
@@ -136,18 +139,18 @@ bool describe(const Tensor& src, const Tensor& dst, const Plan& plan, Work& work
     if (d != plan.channel_dim && sizes[d] != 1) rest.push_back(dimension(d));
   }
   std::stable_sort(rest.begin(), rest.end(), [](const Dimension& a, const Dimension& b) { return a.src > b.src; });
-  auto inside = rest.end();
-  for (int64_t expected = 1; inside != rest.begin(); --inside) {
+  const Dimension* const end = rest.data() + rest.size();
+  const Dimension* inside = end;
+  for (int64_t expected = 1; inside != rest.data(); --inside) {
     const Dimension& d = inside[-1];
     if (d.src != expected || d.dst != expected) break;
     if (channel.size > 1 && expected == channel.src) break;  // the channel comes next
     expected *= d.size;
   }
-  const int64_t inner = merged_size({inside, rest.end()}, {0, 1, 1});
-  rest.erase(inside, rest.end());
+  const int64_t inner = merged_size(inside, end, {0, 1, 1});
   if (channel.size > 1 && (channel.src != inner || channel.dst != inner)) return false;
-  const Dimension row = rest.empty() ? Dimension{1, 0, 0} : rest.back();
-  s.outer = merged_size(rest, row);
+  const Dimension row = inside == rest.data() ? Dimension{1, 0, 0} : inside[-1];
+  s.outer = merged_size(rest.data(), inside, row);
   if (s.outer < 0) return false;
 
   const int64_t channel_bytes = inner * element;
@@ -210,17 +213,22 @@ Sum sum_type(ScalarType type) {
   }
 }
 
+#ifdef TSM_JIT_CUDA
+// `launch` on the current stream of the device of x.
+template <class Launch>
+void on_stream(const Tensor& x, Launch launch) {
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const char* error = launch(stream);
+  if (error != nullptr) fail(std::string("the launch of a temporal shift failed: ") + error);
+}
+#endif
+
 void execute([[maybe_unused]] const Tensor& x, const Shift& shift, const void* src, void* dst) {
 #ifdef TSM_JIT_CUDA
-  if (x.is_cuda()) {
-    const int32_t device = x.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    const char* error = tsm_jit::shift_cuda(shift, src, dst, stream);
-    if (error != nullptr) fail(std::string("the launch of a temporal shift failed: ") + error);
-    return;
-  }
+  if (x.is_cuda()) return on_stream(x, [&](void* stream) { return tsm_jit::shift_cuda(shift, src, dst, stream); });
 #endif
   // A thread is worth waking for some 64 KiB.
   const int64_t tasks = tsm_jit::cpu_tasks(shift);
@@ -292,6 +300,191 @@ void in_place(const Tensor& x, const std::string& shift) {
   run(x, dst, plan_for(x, shift), kAdjoint);
 }
 
+// --- the end of a residual block ------------------------------------------------------------------------------------
+
+// Everything its kernels need but the pointers.
+struct ResidualWork : Work {
+  Residual residual{};
+  std::vector<int64_t> unread_begin;
+};
+
+using Optional = std::optional<Tensor>;
+
+const void* data(const Optional& x) { return x ? x->const_data_ptr() : nullptr; }
+void* mutable_data(const Optional& x) { return x ? x->mutable_data_ptr() : nullptr; }
+
+// Sees activations like x; `like` must be laid out as x is, `unread` as far as memory safety needs it.
+void describe_residual(const Tensor& x, const std::string& encoded, const std::vector<const Optional*>& like,
+                       const std::vector<const Optional*>& unread, ResidualWork& work) {
+  const Plan plan = plan_for(x, encoded);
+  if (!is_dense(x) || !describe(x, x, plan, work)) fail("z must be contiguous, or channels_last");
+  Residual& r = work.residual;
+  r.type = sum_type(x.scalar_type());
+  r.shift = work.shift;
+  r.shift.padding = plan.padding;
+  r.shift.n_segment_shifted = static_cast<int32_t>(plan.n_segment_shifted);
+  const int64_t element = x.element_size(), channel = r.shift.run / x.size(plan.channel_dim);
+  r.inner = channel / element;
+  for (const Group& group : work.groups) {
+    work.unread_begin.push_back(r.unread_run);
+    if (plan.padding != Padding::circular) r.unread_run += std::abs(group.offset) * (group.end - group.begin);
+  }
+  r.unread_begin = work.unread_begin.data();
+  const bool gaps = r.shift.outer > 1 && r.shift.src.outer != r.shift.run;
+  if (gaps || (r.shift.frames > 1 && r.shift.src.frame != r.shift.outer * r.shift.run)) {
+    fail("z must be contiguous, or channels_last");
+  }
+  const auto laid_out_as_x = [&](const Tensor& y) {
+    bool same = y.dim() == x.dim();
+    for (int64_t d = 0; same && d < x.dim(); ++d) {
+      same = y.size(d) == x.size(d) && (x.size(d) == 1 || y.stride(d) == x.stride(d));
+    }
+    return same;
+  };
+  for (const Optional* y : like) {
+    if (!*y) continue;
+    const bool fits = (*y)->scalar_type() == x.scalar_type() && laid_out_as_x(**y) &&
+                      (*y)->get_device_index() == x.get_device_index();
+    if (!fits) fail("all activations must be of the type, sizes and strides of z");
+  }
+  for (const Optional* y : unread) {
+    if (!*y) continue;
+    const bool fits = (*y)->scalar_type() == x.scalar_type() && ((*y)->numel() == 0 || is_dense(**y)) &&
+                      (*y)->numel() * element == r.shift.clips * r.shift.outer * r.unread_run;
+    if (!fits) fail("unread must hold the frames that the shift does not read, without gaps");
+  }
+}
+
+Norm norm_of(const Tensor& x, int64_t channels, const std::vector<Tensor>& parts, double epsilon) {
+  if (parts.empty()) return Norm{};
+  if (parts.size() != 4) fail("a norm must have a mean, a variance, a weight and a bias");
+  const ScalarType type = parts[0].scalar_type();
+  for (const Tensor& part : parts) {
+    const bool fits = part.numel() == channels && part.is_contiguous() && part.scalar_type() == type &&
+                      (type == ScalarType::Float || type == x.scalar_type()) &&
+                      part.get_device_index() == x.get_device_index();
+    if (!fits) fail("a norm must have one value per channel in each part, all in float32 or as the activations");
+  }
+  return Norm{parts[0].const_data_ptr(), parts[1].const_data_ptr(), parts[2].const_data_ptr(),
+              parts[3].const_data_ptr(), type == ScalarType::Float, epsilon};
+}
+
+template <class Work, class Run>
+void parallel_frames(const Residual& r, const Work& work, Run run) {
+  const int64_t frame_bytes = std::max<int64_t>(1, r.shift.outer * r.shift.run);
+  torch::stable::parallel_for(0, r.shift.clips * r.shift.frames, std::max<int64_t>(1, 65536 / frame_bytes),
+                              [&](int64_t first, int64_t last) { run(r, work, first, last); });
+}
+
+void residual_shift(const Tensor& out, const Optional& unread_out, const Tensor& z, const std::vector<Tensor>& z_norm,
+                    double z_epsilon, const Optional& identity, const std::vector<Tensor>& identity_norm,
+                    double identity_epsilon, const Optional& unread, const std::string& shift, bool relu) {
+  if (z.numel() == 0) return;
+  ResidualWork work;
+  const Optional written = out;
+  describe_residual(z, shift, {&written, &identity}, {&unread_out, &unread}, work);
+  const int64_t channels = z.size(1);
+  tsm_jit::ResidualForward f{};
+  f.z = z.const_data_ptr();
+  f.z_norm = norm_of(z, channels, z_norm, z_epsilon);
+  f.identity = data(identity);
+  f.identity_norm = norm_of(z, channels, identity_norm, identity_epsilon);
+  f.unread = data(unread);
+  f.out = out.mutable_data_ptr();
+  f.unread_out = mutable_data(unread_out);
+  f.identity_is_shifted = unread.has_value();
+  f.out_is_shifted = unread_out.has_value();
+  f.relu = relu;
+#ifdef TSM_JIT_CUDA
+  if (z.is_cuda()) {
+    return on_stream(z, [&](void* stream) { return tsm_jit::residual_forward_cuda(work.residual, f, stream); });
+  }
+#endif
+  parallel_frames(work.residual, f, tsm_jit::residual_forward_cpu);
+}
+
+// The gradient kernels' sums, and what they are made of, are in the type that activations are added in.
+bool is_wide(const Tensor& x, const Residual& r, int64_t count) {
+  const ScalarType wide = r.type == Sum::float64 ? ScalarType::Double : ScalarType::Float;
+  return x.is_contiguous() && x.scalar_type() == wide && x.numel() == count;
+}
+
+int32_t slices_of(const Tensor& sums, const Tensor& x, const Residual& r) {
+  const int64_t slices = sums.size(0);
+  if (!x.is_cuda() || r.inner != 1) fail("sums by channel are made on CUDA, in channels_last");
+  if (slices < 1 || slices > 65535) fail("slices must be from 1 to 65535, got " + std::to_string(slices));
+  return static_cast<int32_t>(slices);
+}
+
+void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, const Optional& grad_unread_in,
+                             const Optional& sums, const Optional& grad_a, const Optional& grad_b,
+                             const Optional& grad_unread, const Tensor& out, const Optional& unread_out,
+                             const Optional& z, const Optional& z_mean, const Optional& identity,
+                             const Optional& identity_mean, const std::string& shift) {
+  if (out.numel() == 0) return;
+  ResidualWork work;
+  const Residual& r = work.residual;
+  const Optional written = grad;
+  describe_residual(out, shift, {&written, &grad_shifted, &grad_a, &grad_b, &z, &identity},
+                    {&grad_unread_in, &grad_unread, &unread_out}, work);
+  tsm_jit::ResidualBackward b{};
+  b.out = out.const_data_ptr();
+  b.unread_out = data(unread_out);
+  b.out_is_shifted = unread_out.has_value();
+  b.grad_a = data(grad_a);
+  b.grad_b = data(grad_b);
+  b.grad_unread = data(grad_unread);
+  b.grad = grad.mutable_data_ptr();
+  b.grad_shifted = mutable_data(grad_shifted);
+  b.grad_unread_in = mutable_data(grad_unread_in);
+  if (grad_shifted.has_value() != grad_unread_in.has_value()) fail("grad_shifted must come with grad_unread_in");
+  if (sums) {
+    const int64_t channels = out.size(1);
+    b.slices = slices_of(*sums, out, r);
+    if (!is_wide(*sums, r, b.slices * (1 + tsm_jit::kNorms) * channels)) fail("sums must be [slices, 3, channels]");
+    b.sums = sums->mutable_data_ptr();
+    const std::pair<const Optional*, const Optional*> norms[] = {{&z, &z_mean}, {&identity, &identity_mean}};
+    for (int32_t n = 0; n < tsm_jit::kNorms; ++n) {
+      const auto& [normed, mean] = norms[n];
+      if (normed->has_value() != mean->has_value()) fail("what had a norm must come with its mean");
+      if (*mean && !is_wide(**mean, r, channels)) fail("a mean must have one value per channel, of the type of sums");
+      b.normed[n] = data(*normed);
+      b.mean[n] = data(*mean);
+    }
+  }
+#ifdef TSM_JIT_CUDA
+  if (out.is_cuda()) {
+    return on_stream(out, [&](void* stream) { return tsm_jit::residual_backward_cuda(r, b, stream); });
+  }
+#endif
+  parallel_frames(r, b, tsm_jit::residual_backward_cpu);
+}
+
+#ifdef TSM_JIT_CUDA
+void channel_statistics(const Tensor& x, const Tensor& sums, const Tensor& mean, const Tensor& variance,
+                        const Tensor& running_mean, const Tensor& running_var, double momentum,
+                        const std::string& shift) {
+  if (x.numel() == 0) return;
+  ResidualWork work;
+  const Residual& r = work.residual;
+  describe_residual(x, shift, {}, {}, work);
+  tsm_jit::ChannelStatistics c{};
+  c.x = x.const_data_ptr();
+  c.slices = slices_of(sums, x, r);
+  if (!is_wide(sums, r, 2 * c.slices * x.size(1))) fail("sums must be [slices, 2, channels]");
+  for (const Tensor* each : {&mean, &variance, &running_mean, &running_var}) {
+    if (!is_wide(*each, r, x.size(1))) fail("statistics must have one value per channel, of the type of sums");
+  }
+  c.sums = sums.mutable_data_ptr();
+  c.mean = mean.mutable_data_ptr();
+  c.variance = variance.mutable_data_ptr();
+  c.running_mean = running_mean.mutable_data_ptr();
+  c.running_variance = running_var.mutable_data_ptr();
+  c.momentum = momentum;
+  on_stream(x, [&](void* stream) { return tsm_jit::channel_statistics_cuda(r, c, stream); });
+}
+#endif
+
 void register_operators(torch::stable::detail::StableLibrary& m) {
   for (const char* name : {"temporal_shift", "temporal_shift.kernel"}) m.impl(name, TORCH_BOX(&out_of_place<false>));
   for (const char* name : {"temporal_shift_backward", "temporal_shift_backward.kernel"}) {
@@ -299,11 +492,16 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   }
   m.impl("temporal_shift_", TORCH_BOX(&in_place<false>));
   m.impl("temporal_shift_backward_", TORCH_BOX(&in_place<true>));
+  m.impl("residual_shift_", TORCH_BOX(&residual_shift));
+  m.impl("residual_shift_backward_", TORCH_BOX(&residual_shift_backward));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CPU, m) { register_operators(m); }
 #ifdef TSM_JIT_CUDA
-STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CUDA, m) { register_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CUDA, m) {
+  register_operators(m);
+  m.impl("channel_statistics_", TORCH_BOX(&channel_statistics));
+}
 #endif

@@ -27,13 +27,14 @@ __all__ = [
     "online",
     "plans",
     "remove_temporal_shift",
+    "residual",
     "shift_before",
     "shift_groups",
     "temporal_shift",
     "tsam",
 ]
 
-_ON_FIRST_USE = ("audio", "checkpoints", "online", "tsam")  # for a quick import
+_ON_FIRST_USE = ("audio", "checkpoints", "online", "residual", "tsam")  # for a quick import
 
 
 def __getattr__(name: str) -> ModuleType:

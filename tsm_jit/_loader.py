@@ -37,9 +37,9 @@ LIBRARY = "tsm_jit_kernels.so"
 MANIFEST = "manifest.json"
 LOG = "build.log"
 
-_CPU_SOURCES = ("bindings.cpp", "temporal_shift.cpp")
-_CUDA_SOURCES = ("temporal_shift.cu",)
-_HEADERS = ("temporal_shift.h", "element.h", "temporal_shift.cuh")
+_CPU_SOURCES = ("bindings.cpp", "temporal_shift.cpp", "residual_shift.cpp")
+_CUDA_SOURCES = ("temporal_shift.cu", "residual_shift.cu")
+_HEADERS = ("temporal_shift.h", "residual_shift.h", "element.h", "temporal_shift.cuh", "residual_shift.cuh")
 # The stable ABI of the oldest torch we support: what is built runs on every later one.
 _CFLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 _CUDA_CFLAGS = ("--threads=2",)  # one architecture each

@@ -26,14 +26,24 @@ class ShiftedModule(ClipModule):
 
     inplace: bool
 
-    def call_shifted(self, net: nn.Module, x: Tensor, shift: str, still: int = 0) -> Tensor:
-        """``net`` of the shifted ``x``, which holds the same bits afterwards; its first ``still`` tokens stay."""
+    @property
+    def shifted_module(self) -> nn.Module:
+        """The one that sees the shifted input."""
+        return next(self.children())
+
+    def shift_of(self, x: Tensor) -> str:
+        """The encoded shift of an input like ``x``, of which only shape and type matter."""
+        raise NotImplementedError
+
+    def call_shifted(self, x: Tensor, shift: str, still: int = 0, *, inplace: bool | None = None) -> Tensor:
+        """The module of the shifted ``x``, which holds the same bits afterwards; its first ``still`` tokens stay."""
+        net = self.shifted_module
 
         def shifted(x: Tensor) -> Tensor:
             moved = ops.temporal_shift(x[:, still:] if still else x, shift)
             return torch.cat([x[:, :still], moved], 1) if still else moved
 
-        if not self.inplace or not ops.eager():
+        if not (self.inplace if inplace is None else inplace) or not ops.eager():
             return net(shifted(x))
         if torch.is_grad_enabled():
             with ops.shifting_again(x, shifted) as copy:

@@ -48,7 +48,7 @@ _forward_in_place = torch.ops.tsm_jit.temporal_shift_.default._op
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
 _backward_kernel = torch.ops.tsm_jit.temporal_shift_backward.kernel._op
 
-_decoded = functools.lru_cache(maxsize=4096)(Shift.decode)
+decoded = functools.lru_cache(maxsize=4096)(Shift.decode)
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
@@ -233,25 +233,16 @@ def shift_undone(x: Tensor, shift: str) -> Iterator[None]:
     this from the version counter: for any other reader nothing happened.
     """
     x = x.data
-    decoded = _decoded(shift)
-    lost = list(_unread_frames(x, decoded))
+    there = decoded(shift)
+    lost = list(reference.unread_views(x, there))
     kept = [frames.clone() for frames in lost]
     _forward_in_place(x, shift)
     try:
         yield
     finally:
-        _forward_in_place(x, decoded.inverse().encode())
+        _forward_in_place(x, there.inverse().encode())
         for frames, values in zip(lost, kept, strict=True):
             frames.copy_(values)
-
-
-def _unread_frames(x: Tensor, shift: Shift) -> Iterator[Tensor]:
-    if shift.padding == "circular":
-        return  # every frame is read by another
-    for frames, _, offset in reference.groups(x, x, shift):
-        n = shift.n_segment_shifted
-        count = min(abs(offset), n)
-        yield frames.narrow(1, 0 if offset > 0 else n - count, count)
 
 
 @contextmanager
@@ -317,10 +308,10 @@ _RecordedAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temp
 
 def _register(out_of_place: tuple, in_place, compute, adjoint) -> None:
     def plain(x: Tensor, shift: str) -> Tensor:
-        return compute(x, _decoded(shift))
+        return compute(x, decoded(shift))
 
     def plain_in_place(x: Tensor, shift: str) -> None:
-        x.copy_(compute(x, _decoded(shift)))
+        x.copy_(compute(x, decoded(shift)))
 
     # Fakes are registered as kernels for Meta: torch.library.register_fake looks for its caller in every module there
     # is, a third of the time that importing tsm_jit takes.

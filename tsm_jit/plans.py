@@ -80,6 +80,12 @@ class Shift(NamedTuple):
             plan.append((width, distance if offset > 0 else -distance))
         return self._replace(plan=tuple(plan))
 
+    def unread_channels(self) -> int:
+        """How many channels the frames make, in all, that no frame of the shifted clip reads."""
+        if self.padding == "circular":
+            return 0
+        return sum(width * min(abs(offset), self.n_segment_shifted) for width, offset in self.plan)
+
     def encode(self) -> str:
         plan = ",".join([f"{width}:{offset}" for width, offset in self.plan])
         return (

@@ -115,6 +115,66 @@ def _moved(frames: Tensor, offset: int, shift: Shift) -> Tensor:
     return torch.cat(parts, 1)
 
 
+def unread_frames(x: Tensor, shift: Shift) -> Tensor:
+    """The frames of ``x`` ``[N*T, C, H, W]`` that ``shift`` does not read, ``[N, K, H, W]``: of each group its first
+    ``|offset|`` ones (``offset > 0``) or its last, one after the other as channels."""
+    parts = [x[:0].reshape(len(x) // shift.n_segment, 0, *x.shape[2:])]
+    parts += [frames.flatten(1, 2) for frames in unread_views(x, shift)]
+    return torch.cat(parts, 1)
+
+
+def unshifted(shifted: Tensor, unread: Tensor, shift: Shift) -> Tensor:
+    """The ``x`` that both came from."""
+    x = temporal_shift(shifted, shift.inverse())
+    begin = 0
+    for frames in unread_views(x, shift):
+        width = frames.shape[1] * frames.shape[2]
+        frames.copy_(unread.narrow(1, begin, width).unflatten(1, frames.shape[1:3]))
+        begin += width
+    return x
+
+
+def unread_views(x: Tensor, shift: Shift) -> Iterator[Tensor]:
+    """For each channel group that moves: the frames ``[N, count, ...]`` of ``x`` that it does not read, if any."""
+    if shift.padding == "circular":
+        return  # every frame is read by another
+    n = shift.n_segment_shifted
+    for frames, _, offset in groups(x, x, shift):
+        count = min(abs(offset), n)
+        yield frames.narrow(1, 0 if offset > 0 else n - count, count)
+
+
+def residual_shift(
+    z: Tensor, identity: Tensor | None, unread: Tensor | None, shift: Shift, shifted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``x = relu(z + identity)``, the end of a residual block, as itself or in shifted form: see ``residual.py``.
+
+    An ``identity`` that comes with ``unread`` frames is in shifted form as well. 16-bit floats round once.
+    """
+    if identity is not None:
+        z = z + (identity if unread is None else unshifted(identity, unread, shift))
+    x = torch.relu(z)
+    return (temporal_shift(x, shift), unread_frames(x, shift)) if shifted else (x, None)
+
+
+def residual_shift_backward(
+    grads: list[Tensor], grad_unread: Tensor | None, out: Tensor, unread_out: Tensor | None, shift: Shift
+) -> Tensor:
+    """The gradient of ``z + identity`` in :func:`residual_shift`, plain: the sum of ``grads`` masked by ``out > 0``."""
+    wide = torch.float32 if out.element_size() <= 2 else out.dtype
+    grad = sum([each.to(wide) for each in grads], torch.zeros_like(out, dtype=wide))
+    if unread_out is not None:
+        grad = temporal_shift_backward(grad, shift)
+        begin = 0
+        for frames in unread_views(grad, shift):
+            width = frames.shape[1] * frames.shape[2]
+            if grad_unread is not None:
+                frames += grad_unread.narrow(1, begin, width).unflatten(1, frames.shape[1:3]).to(wide)
+            begin += width
+        out = unshifted(out, unread_out, shift)
+    return torch.where(out <= 0, 0, grad).to(out.dtype)
+
+
 def groups(x: Tensor, out: Tensor, shift: Shift) -> Iterator[tuple[Tensor, Tensor, int]]:
     """For each channel group that moves: its clips ``[N, T, ...]`` in ``x`` and in ``out``, and its offset."""
     channel_dim = shift.channel_dim

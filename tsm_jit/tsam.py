@@ -57,9 +57,11 @@ class TemporalShift(ShiftedModule):
         self.shift_depth = integer("shift_depth", shift_depth, 1)
         self.inplace = inplace
 
+    def shift_of(self, x: Tensor) -> str:
+        return encode_temporal(x, self.n_segment, self.f_div, self.n_segment_shifted, self.shift_depth, "keep")
+
     def forward(self, x: Tensor) -> Tensor:
-        shift = encode_temporal(x, self.n_segment, self.f_div, self.n_segment_shifted, self.shift_depth, "keep")
-        return self.call_shifted(self.layer, x, shift)
+        return self.call_shifted(x, self.shift_of(x))
 
     def extra_repr(self) -> str:
         return (

@@ -66,9 +66,11 @@ class TemporalShift(ShiftedModule):
         self.inplace = inplace
         self.direction = direction
 
+    def shift_of(self, x: Tensor) -> str:
+        return encode_temporal(x, self.n_segment, self.fold_div, direction=self.direction)
+
     def forward(self, x: Tensor) -> Tensor:
-        shift = encode_temporal(x, self.n_segment, self.fold_div, direction=self.direction)
-        return self.call_shifted(self.net, x, shift)
+        return self.call_shifted(x, self.shift_of(x))
 
     @staticmethod
     def shift(x: Tensor, n_segment: int, fold_div: int = 3, inplace: bool = False, vect: Any = None) -> Tensor:
@@ -115,7 +117,7 @@ class TokenShift(TemporalShift):
         shift = encode_temporal(
             x[:, self.num_prefix_tokens :], self.n_segment, self.fold_div, direction=self.direction, channel_dim=-1
         )
-        return self.call_shifted(self.net, x, shift, still=self.num_prefix_tokens)
+        return self.call_shifted(x, shift, still=self.num_prefix_tokens)
 
 
 class TemporalPool(ClipModule):

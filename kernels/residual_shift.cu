@@ -1,0 +1,137 @@
+// The end of a residual block on CUDA, host side: units, what a block covers, launches. No torch headers.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "residual_shift.cuh"
+
+namespace tsm_jit {
+namespace {
+
+constexpr int32_t kMaxGridY = 65535;
+constexpr int32_t kRowsOfThread = 8;  // of one task
+constexpr int64_t kBlocks = 2048;     // enough to fill a GPU some times over; more would only read norms more often
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t element_bytes(Sum type) { return type == Sum::float64 ? 8 : type == Sum::float32 ? 4 : 2; }
+
+// Do units of 16 bytes begin with every row, group and frame?
+bool is_aligned(const Residual& r, std::initializer_list<const void*> pointers) {
+  uint64_t bits = r.shift.run | r.unread_run;
+  for (int32_t g = 0; g < r.shift.n_groups; ++g) bits |= r.shift.groups[g].end | r.unread_begin[g];
+  for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
+  return bits % 16 == 0;
+}
+
+struct Launch {
+  ResidualArgs args{};
+  dim3 grid, block;
+};
+
+// `slices`: how many blocks share the tasks, 0 for one each.
+const char* plan(const Residual& r, int64_t unit, int32_t slices, Launch& launch) {
+  const Shift& s = r.shift;
+  const int64_t units = s.run / unit, largest = int64_t{1} << 31;
+  unsigned x = s.outer == 1 ? kResidualThreads : 32;
+  while (x > 1 && x / 2 >= units) x /= 2;
+  launch.block = dim3(x, kResidualThreads / x);
+  ResidualArgs& a = launch.args;
+  a.rows_of_task = static_cast<int32_t>(std::min<int64_t>(s.outer, launch.block.y * kRowsOfThread));
+  a.chunks = static_cast<int32_t>(ceil_div(s.outer, a.rows_of_task));
+  const int64_t tasks = s.clips * s.frames * a.chunks;
+  if (s.n_groups > kResidualGroups) return "a plan of a residual stream must have at most 31 groups";
+  if (s.run + 16 * kResidualThreads >= largest || tasks >= largest || s.outer >= largest || r.unread_run >= largest) {
+    return "a frame of a residual stream must have less than 2^31 bytes";
+  }
+  a.frames = static_cast<int32_t>(s.frames);
+  a.n_segment_shifted = s.n_segment_shifted;
+  a.padding = s.padding;
+  a.rows = static_cast<int32_t>(s.outer);
+  a.run = static_cast<int32_t>(s.run);
+  a.unread_run = static_cast<int32_t>(r.unread_run);
+  a.inner = static_cast<int32_t>(r.inner);
+  a.tasks = static_cast<int32_t>(tasks);
+  a.n_groups = s.n_groups;
+  for (int32_t g = 0; g < s.n_groups; ++g) {
+    a.group_end[g] = static_cast<int32_t>(s.groups[g].end);
+    a.group_offset[g] = s.groups[g].offset;
+    a.unread_begin[g] = static_cast<int32_t>(r.unread_begin[g]);
+  }
+  const int64_t x_blocks = ceil_div(units, x);
+  const int64_t columns = slices != 0 ? slices : std::min({tasks, ceil_div(kBlocks, x_blocks), int64_t{kMaxGridY}});
+  launch.grid = dim3(static_cast<unsigned>(x_blocks), static_cast<unsigned>(columns));
+  return nullptr;
+}
+
+// Of 64 bits one by one, as it is for exactness that they are used.
+template <class Element>
+constexpr int kVector = sizeof(typename Element::Stored) == 8 ? 1 : 16 / sizeof(typename Element::Stored);
+
+// `start(plan, kernels of one type and unit)` with those of the activations.
+template <template <class, int> class Kernels, class Start>
+const char* with_kernels(const Residual& r, int32_t slices, std::initializer_list<const void*> pointers, Start start) {
+  const bool aligned = r.type != Sum::float64 && is_aligned(r, pointers);
+  Launch launch;
+  if (const char* error = plan(r, aligned ? 16 : element_bytes(r.type), slices, launch)) return error;
+  const auto of_type = [&](auto element) {
+    using Element = decltype(element);
+    aligned ? start(launch, Kernels<Element, kVector<Element>>{}) : start(launch, Kernels<Element, 1>{});
+  };
+  switch (r.type) {
+    case Sum::float16: of_type(Float16{}); break;
+    case Sum::bfloat16: of_type(BFloat16{}); break;
+    case Sum::float32: of_type(Native<float>{}); break;
+    default: of_type(Native<double>{});
+  }
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class Element, int kLanes>
+struct Forward {
+  static constexpr auto kernel = residual_forward<Element, kLanes>;
+};
+
+template <class Element, int kLanes>
+struct Backward {
+  static constexpr auto one_norm = residual_backward < Element, kLanes, kLanes == 1 ? 2 : 1 > ;
+  static constexpr auto two_norms = residual_backward<Element, kLanes, 2>;
+};
+
+template <class Element, int kLanes>
+struct Statistics {
+  static constexpr auto sum = sum_channels<Element, kLanes>;
+  static constexpr auto finish = finish_statistics<Element>;
+};
+
+}  // namespace
+
+const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream) {
+  return with_kernels<Forward>(
+      r, 0, {f.z, f.identity, f.unread, f.out, f.unread_out}, [&](const Launch& on, auto kernels) {
+        kernels.kernel<<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(on.args, f);
+      });
+}
+
+const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b, void* stream) {
+  return with_kernels<Backward>(r, b.sums == nullptr ? 0 : b.slices,
+                                {b.out, b.unread_out, b.grad_a, b.grad_b, b.grad_unread, b.grad, b.grad_shifted,
+                                 b.grad_unread_in, b.normed[0], b.normed[1]},
+                                [&](const Launch& on, auto kernels) {
+                                  const auto kernel = b.normed[1] == nullptr ? kernels.one_norm : kernels.two_norms;
+                                  kernel<<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(on.args, b);
+                                });
+}
+
+const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream) {
+  return with_kernels<Statistics>(r, c.slices, {c.x}, [&](const Launch& on, auto kernels) {
+    const auto channels = static_cast<int32_t>(r.shift.run / element_bytes(r.type));
+    const dim3 block(32, kResidualThreads / 32), grid(static_cast<unsigned>(ceil_div(channels, block.x)));
+    kernels.sum<<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(on.args, c);
+    kernels.finish<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(
+        c, channels, r.shift.clips * r.shift.frames * r.shift.outer);
+  });
+}
+
+}  // namespace tsm_jit

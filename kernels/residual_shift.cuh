@@ -1,0 +1,377 @@
+// The end of a residual block on CUDA: the kernels and their index arithmetic. Raw pointers, no torch headers.
+//
+// A thread has one unit of the run (16 bytes, or one element where groups or rows do not begin at 16), so its channels,
+// group and norms are the same for every row and frame it visits. It works on frame s of the plain side and on wherever
+// the shifted side holds that frame; what it reads there it also writes there, and nobody else does: outputs may
+// replace inputs of the same form.
+#pragma once
+
+#include <type_traits>
+
+#include "element.h"
+#include "residual_shift.h"
+
+namespace tsm_jit {
+
+constexpr int kResidualThreads = 256;
+constexpr int kResidualGroups = 32;
+
+struct ResidualArgs {
+  int32_t frames, n_segment_shifted;
+  Padding padding;
+  int32_t rows, run, unread_run;  // of a frame, in bytes
+  int32_t inner;
+  int32_t rows_of_task;
+  int32_t chunks;  // tasks of a frame
+  int32_t tasks;
+  int32_t n_groups;
+  int32_t group_end[kResidualGroups];  // in bytes of the run
+  int32_t group_offset[kResidualGroups];
+  int32_t unread_begin[kResidualGroups];
+};
+
+// A unit of activations as it lies in memory: words, out of which lanes are taken only where they are computed with, so
+// that 16-bit lanes do not take a register each while loads are on their way.
+template <class Element, int kLanes>
+struct alignas(sizeof(typename Element::Stored) * kLanes) Pack {
+  using Stored = typename Element::Stored;
+  using Wide = typename Element::Wide;
+  static constexpr bool kPairs = sizeof(Stored) == 2 && kLanes > 1;
+  static constexpr int kWords = kPairs ? kLanes / 2 : kLanes;
+  std::conditional_t<kPairs, uint32_t, Stored> word[kWords];
+
+  __device__ Wide operator[](int k) const {
+    if constexpr (kPairs) return Element::widen(static_cast<Stored>(word[k / 2] >> 16 * (k % 2)));
+    if constexpr (!kPairs) return Element::widen(word[k]);
+  }
+  __device__ void set(int k, Wide value) {
+    if constexpr (kPairs) {
+      const uint32_t narrow = Element::narrow(value);
+      word[k / 2] = k % 2 == 0 ? narrow : word[k / 2] | narrow << 16;
+    } else {
+      word[k] = Element::narrow(value);
+    }
+  }
+};
+
+// Where the thread's unit of one frame lies: in a whole tensor, or in the one of its unread frames.
+struct Spot {
+  int64_t first;  // in bytes, of row 0
+  int32_t stride;
+  bool is_unread;
+
+  template <class Byte>
+  __device__ Byte* in(Byte* whole, Byte* unread, int32_t row) const {
+    Byte* const data = is_unread ? unread : whole;
+    return data == nullptr ? nullptr : data + first + int64_t{row} * stride;
+  }
+  // Of a tensor that is not there: zeros.
+  template <class Values>
+  __device__ Values load(const void* whole, const void* unread, int32_t row) const {
+    const char* from = in(static_cast<const char*>(whole), static_cast<const char*>(unread), row);
+    return from == nullptr ? Values{} : *reinterpret_cast<const Values*>(from);
+  }
+  template <class Values>
+  __device__ void store(void* whole, void* unread, int32_t row, Values values) const {
+    char* to = in(static_cast<char*>(whole), static_cast<char*>(unread), row);
+    if (to != nullptr) *reinterpret_cast<Values*>(to) = values;
+  }
+};
+
+// The unit of this thread, and the tasks that its block visits: some rows of one frame each.
+template <class Values>
+struct Unit {
+  const ResidualArgs& a;
+  int32_t begin;  // in bytes of the run
+  int32_t offset, unread, unread_frame;
+
+  __device__ explicit Unit(const ResidualArgs& args)
+      : a(args), begin((blockIdx.x * blockDim.x + threadIdx.x) * static_cast<int32_t>(sizeof(Values))) {
+    int32_t group = 0;
+    while (group < a.n_groups - 1 && a.group_end[group] <= begin) ++group;
+    const int32_t group_begin = group == 0 ? 0 : a.group_end[group - 1];
+    offset = a.group_offset[group];
+    unread = a.unread_begin[group] + begin - group_begin;
+    unread_frame = a.group_end[group] - group_begin;
+  }
+  __device__ bool exists() const { return begin < a.run; }
+
+  // visit(clip, frame, first row, last row)
+  template <class Visit>
+  __device__ void for_each_task(Visit visit) const {
+    for (int32_t task = blockIdx.y; task < a.tasks; task += gridDim.y) {
+      const int32_t frame = task / a.chunks, chunk = task - frame * a.chunks;
+      const int32_t clip = frame / a.frames, first = chunk * a.rows_of_task;
+      visit(clip, frame - clip * a.frames, first, min(first + a.rows_of_task, a.rows));
+    }
+  }
+  __device__ Spot plain(int32_t clip, int32_t s) const {
+    const int64_t frame = int64_t{clip} * a.frames + s;
+    return {frame * a.rows * a.run + begin, a.run, false};
+  }
+  __device__ Spot at(const Place& place, int32_t clip) const {
+    if (place.t != kNoFrame) return plain(clip, place.t);
+    return {int64_t{clip} * a.rows * a.unread_run + unread + place.unread * unread_frame, a.unread_run, true};
+  }
+};
+
+// Calls visit(k, row) for kRows rows of a task from `first` on, as far as there are any.
+template <int kRows, class Visit>
+__device__ void for_each_row(int32_t first, int32_t last, Visit visit) {
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    const int32_t row = first + k * blockDim.y;
+    if (row < last) visit(k, row);
+  }
+}
+
+// Calls visit(lane, its channel) for the unit that begins at byte `begin` of the run.
+template <class Element, int kLanes, class Visit>
+__device__ void for_each_channel(const ResidualArgs& a, int32_t begin, Visit visit) {
+  const int32_t first = begin / static_cast<int32_t>(sizeof(typename Element::Stored));
+  int32_t channel = a.inner == 1 ? first : first / a.inner, within = first - channel * a.inner;
+#pragma unroll
+  for (int k = 0; k < kLanes; ++k) {
+    visit(k, channel);
+    if (++within == a.inner) {
+      within = 0;
+      ++channel;
+    }
+  }
+}
+
+// A norm as scale * value + bias, for the channels of one unit; `bias` is added to.
+template <class Element, int kLanes>
+__device__ void read_norm(const ResidualArgs& a, const Norm& norm, int32_t begin, typename Element::Wide* scale,
+                          typename Element::Wide* bias) {
+  using Wide = typename Element::Wide;
+  const auto load = [&](const void* data, int32_t channel) -> Wide {
+    if (norm.in_float) return static_cast<const float*>(data)[channel];
+    return Element::widen(static_cast<const typename Element::Stored*>(data)[channel]);
+  };
+#pragma unroll
+  for (int k = 0; k < kLanes; ++k) scale[k] = 1;
+  if (norm.mean == nullptr) return;
+  for_each_channel<Element, kLanes>(a, begin, [&](int k, int32_t channel) {
+    scale[k] = load(norm.weight, channel) / sqrt(load(norm.variance, channel) + static_cast<Wide>(norm.epsilon));
+    bias[k] += load(norm.bias, channel) - load(norm.mean, channel) * scale[k];
+  });
+}
+
+// What a block sums up by channel: each thread in registers, then the threads of a column through shared memory.
+template <class Element, int kLanes, int kSums>
+struct ChannelSums {
+  using Wide = typename Element::Wide;
+  Wide of[kSums][kLanes] = {};
+
+  // Calls visit(channel, sums) for every channel of the block, in one thread each.
+  template <class Visit>
+  __device__ void for_each_channel_of_block(const ResidualArgs& a, int32_t begin, Visit visit) {
+    __shared__ Wide shared[kLanes][kResidualThreads];
+    const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+    for (int sum = 0; sum < kSums; ++sum) {
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) shared[k][thread] = of[sum][k];
+      __syncthreads();
+      if (threadIdx.y != 0) continue;
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) {
+#pragma unroll 1
+        for (uint32_t y = 1; y < blockDim.y; ++y) of[sum][k] += shared[k][y * blockDim.x + threadIdx.x];
+      }
+    }
+    if (threadIdx.y != 0 || begin >= a.run) return;
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k) {
+      Wide sums[kSums];
+#pragma unroll
+      for (int sum = 0; sum < kSums; ++sum) sums[sum] = of[sum][k];
+      visit(begin / static_cast<int32_t>(sizeof(typename Element::Stored)) + k, sums);
+    }
+  }
+};
+
+// Block: units of the run x rows. Grid: blocks that cover the run x tasks.
+template <class Element, int kLanes>
+__global__ void __launch_bounds__(kResidualThreads, 2)
+    residual_forward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualForward f) {
+  using Values = Pack<Element, kLanes>;
+  using Wide = typename Element::Wide;
+  constexpr int kBatch = 4;  // rows whose loads are in flight at once
+  const Unit<Values> unit(a);
+  if (!unit.exists()) return;
+  // Without a norm scale is 1 and bias 0: then this is the addition it looks like, to the bit.
+  Wide z_scale[kLanes], identity_scale[kLanes], bias[kLanes] = {};
+  read_norm<Element, kLanes>(a, f.z_norm, unit.begin, z_scale, bias);
+  read_norm<Element, kLanes>(a, f.identity_norm, unit.begin, identity_scale, bias);
+  unit.for_each_task([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
+    const Place place = place_of(s, unit.offset, a.n_segment_shifted, a.padding);
+    const Spot plain = unit.plain(clip, s), shifted = unit.at(place, clip);
+    const Spot in = f.identity_is_shifted ? shifted : plain, out = f.out_is_shifted ? shifted : plain;
+    for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
+      Values z[kBatch], identity[kBatch];
+      for_each_row<kBatch>(start, last, [&](int k, int32_t row) {
+        z[k] = plain.load<Values>(f.z, nullptr, row);
+        identity[k] = in.load<Values>(f.identity, f.unread, row);
+      });
+      for_each_row<kBatch>(start, last, [&](int k, int32_t row) {
+        Values x;
+#pragma unroll
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const Wide sum = z[k][lane] * z_scale[lane] + (identity[k][lane] * identity_scale[lane] + bias[lane]);
+          x.set(lane, f.relu && sum <= 0 ? 0 : sum);  // NaN stays
+        }
+        out.store(f.out, f.unread_out, row, x);
+        if (!f.out_is_shifted) return;
+#pragma unroll 1
+        for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
+          unit.plain(clip, t).store(f.out, nullptr, row, a.padding == Padding::zeros ? Values{} : x);
+        }
+      });
+    }
+  });
+}
+
+// As above; each block of a column of the grid is a slice of the sums. kRead: of how many norms.
+template <class Element, int kLanes, int kRead>
+__global__ void __launch_bounds__(kResidualThreads, 2)
+    residual_backward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualBackward b) {
+  using Values = Pack<Element, kLanes>;
+  using Wide = typename Element::Wide;
+  constexpr int kBatch = 2;
+  const Unit<Values> unit(a);
+  ChannelSums<Element, kLanes, 1 + kRead> sums;
+  if (unit.exists()) {
+    Wide mean[kRead][kLanes] = {};
+    for_each_channel<Element, kLanes>(a, unit.begin, [&](int lane, int32_t channel) {
+#pragma unroll
+      for (int n = 0; n < kRead; ++n) {
+        if (b.normed[n] != nullptr) mean[n][lane] = static_cast<const Wide*>(b.mean[n])[channel];
+      }
+    });
+    unit.for_each_task([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
+      const Place place = place_of(s, unit.offset, a.n_segment_shifted, a.padding);
+      const Spot plain = unit.plain(clip, s), shifted = unit.at(place, clip), out = b.out_is_shifted ? shifted : plain;
+      const bool read_by_padding = b.out_is_shifted && a.padding != Padding::zeros;
+      for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
+        Values mask[kBatch], of_a[kBatch], of_b[kBatch], normed[kRead][kBatch];
+        for_each_row<kBatch>(start, last, [&](int k, int32_t row) {
+          mask[k] = out.load<Values>(b.out, b.unread_out, row);
+          of_a[k] = out.load<Values>(b.grad_a, b.grad_unread, row);
+          of_b[k] = out.load<Values>(b.grad_b, nullptr, row);
+#pragma unroll
+          for (int n = 0; n < kRead; ++n) normed[n][k] = plain.load<Values>(b.normed[n], nullptr, row);
+        });
+        for_each_row<kBatch>(start, last, [&](int k, int32_t row) {
+          Wide total[kLanes];
+#pragma unroll
+          for (int lane = 0; lane < kLanes; ++lane) total[lane] = of_a[k][lane] + of_b[k][lane];
+#pragma unroll 1
+          for (int32_t t = place.pads.begin; read_by_padding && t < place.pads.end; ++t) {
+            const auto more_a = unit.plain(clip, t).template load<Values>(b.grad_a, nullptr, row);
+            const auto more_b = unit.plain(clip, t).template load<Values>(b.grad_b, nullptr, row);
+#pragma unroll
+            for (int lane = 0; lane < kLanes; ++lane) total[lane] += more_a[lane] + more_b[lane];
+          }
+          Values grad;
+#pragma unroll
+          for (int lane = 0; lane < kLanes; ++lane) {
+            const Wide masked = mask[k][lane] <= 0 ? 0 : total[lane];
+            grad.set(lane, masked);
+            sums.of[0][lane] += masked;
+#pragma unroll
+            for (int n = 0; n < kRead; ++n) sums.of[1 + n][lane] += masked * (normed[n][k][lane] - mean[n][lane]);
+          }
+          plain.store(b.grad, nullptr, row, grad);
+          if (b.grad_shifted == nullptr) return;
+          shifted.store(b.grad_shifted, b.grad_unread_in, row, grad);
+#pragma unroll 1
+          for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
+            unit.plain(clip, t).store(b.grad_shifted, nullptr, row, Values{});
+          }
+        });
+      }
+    });
+  }
+  if (b.sums == nullptr) return;
+  const int32_t channels = a.run / static_cast<int32_t>(sizeof(typename Element::Stored));
+  sums.for_each_channel_of_block(a, unit.begin, [&](int32_t channel, const Wide* of) {
+    Wide* slice = static_cast<Wide*>(b.sums) + int64_t{blockIdx.y} * (1 + kNorms) * channels + channel;
+#pragma unroll
+    for (int sum = 0; sum < 1 + kRead; ++sum) slice[sum * channels] = of[sum];
+  });
+}
+
+// The sums of x - x[0] and of its square by channel, for each slice: a block of a column of the grid. The first row is
+// near the mean, so that the variance is no small difference of large numbers.
+template <class Element, int kLanes>
+__global__ void __launch_bounds__(kResidualThreads, 3)
+    sum_channels(const __grid_constant__ ResidualArgs a, const __grid_constant__ ChannelStatistics c) {
+  using Values = Pack<Element, kLanes>;
+  using Wide = typename Element::Wide;
+  constexpr int kBatch = 4;
+  const Unit<Values> unit(a);
+  ChannelSums<Element, kLanes, 2> sums;
+  if (unit.exists()) {
+    const Values origin = unit.plain(0, 0).template load<Values>(c.x, nullptr, 0);
+    unit.for_each_task([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
+      const Spot plain = unit.plain(clip, s);
+      for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
+        Values x[kBatch];
+        for_each_row<kBatch>(start, last, [&](int k, int32_t row) { x[k] = plain.load<Values>(c.x, nullptr, row); });
+        for_each_row<kBatch>(start, last, [&](int k, int32_t) {
+#pragma unroll
+          for (int lane = 0; lane < kLanes; ++lane) {
+            const Wide distance = x[k][lane] - origin[lane];
+            sums.of[0][lane] += distance;
+            sums.of[1][lane] += distance * distance;
+          }
+        });
+      }
+    });
+  }
+  const int32_t channels = a.run / static_cast<int32_t>(sizeof(typename Element::Stored));
+  sums.for_each_channel_of_block(a, unit.begin, [&](int32_t channel, const Wide* of) {
+    Wide* const slice = static_cast<Wide*>(c.sums) + int64_t{blockIdx.y} * 2 * channels + channel;
+    slice[0] = of[0];
+    slice[channels] = of[1];
+  });
+}
+
+// Mean and variance out of these sums; the running ones follow by `momentum`. Block: channels x threads that share the
+// slices.
+template <class Element>
+__global__ void __launch_bounds__(kResidualThreads)
+    finish_statistics(const __grid_constant__ ChannelStatistics c, int32_t channels, int64_t count) {
+  using Wide = typename Element::Wide;
+  const int32_t channel = blockIdx.x * blockDim.x + threadIdx.x;
+  __shared__ Wide shared[2][kResidualThreads];
+  const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
+  Wide sums[2] = {};
+  for (int32_t slice = threadIdx.y; slice < c.slices && channel < channels; slice += blockDim.y) {
+    const Wide* const of = static_cast<const Wide*>(c.sums) + int64_t{slice} * 2 * channels + channel;
+    sums[0] += of[0];
+    sums[1] += of[channels];
+  }
+  shared[0][thread] = sums[0];
+  shared[1][thread] = sums[1];
+  __syncthreads();
+  if (threadIdx.y != 0 || channel >= channels) return;
+  for (uint32_t y = 1; y < blockDim.y; ++y) {
+    sums[0] += shared[0][y * blockDim.x + threadIdx.x];
+    sums[1] += shared[1][y * blockDim.x + threadIdx.x];
+  }
+  const Wide distance = sums[0] / count, raw = sums[1] / count - distance * distance, variance = raw > 0 ? raw : 0;
+  const Wide mean = Element::widen(static_cast<const typename Element::Stored*>(c.x)[channel]) + distance;
+  static_cast<Wide*>(c.mean)[channel] = mean;
+  static_cast<Wide*>(c.variance)[channel] = raw != raw ? raw : variance;
+  const Wide unbiased = count > 1 ? raw * count / (count - 1) : raw, momentum = c.momentum;
+  Wide* const running_mean = static_cast<Wide*>(c.running_mean) + channel;
+  Wide* const running_variance = static_cast<Wide*>(c.running_variance) + channel;
+  *running_mean += momentum * (mean - *running_mean);
+  *running_variance += momentum * (unbiased - *running_variance);
+}
+
+}  // namespace tsm_jit

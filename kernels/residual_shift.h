@@ -1,0 +1,100 @@
+// The end of a residual block with the stream between blocks kept shifted: the vocabulary of its CPU and CUDA kernels.
+//
+// A residual block ends in x = relu(z + identity), and the next one begins with shift(x). A shift moves whole values,
+// so it commutes with what works value by value:
+//
+//     shift(relu(z + identity)) = relu(shift(z) + shift(identity))
+//
+// So the sum that is made anyway writes S = shift(x) in place of x. What S does not hold are the frames that the shift
+// does not read; these go to a second tensor, `unread`. Together they are x, and become the next block's identity.
+//
+//     unread      [clips, unread channels, ...] in the layout of the activations: for each group, its first |offset|
+//                 frames (offset > 0) or its last ones, one after the other as channels
+//     z, S, x     as in temporal_shift.h: [clips, frames, outer, run], here without gaps
+#pragma once
+
+#include "temporal_shift.h"
+
+namespace tsm_jit {
+
+// (value - mean) / sqrt(variance + epsilon) * weight + bias, with one of each per channel: a batch normalization.
+struct Norm {
+  const void *mean, *variance, *weight, *bias;  // a null mean: the value itself
+  bool in_float;                                // or else of the type of the activations
+  double epsilon;
+};
+
+struct Residual {
+  Shift shift;                  // of the stream; src, dst and sum are not used
+  Sum type;                     // of the activations
+  int64_t inner;                // elements of a channel that follow each other in the run: 1 in channels_last
+  const int64_t* unread_begin;  // of each group, in bytes of the run of `unread`
+  int64_t unread_run;           // in bytes
+};
+
+// out = relu(norm(z) + norm(identity)). Each activation is in shifted form (with its unread frames), or plain.
+struct ResidualForward {
+  const void* z;
+  Norm z_norm;
+  const void* identity;  // may be null: nothing is added
+  Norm identity_norm;    // of a plain identity
+  const void* unread;
+  void* out;  // may be `z` or `identity` if it is in the same form
+  void* unread_out;
+  bool identity_is_shifted, out_is_shifted;
+  bool relu;  // or else the sum as it is
+};
+
+constexpr int32_t kNorms = 2;  // of z, and of the identity
+
+// The gradient of z + identity, masked where relu was 0; and the sums that the gradients of both norms are made of.
+struct ResidualBackward {
+  const void *out, *unread_out;               // as the forward wrote them
+  const void *grad_a, *grad_b, *grad_unread;  // of `out`, from its two readers, and of `unread_out`; may be null
+  void* grad;                                 // plain
+  void *grad_shifted, *grad_unread_in;        // the same in shifted form; null if the identity was plain
+  bool out_is_shifted;
+  void* sums;                  // [slices, 1 + kNorms, channels] of grad, and of grad * (normed - mean); may be null
+  int32_t slices;              // blocks that share the work where sums are made
+  const void* normed[kNorms];  // what had a norm, and its mean by channel; may be null
+  const void* mean[kNorms];
+};
+
+// Mean and variance of x by channel; the running ones follow as in a batch normalization.
+struct ChannelStatistics {
+  const void* x;
+  void* sums;  // [slices, 2, channels], for its own use
+  int32_t slices;
+  void *mean, *variance, *running_mean, *running_variance;
+  double momentum;
+};
+
+// Where the shifted stream holds frame s of a group: as its frame t or, where t is kNoFrame, among the unread frames;
+// and the frames that s pads: with itself or, for zero padding, with zero.
+struct Place {
+  int32_t t, unread;
+  FrameRange pads;
+};
+
+TSM_HOST_DEVICE inline Place place_of(int32_t s, int32_t offset, int32_t n_segment_shifted, Padding padding) {
+  const int32_t n = n_segment_shifted, t = s - offset;
+  if (s >= n || offset == 0) return {s, 0, {0, 0}};
+  if (padding == Padding::circular) return {source_frame(s, -offset, n, padding), 0, {0, 0}};
+  const bool is_padded = offset > 0 ? s >= n - offset : s < -offset;
+  const FrameRange pads = padding != Padding::zeros ? padding_readers(s, offset, n, padding)
+                          : is_padded               ? FrameRange{s, s + 1}
+                                                    : FrameRange{0, 0};
+  if (0 <= t && t < n) return {t, 0, pads};
+  return {kNoFrame, offset > 0 ? s : s - (n + offset), pads};
+}
+
+// CPU. The work is clips * frames independent tasks. Makes no sums.
+void residual_forward_cpu(const Residual& r, const ResidualForward& f, int64_t first_task, int64_t last_task);
+void residual_backward_cpu(const Residual& r, const ResidualBackward& b, int64_t first_task, int64_t last_task);
+
+// CUDA, on `stream` of the current device. Return null, or what was wrong. What sums by channel needs inner == 1.
+const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream);
+const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b, void* stream);
+const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream);
+
+}  // namespace tsm_jit

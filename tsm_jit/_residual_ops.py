@@ -1,0 +1,380 @@
+"""The end of a residual block whose stream is kept shifted: operators and autograd for ``residual.py``.
+
+``x = relu(norm(z) + norm(identity))`` in one pass over the memory, where x is written, and the identity read, as itself
+or in shifted form: the shifted x, and beside it ``unread``, the frames that the shift does not read. The formulas are
+in ``kernels/residual_shift.h``.
+
+- ``residual_shift_(out!, unread_out!, z, z_norm, ..., shift)`` and ``residual_shift_backward_`` write into tensors that
+  they are given; these are what ``kernels/bindings.cpp`` implements;
+- ``residual_shift`` and ``residual_shift_backward`` make these tensors: what compilers see.
+
+All are unknown to autograd; :func:`end_of_block` is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+
+from tsm_jit import reference
+from tsm_jit.ops import decoded
+from tsm_jit.plans import Shift
+
+_library = torch.library.Library("tsm_jit", "FRAGMENT")
+_NORMS = (
+    "Tensor z, Tensor[] z_norm, float z_epsilon, Tensor? identity, Tensor[] identity_norm, float identity_epsilon, "
+    "Tensor? unread, str shift"
+)
+_GRADS = "Tensor? grad_a, Tensor? grad_b, Tensor? grad_unread, Tensor out, Tensor? unread_out"
+_MEANS = "Tensor? z, Tensor? z_mean, Tensor? identity, Tensor? identity_mean, str shift"
+for _schema in (
+    f"residual_shift_(Tensor(a!) out, Tensor(b!)? unread_out, {_NORMS}, bool relu) -> ()",
+    f"residual_shift({_NORMS}, bool shifted) -> (Tensor, Tensor)",
+    "residual_shift_backward_(Tensor(a!) grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_unread_in, Tensor(d!)? sums, "
+    f"{_GRADS}, {_MEANS}) -> ()",
+    "channel_statistics_(Tensor x, Tensor(a!) sums, Tensor(b!) mean, Tensor(c!) variance, Tensor(d!) running_mean, "
+    "Tensor(e!) running_var, float momentum, str shift) -> ()",
+    f"residual_shift_backward({_GRADS}, {_MEANS}, bool shifted) -> (Tensor, Tensor, Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_write = torch.ops.tsm_jit.residual_shift_.default._op
+_write_gradients = torch.ops.tsm_jit.residual_shift_backward_.default._op
+
+
+class Norm(NamedTuple):
+    """A batch normalization: ``(value - mean) / sqrt(variance + epsilon) * weight + bias``, all parts ``[C]``."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+    of_batch: bool = False  # are mean and variance those of the values, so that gradients go through them as well?
+
+    def deviation(self) -> Tensor:
+        """1 / sqrt(variance + epsilon)."""
+        return torch.rsqrt(self.variance + self.epsilon)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The type in which activations like ``x`` are added and their norms computed."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _slices(channels: int) -> int:
+    """Parts in which sums by channel are made: with the blocks of 32 units that cover the channels, two for each of the
+    multiprocessors of a large GPU, and some more."""
+    return min(max(2**17 // channels, 16), 1024)
+
+
+NO_SHIFT = Shift(1, 1, 1, "zeros", ()).encode()  # of clips of any length
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+def end_of_block(
+    z: Tensor,
+    z_norm: Norm | None,
+    identity: Tensor,
+    identity_norm: Norm | None,
+    unread: Tensor | None,
+    shift: str,
+    shifted: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``x = relu(z_norm(z) + identity_norm(identity))``, differentiable once.
+
+    Args:
+        z, identity: ``[N*T, C, H, W]`` of a floating-point type.
+        z_norm, identity_norm: applied on the way, if given.
+        unread: the other frames of an identity in shifted form, ``[N, K, H, W]``; of a plain one None.
+        shift: an encoded :class:`tsm_jit.plans.Shift`: of the identity, of the result, or of both.
+        shifted: whether the result is wanted in shifted form.
+
+    Returns:
+        x twice, for two readers, so that one kernel receives both gradients and no addition comes before it; and the
+        unread frames, None of a plain x.
+    """
+    dtype = torch.promote_types(z.dtype, identity.dtype)
+    z, identity, unread = z.to(dtype), identity.to(dtype), None if unread is None else unread.to(dtype)
+    if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
+        z = z.contiguous()
+    if not torch.is_grad_enabled():
+        out, unread_out = _forward(z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
+        return out, out, unread_out if shifted else None
+    parts = [part for norm in (z_norm, identity_norm) for part in (norm[:4] if norm else (None,) * 4)]
+    how = (z_norm and z_norm[4:], identity_norm and identity_norm[4:], shift, shifted)
+    out, again, unread_out = _EndOfBlock.apply(z, identity, unread, *parts, how)
+    return out, again, unread_out if shifted else None
+
+
+def _forward(*given) -> tuple[Tensor, Tensor]:
+    return (torch.ops.tsm_jit.residual_shift.default if is_compiling() else _new)(*given)
+
+
+def _parts(norm: Norm | None) -> tuple[list[Tensor], float]:
+    return ([], 0.0) if norm is None else (list(norm[:4]), norm.epsilon)
+
+
+def batch_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance by channel of the activations ``x`` ``[N*T, C, H, W]``, channels_last; updates the
+    running ones, of the type :func:`wide`, as ``torch.nn.BatchNorm2d`` does."""
+    if is_compiling():
+        return _plain_statistics(x, running_mean, running_var, momentum)
+    mean, variance = torch.empty((2, x.shape[1]), dtype=wide(x), device=x.device)
+    sums = mean.new_empty((_slices(x.shape[1]), 2, x.shape[1]))
+    torch.ops.tsm_jit.channel_statistics_(x, sums, mean, variance, running_mean, running_var, momentum, NO_SHIFT)
+    return mean, variance
+
+
+def _plain_statistics(x, running_mean, running_var, momentum) -> tuple[Tensor, Tensor]:
+    count = x.numel() // x.shape[1]
+    variance, mean = torch.var_mean(x.to(wide(x)), (0, 2, 3), correction=0)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
+    return mean, variance
+
+
+def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
+    """``relu(norm(z))``, written into the activations ``z`` ``[N*T, C, H, W]``; where nothing is recorded."""
+    _write(z, None, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
+    return z
+
+
+class _EndOfBlock(Function):
+    @staticmethod
+    def forward(ctx, z, identity, unread, *rest):
+        *parts, (z_how, identity_how, shift, shifted) = rest
+        z_norm, identity_norm = z_how and Norm(*parts[:4], *z_how), identity_how and Norm(*parts[4:], *identity_how)
+        out, unread_out = _forward(z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
+        ctx.how = rest[-1]
+        ctx.identity_is_shifted = unread is not None
+        # Without a norm the values are not needed, and a norm's bias is not.
+        saved = [
+            (values, *norm[:3]) if norm else (None,) * 4 for values, norm in ((z, z_norm), (identity, identity_norm))
+        ]
+        ctx.save_for_backward(out, unread_out if shifted else None, *saved[0], *saved[1])
+        ctx.set_materialize_grads(False)
+        return out, out.view_as(out), unread_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_a, grad_b, grad_unread):
+        out, unread_out, *saved = ctx.saved_tensors
+        *hows, shift, shifted = ctx.how
+        norms = [how and Norm(*part[1:], None, *how) for how, part in zip(hows, (saved[:4], saved[4:]), strict=True)]
+        # The sums over all but the channels that the gradients of a norm are made of.
+        summed = [
+            (values, norm.mean) if norm and (norm.of_batch or any(needed)) else (None, None)
+            for values, norm, needed in zip(
+                (saved[0], saved[4]), norms, (ctx.needs_input_grad[5:7], ctx.needs_input_grad[9:11]), strict=True
+            )
+        ]
+        operator = torch.ops.tsm_jit.residual_shift_backward.default if is_compiling() else _new_gradients
+        grad, grad_shifted, grad_unread_in, sums = operator(
+            grad_a,
+            grad_b,
+            grad_unread if shifted else None,
+            out,
+            unread_out,
+            *summed[0],
+            *summed[1],
+            shift,
+            ctx.identity_is_shifted,
+        )
+        grads = [grad, grad_shifted if ctx.identity_is_shifted else grad]
+        of_norms = []
+        for k, (norm, values) in enumerate(zip(norms, (saved[0], saved[4]), strict=True)):
+            of_weight = of_bias = None
+            if norm is not None:
+                if summed[k][0] is not None:
+                    of_weight, of_bias = sums[1 + k] * norm.deviation(), sums[0]
+                if ctx.needs_input_grad[k]:
+                    # The last one that reads `grad`, where that is nobody's gradient itself.
+                    last = ctx.identity_is_shifted if k == 0 else norms[0] is not None
+                    grads[k] = _through_norm(grad, values, norm, sums[0], sums[1 + k], overwrite=last)
+            of_norms += [None, None, of_weight, of_bias]
+        return *grads, grad_unread_in if ctx.identity_is_shifted else None, *of_norms, None
+
+
+def _through_norm(
+    grad: Tensor, values: Tensor, norm: Norm, total: Tensor, total_centered: Tensor, overwrite: bool
+) -> Tensor:
+    """The gradient of ``values``, of which ``grad`` is that of their norm; ``overwrite`` allows to write it there."""
+    deviation = norm.deviation()
+    scale = norm.weight * deviation
+    if not norm.of_batch:
+        return (grad * scale[:, None, None]).to(grad.dtype)
+    count = values.numel() // values.shape[1]
+    slope = -scale * deviation**2 * total_centered / count
+    constant = -scale * total / count - norm.mean * slope
+    if is_compiling():
+        return (grad * scale[:, None, None] + values * slope[:, None, None] + constant[:, None, None]).to(grad.dtype)
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    out = grad if overwrite else torch.empty_like(grad)
+    # The sum of a block's end, in other words: each of both times a factor, and a constant.
+    _write(
+        out, None, grad, [zero, one, scale, zero], 0.0, values, [zero, one, slope, constant], 0.0, None, NO_SHIFT, False
+    )
+    return out
+
+
+# --- the operators ---------------------------------------------------------------------------------------------------
+
+
+def _new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
+    out = torch.empty_like(z)
+    unread_out = _new_unread(z, shift) if shifted else z.new_empty(0)
+    _write(
+        out,
+        unread_out if shifted else None,
+        z,
+        z_norm,
+        z_epsilon,
+        _laid_out_as(identity, z),
+        identity_norm,
+        identity_epsilon,
+        _laid_out_as(unread, z),
+        shift,
+        True,
+    )
+    return out, unread_out
+
+
+def _new_gradients(
+    grad_a, grad_b, grad_unread, out, unread_out, z, z_mean, identity, identity_mean, shift, shifted
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad = torch.empty_like(out)
+    grad_shifted = torch.empty_like(out) if shifted else None
+    grad_unread_in = _new_unread(out, shift) if shifted else None
+    sums = None
+    means = [mean for mean in (z_mean, identity_mean) if mean is not None]
+    in_kernel = means and out.is_cuda and out.is_contiguous(memory_format=torch.channels_last)
+    if in_kernel:
+        sums = means[0].new_empty((_slices(out.shape[1]), 3, out.shape[1]))
+    given = (z, z_mean, _laid_out_as(identity, out), identity_mean) if in_kernel else (None,) * 4
+    grads = (_laid_out_as(grad_a, out), _laid_out_as(grad_b, out), _laid_out_as(grad_unread, out))
+    _write_gradients(grad, grad_shifted, grad_unread_in, sums, *grads, out, unread_out, *given, shift)
+    if in_kernel:
+        sums = sums.sum(0)
+    elif means:
+        sums = _sums(grad, z, z_mean, identity, identity_mean)
+    return grad, *(out.new_empty(0) if each is None else each for each in (grad_shifted, grad_unread_in, sums))
+
+
+def _sums(grad, z, z_mean, identity, identity_mean) -> Tensor:
+    grad = grad.to((z_mean if z_mean is not None else identity_mean).dtype)
+    total = grad.sum((0, 2, 3))
+    centered = [
+        torch.zeros_like(total) if mean is None else (grad * (values - mean[:, None, None])).sum((0, 2, 3))
+        for values, mean in ((z, z_mean), (identity, identity_mean))
+    ]
+    return torch.stack([total, *centered])
+
+
+def _new_unread(like: Tensor, shift: str) -> Tensor:
+    shift = decoded(shift)
+    shape = (len(like) // shift.n_segment, shift.unread_channels(), *like.shape[2:])
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def _laid_out_as(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else x.contiguous(memory_format=_memory_format(like))
+
+
+# For devices without kernels.
+
+
+def _plain_write(
+    out, unread_out, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, relu
+) -> None:
+    z = _normed(z, z_norm, z_epsilon)
+    if identity is not None:
+        identity = _normed(identity, identity_norm, identity_epsilon)
+    if not relu:
+        out.copy_(z + identity)
+        return
+    x, unread_frames = reference.residual_shift(z, identity, unread, decoded(shift), unread_out is not None)
+    out.copy_(x)
+    if unread_out is not None:
+        unread_out.copy_(unread_frames)
+
+
+def _normed(values: Tensor, norm: Sequence[Tensor], epsilon: float) -> Tensor:
+    if not norm:
+        return values
+    parts = [part.to(wide(values)) for part in norm]
+    scale = Norm(*parts, epsilon).deviation() * parts[2]
+    return values.to(wide(values)) * scale[:, None, None] + (parts[3] - parts[0] * scale)[:, None, None]
+
+
+def _plain_write_gradients(
+    grad,
+    grad_shifted,
+    grad_unread_in,
+    sums,
+    grad_a,
+    grad_b,
+    grad_unread,
+    out,
+    unread_out,
+    z,
+    z_mean,
+    identity,
+    identity_mean,
+    shift,
+) -> None:
+    shift = decoded(shift)
+    given = [each for each in (grad_a, grad_b) if each is not None]
+    grad.copy_(reference.residual_shift_backward(given, grad_unread, out, unread_out, shift))
+    if grad_shifted is not None:
+        without_padding = shift if shift.padding == "circular" else shift._replace(padding="zeros")
+        grad_shifted.copy_(reference.temporal_shift(grad, without_padding))
+        grad_unread_in.copy_(reference.unread_frames(grad, shift))
+    if sums is not None:
+        sums.zero_()[0] = _sums(grad, z, z_mean, identity, identity_mean)
+
+
+def _plain_write_statistics(x, sums, mean, variance, running_mean, running_var, momentum, shift) -> None:
+    of_batch = _plain_statistics(x, running_mean, running_var, momentum)
+    mean.copy_(of_batch[0])
+    variance.copy_(of_batch[1])
+
+
+def _like_new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
+    return torch.empty_like(z), _new_unread(z, shift) if shifted else z.new_empty(0)
+
+
+def _like_new_gradients(
+    grad_a, grad_b, grad_unread, out, unread_out, z, z_mean, identity, identity_mean, shift, shifted
+):
+    mean = z_mean if z_mean is not None else identity_mean
+    return (
+        torch.empty_like(out),
+        torch.empty_like(out) if shifted else out.new_empty(0),
+        _new_unread(out, shift) if shifted else out.new_empty(0),
+        out.new_empty(0) if mean is None else mean.new_empty((3, out.shape[1])),
+    )
+
+
+_schemas = torch.ops.tsm_jit
+for _operator, _compute, _fake in (
+    (_schemas.residual_shift_.default, _plain_write, lambda *_: None),
+    (_schemas.residual_shift_backward_.default, _plain_write_gradients, lambda *_: None),
+    (_schemas.channel_statistics_.default, _plain_write_statistics, lambda *_: None),
+    (_schemas.residual_shift.default, _new, _like_new),
+    (_schemas.residual_shift_backward.default, _new_gradients, _like_new_gradients),
+):
+    _library.impl(_operator, _compute, "CompositeExplicitAutograd")
+    _library.impl(_operator, _fake, "Meta")

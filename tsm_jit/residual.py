@@ -1,0 +1,262 @@
+"""Temporal shift for free: a converted ResNet whose stream between residual blocks is kept in shifted form.
+
+A residual block ends in ``x = relu(z + identity)`` and the next one begins with ``shift(x)``: a pass over the memory
+that reads all of x and writes it again. But a shift moves whole values, so it commutes with what works value by value::
+
+    shift(relu(z + identity)) = relu(shift(z) + shift(identity))
+
+So the pass that is made anyway writes ``shift(x)`` in place of x. The few frames that the shift does not read (one of T
+frames, of the channels that move) go to a tensor of their own, and both together are the next block's identity. The
+same pass applies the batch normalization before it. See README, "Shift for free".
+
+Example::
+
+    net = torchvision.models.resnet50()
+    tsm_jit.make_temporal_shift(net, n_segment=8)
+    tsm_jit.residual.fuse(net)  # same outputs, gradients and keys
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from tsm_jit import ops, tsam, tsm
+from tsm_jit._families import resnet_stages
+from tsm_jit._networks import ClipModule, ShiftedModule
+from tsm_jit._residual_ops import NO_SHIFT, Norm, batch_statistics, end_of_block, relu_of_norm_, wide
+
+# Of the blocks that are understood: the residual branch, as their forward calls it, to the norm that ends it; and the
+# activation after the sum.
+_BLOCKS = {
+    "torchvision.models.resnet.BasicBlock": (("conv1", "bn1", "relu", "conv2", "bn2"), "relu"),
+    "torchvision.models.resnet.Bottleneck": (("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3"), "relu"),
+    "timm.models.resnet.BasicBlock": (("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2"), "act2"),
+    "timm.models.resnet.Bottleneck": (
+        ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3"),
+        "act3",
+    ),
+}
+_NOT_UNDERSTOOD = {"se": "an attention, such as squeeze and excitation", "drop_path": "stochastic depth"}
+
+
+def fuse(net: nn.Module) -> None:
+    """Keeps the stream between the residual blocks of a converted ResNet in shifted form, in place on the network.
+
+    Outputs and gradients are those of the network before, to rounding; keys of the state dict stay. Where a block's
+    last batch normalization can be applied in the same pass, it is. Gradients exist to the first order. What is
+    exported, traced or transformed by ``torch.func`` is the network before.
+
+    Args:
+        net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision or timm, converted by
+            :func:`tsm_jit.make_temporal_shift` with ``place="blockres"`` or by :func:`tsm_jit.tsam.make_Shift`.
+            Later changes of it, such as :func:`tsm_jit.n_segment` or :func:`tsm_jit.remove_temporal_shift`, work.
+
+    Raises:
+        TypeError, ValueError: ``net`` is no such ResNet, holds no temporal shift, or none of its blocks is understood.
+
+    Warns:
+        UserWarning: some blocks are not understood, and why. They compute what they did.
+    """
+    resnet_stages(net)
+    stages = {name: _stage(net, name) for name in ("layer1", "layer2", "layer3", "layer4")}
+    if not any(isinstance(module, ShiftedModule) for module in net.modules()):
+        raise ValueError("net must hold temporal shifts to be fused, got one without: call make_temporal_shift first")
+    blocks = {f"{name}.{i}": block for name, stage in stages.items() for i, block in enumerate(stage)}
+    refused = {name: reason for name, block in blocks.items() if (reason := _refusal(block))}
+    said = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    if len(refused) == len(blocks):
+        raise ValueError(f"net must hold residual blocks that are understood, got none ({said})")
+    if refused:
+        warnings.warn(f"tsm_jit.residual.fuse left some blocks as they were ({said})", UserWarning, stacklevel=2)
+    for stage in stages.values():
+        stage.__class__ = Stage  # and not a new module: hooks, keys and references stay
+
+
+def unfuse(net: nn.Module) -> None:
+    """Undoes :func:`fuse`, in place on the network.
+
+    Raises:
+        TypeError, ValueError: ``net`` is no module, or not fused.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    stages = [module for module in net.modules() if isinstance(module, Stage)]
+    if not stages:
+        raise ValueError(f"net must be fused to be unfused, got {type(net).__name__} without a fused stage")
+    for stage in stages:
+        stage.__class__ = nn.Sequential
+
+
+def _stage(net: nn.Module, name: str) -> nn.Module:
+    stage = net.get_submodule(name)
+    if isinstance(stage, ClipModule):  # a TemporalPool
+        stage = next(stage.children())
+    if type(stage) not in (nn.Sequential, Stage):
+        raise TypeError(f"net must hold its stages as torch.nn.Sequential, got {type(stage).__name__} for {name}")
+    return stage
+
+
+class Stage(nn.Sequential):
+    """A stage of a ResNet, its blocks and their keys as they were, that keeps the stream between them shifted.
+
+    Frames ``[N*T, C, H, W]`` in and out. A block that is not understood, or has hooks, is called as it is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (ops.eager() or is_dynamo_compiling()):  # what is exported or traced is to run without tsm_jit
+            return super().forward(x)
+        stream = _Stream(x, x)
+        blocks = list(self)
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            if _refusal(block) is None:
+                stream = _run(block, following, stream)
+            else:
+                x = block(stream.identity)
+                stream = _Stream(x, x)
+        return stream.identity
+
+
+class _Stream(NamedTuple):
+    """What a block receives: the same activations for its first convolution and for its sum."""
+
+    first: Tensor
+    identity: Tensor
+    unread: Tensor | None = None
+    shift: str | None = None  # None: plain
+
+
+def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Stream:
+    z, z_norm = _branch(block, stream)
+    identity, identity_norm = stream.identity, None
+    if block.downsample is not None:
+        modules = list(block.downsample)
+        for module in modules[:-1]:
+            identity = module(identity)
+        identity, identity_norm = _deferred(modules[-1], identity)
+    wanted = _wanted(following, z)
+    if stream.shift is not None and wanted != stream.shift:
+        wanted = None  # one pass knows one shift
+    shift = wanted or stream.shift or NO_SHIFT
+    x, again, unread = end_of_block(z, z_norm, identity, identity_norm, stream.unread, shift, wanted is not None)
+    return _Stream(again, x, unread, wanted)
+
+
+def _branch(block: nn.Module, stream: _Stream) -> tuple[Tensor, Norm | None]:
+    """The residual branch without its last norm, and that norm; or None and the branch with it."""
+    modules = _branch_modules(block)
+    conv1, modules, last = modules[0], modules[1:-1], modules[-1]
+    if stream.shift is not None:
+        z = conv1.shifted_module(stream.first)
+    elif _is_shifted(conv1):  # in the first block of a stage; as in place it keeps no second activation
+        z = conv1.call_shifted(stream.first, conv1.shift_of(stream.first), inplace=True)
+    else:
+        z = conv1(stream.first)
+    before = conv1.shifted_module if _is_shifted(conv1) else conv1
+    in_place = not torch.is_grad_enabled() and not is_compiling()
+    relu_is_done = False
+    for module, after in zip(modules, [*modules[1:], last], strict=True):
+        norm = _norm(module, z) if in_place and _is_relu(after) and _is_convolution(before) else None
+        if norm is not None:
+            z = relu_of_norm_(z, norm)
+        elif not relu_is_done:
+            z = module(z)
+        relu_is_done = norm is not None
+        before = module
+    return _deferred(last, z)
+
+
+def _branch_modules(block: nn.Module) -> list[nn.Module]:
+    modules = [getattr(block, name) for name in _BLOCKS[_kind(block)][0]]
+    return [module for module in modules if type(module) is not nn.Identity]
+
+
+def _wanted(following: nn.Module | None, z: Tensor) -> str | None:
+    """The shift in whose form the next block wants the stream; None if it wants it plain."""
+    if following is None or _refusal(following) or following.downsample is not None or not _is_shifted(following.conv1):
+        return None
+    return following.conv1.shift_of(z)
+
+
+# --- batch normalization ---------------------------------------------------------------------------------------------
+
+
+def _deferred(norm: nn.Module, x: Tensor) -> tuple[Tensor, Norm | None]:
+    """``x`` and the norm that the end of the block is to apply to it; or the normalized ``x``, and None."""
+    parts = _norm(norm, x)
+    return (norm(x), None) if parts is None else (x, parts)
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
+    """The batch normalization ``norm`` of ``x``, its running statistics updated; None if it has to be called."""
+    if type(norm) is not nn.BatchNorm2d or _has_hooks(norm) or not norm.affine or norm.running_mean is None:
+        return None
+    parts = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    if {part.dtype for part in parts} not in ({torch.float32}, {x.dtype}):
+        return None
+    if not torch.is_grad_enabled():
+        return None if norm.training else Norm(*parts, norm.eps)
+    if not _is_summed_by_channel(x):
+        return None
+    parts = [part.to(wide(x)) for part in parts]
+    if not norm.training:
+        return Norm(*parts, norm.eps)
+    if norm.momentum is None or norm.running_mean.dtype != wide(x):
+        return None
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        mean, variance = batch_statistics(x.detach(), norm.running_mean, norm.running_var, norm.momentum)
+    return Norm(mean, variance, *parts[2:], norm.eps, of_batch=True)
+
+
+def _is_summed_by_channel(x: Tensor) -> bool:
+    """Whether the pass makes the sums that a gradient takes: on a GPU, where channels are innermost."""
+    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and x.numel() > 0
+
+
+# --- what is understood ----------------------------------------------------------------------------------------------
+
+
+def _refusal(block: nn.Module) -> str | None:
+    """Why ``block`` has to be called as it is; None if what it does is known."""
+    kind = _kind(block)
+    if kind not in _BLOCKS:
+        return f"{kind} is no block that is known"
+    if _has_hooks(block):
+        return "it has hooks"
+    for name, what in _NOT_UNDERSTOOD.items():
+        if getattr(block, name, None) is not None:
+            return f"it has {what}"
+    activation = getattr(block, _BLOCKS[kind][1])
+    if not _is_relu(activation):
+        return f"it ends in {type(activation).__name__}, not in a ReLU without hooks"
+    if block.downsample is not None and (type(block.downsample) is not nn.Sequential or _has_hooks(block.downsample)):
+        return "its downsample is not a torch.nn.Sequential without hooks"
+    return None
+
+
+def _kind(block: nn.Module) -> str:
+    return f"{type(block).__module__}.{type(block).__qualname__}"
+
+
+def _is_shifted(module: nn.Module) -> bool:
+    return type(module) in (tsm.TemporalShift, tsam.TemporalShift) and not _has_hooks(module)
+
+
+def _is_relu(module: nn.Module) -> bool:
+    return type(module) is nn.ReLU and not _has_hooks(module)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    """One whose input and output nobody else sees."""
+    return type(module) is nn.Conv2d and not _has_hooks(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
