@@ -142,16 +142,23 @@ class _Progress:
     def __init__(self, targets: list[str]):
         self.started = time.monotonic()
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
-        self.line = f"compiling the kernels for {', '.join(targets)}, on the first import only"
+        self.line = f"compiling the kernels (only once) for {', '.join(targets)}"
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
     def tick(self) -> None:
-        say(f"{self.line}: {self.seconds():.0f} s", end="\r")
+        seconds = f": {self.seconds():.0f} s"
+        width = shutil.get_terminal_size().columns - len(
+            f"tsm_jit: {seconds}"
+        )  # a longer line could not be overwritten
+        say(self.line[:width] + seconds, end="\r")
 
     def __enter__(self) -> _Progress:
-        say(self.line, end="\r" if self.terminal else "\n")
+        if self.terminal:
+            self.tick()
+        else:
+            say(self.line)
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:

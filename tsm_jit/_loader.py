@@ -15,6 +15,7 @@ What was built where no GPU was is built again once where there is one, unless `
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -213,8 +214,6 @@ def _publish(folder: Path, entry: Path, replace: bool = False) -> dict[str, Any]
 
 def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Builds what is not there by then, or in any case if GPU architectures are ``chosen``."""
-    from filelock import FileLock, Timeout
-
     from tsm_jit._build import say
 
     cache = cache_folder()
@@ -229,33 +228,42 @@ def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, 
         raise PermissionError(f"{cache} is read-only and has no kernels for {recipe.key}: {_OWN_FOLDER}")
     _refuse_foreign(cache)
     entry = cache / recipe.key.replace("*", "none")
-    holder = cache / f"holder-{entry.name}"
-    lock = FileLock(cache / f"lock-{entry.name}", mode=0o600)
+    path = cache / f"lock-{entry.name}"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        lock.acquire(timeout=_NAME_HOLDER_AFTER_SECONDS)
-    except Timeout:
-        try:
-            name = holder.read_text() or "another process"
-        except OSError:  # it was done in this moment
-            name = "another process"
-        say(f"waiting for {name}, which is compiling the kernels")
-        try:
-            lock.acquire(timeout=_LOCK_SECONDS)
-        except Timeout:
-            raise TimeoutError(f"{name} held {lock.lock_file} for {_LOCK_SECONDS} s: end it and try again") from None
-    try:
+        if not _acquire(lock, _NAME_HOLDER_AFTER_SECONDS):
+            holder = path.read_text() or "another process"
+            say(f"waiting for {holder}, which is compiling the kernels")
+            if not _acquire(lock, _LOCK_SECONDS):
+                raise TimeoutError(f"{holder} held {path} for {_LOCK_SECONDS} s: end it and try again")
+        path.write_text(f"process {os.getpid()} on {platform.node()}")
         published = _read(entry)  # while we waited
         replace = chosen is not None or (published is not None and _outdated(recipe, published))
         if published is not None and not replace:
             return entry, published
         if published is None and entry.exists():
             say(f"{entry} is damaged: compiling it again")
-        holder.write_text(f"process {os.getpid()} on {platform.node()}")
         _sweep(cache)
         return entry, _build(recipe, entry, chosen or os.environ.get("TORCH_CUDA_ARCH_LIST"), replace)
     finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
+        os.close(lock)
+
+
+def _acquire(lock: int, seconds: float) -> bool:
+    """Waits for a lock that the system takes from a process that dies. Where there are no locks, as on some network
+    drives, nobody waits: each process compiles, and the first publishes."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # somebody has it; the second, on some network drives
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        except OSError:
+            return True
+        else:
+            return True
 
 
 def _sweep(cache: Path) -> int:
@@ -432,8 +440,7 @@ def clean(everything: bool = False, older_than: float | None = None) -> int:
     for entry in cache.iterdir():
         if re.fullmatch(made + "(-([0-9a-f]{8}|none)){2}", entry.name) and _date(entry) < before:
             freed += _remove(entry)
-            for kind in ("lock", "holder"):
-                entry.with_name(f"{kind}-{entry.name}").unlink(missing_ok=True)
+            entry.with_name(f"lock-{entry.name}").unlink(missing_ok=True)
     return freed
 
 

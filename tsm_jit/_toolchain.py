@@ -37,13 +37,14 @@ def find_cxx() -> list[str] | None:
         return None
     for name, *options in [chosen] if chosen else _CXX:
         if found := shutil.which(name):
-            return [found, *options]
+            return [os.path.abspath(found), *options]
     return None
 
 
 def find_nvcc() -> Path | None:
     """nvcc: of ``CUDA_HOME`` or ``CUDA_PATH``, on the path, in the usual place, in pip's nvidia wheels."""
-    return next((path for path in _nvcc_candidates() if os.access(path, os.X_OK) and path.is_file()), None)
+    candidates = (path.absolute() for path in _nvcc_candidates())
+    return next((path for path in candidates if os.access(path, os.X_OK) and path.is_file()), None)
 
 
 def _nvcc_candidates() -> Iterator[Path]:
