@@ -941,6 +941,15 @@ def test_build_for_others_leaves_a_cache_that_just_works(tmp_path, cxx, toolkit)
     assert import_it(cache, **arguments)[0]["devices"]["cuda"] == "compiled kernels (sm_75, PTX 75)"
 
 
+@needs_cuda_torch
+def test_build_without_nvcc_says_that_it_is_for_the_cpu_alone(tmp_path, cxx):
+    done = command(tmp_path / "cache", "build", CXX=cxx)
+    (entry,) = entries(tmp_path / "cache")
+    assert done.returncode == 0
+    assert done.stdout == f"compiled {entry} for CPU\n"
+    assert done.stderr.endswith(f"no kernels for CUDA: {_loader.NO_NVCC}\n")
+
+
 def test_clean(warm, monkeypatch, capsys):
     (entry,) = entries(warm)
     other = Path(shutil.copytree(entry, warm / ("0" * 32 + entry.name[32:])))  # of another version

@@ -49,6 +49,7 @@ _CFLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 _CUDA_CFLAGS = ("--threads=2",)  # one architecture each
 _CUDA_DEFINES = ("-DTSM_JIT_CUDA", "-DUSE_CUDA")
 _CHOICES = ("TORCH_CUDA_ARCH_LIST", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+NO_NVCC = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to it"
 _OWN_FOLDER = "set TSM_JIT_CACHE to a folder of your own"
 _NAME_HOLDER_AFTER_SECONDS = 2
 _LOCK_SECONDS = 600  # longer than a build may take, its second try with another C++ compiler included
@@ -314,7 +315,7 @@ def _load(status: Status) -> None:
     status.cache = str(cache_folder())
     if _toolchain.torch_has_cuda():
         recipe = Recipe.here()
-        reason = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to it"
+        reason = NO_NVCC
         try:
             _load_entry(recipe, status)
         except Exception as error:  # whatever stops CUDA must not cost the CPU its kernels

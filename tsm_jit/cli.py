@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from tsm_jit import _loader
 from tsm_jit._build import EVERY_GENERATION
 from tsm_jit._info import info
@@ -92,6 +94,8 @@ def _build(chosen: str) -> int:
         sys.stderr.write(f"nothing was compiled: {error}\n")
         return 1
     _print(f"compiled {entry} for {', '.join(['CPU', *manifest['architectures']])}")
+    if torch.version.cuda is not None and not manifest["cuda"]:
+        sys.stderr.write(f"no kernels for CUDA: {_loader.NO_NVCC}\n")
     return 0
 
 
@@ -129,8 +133,6 @@ def _demo(video: Path | None, output: Path) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    import torch
-
     try:
         from tsm_jit import bench
         from tsm_jit.bench import report
