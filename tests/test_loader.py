@@ -1,11 +1,15 @@
 """The first import: really compiled, really broken, in processes of their own.
 
-Most scenarios hide nvcc, since it takes most of the time and they are not about it.
+What is not about compilers takes stand-ins for them, since they need most of the time; most scenarios hide nvcc.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import pty
+import random
+import re
 import shutil
 import stat
 import subprocess
@@ -16,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsm_jit import _loader, _toolchain
+from tsm_jit import _build, _loader, _toolchain, cli
 
 ROOT = Path(_loader.__file__).resolve().parent.parent
 WITHOUT_NVCC = Path(__file__).parent / "without_nvcc"
@@ -25,22 +29,38 @@ SCRIPT = """
 import json, sys, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
+    {before}
     import tsm_jit
 import torch
 x = torch.arange(4 * 2 * 3.0).view(4, 2, 3)
 y = tsm_jit.shift_groups(x, 4, [(1, 1), (1, -1)], padding="circular")
 assert torch.equal(y[:, 0], x[:, 0].roll(-1, 0)) and torch.equal(y[:, 1], x[:, 1].roll(1, 0))
 assert tsm_jit.shift_groups(x, 4, [(1, 1), (1, -1)], padding="circular", inplace=True) is x and torch.equal(x, y)
-assert "torch.utils.cpp_extension" not in sys.modules, "slow to import, and of no use when warm"
+assert "torch.utils.cpp_extension" not in sys.modules, "slow to import, and of no use"
 assert not torch.cuda.is_initialized(), "an import must not start CUDA: the process could not fork"
-print(json.dumps({**tsm_jit.info(), "warnings": [str(w.message) for w in caught if "tsm_jit" in str(w.message)]}))
+modules = [name for name in ("tsm_jit._build",) if name in sys.modules]
+told = [str(w.message) for w in caught if "tsm_jit" in str(w.message)]
+print(json.dumps({{**tsm_jit.info(), "warnings": told, "modules": modules}}))
 """
+# To change the loader before it loads: as the command line does, it is asked to later.
+PATCHED = """
+    sys.argv[:] = ["tsm-jit"]
+    import tsm_jit
+    from tsm_jit import _build, _loader, _toolchain
+    {}
+    _loader.load()
+"""
+needs_nvcc = pytest.mark.skipif(
+    torch.version.cuda is None or _toolchain.find_nvcc() is None, reason="needs nvcc and a torch with CUDA"
+)
+needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give things away")
 
 
 def environment(cache: Path, cuda: bool = False, **changes) -> dict:
     """Ours with another cache, without nvcc unless ``cuda``; a value of None removes a variable."""
     path = [str(ROOT), *sys.path] if cuda else [str(WITHOUT_NVCC), str(ROOT), *sys.path]
-    result = dict(os.environ, TSM_JIT_CACHE=str(cache), PYTHONPATH=os.pathsep.join(path))
+    result = dict(os.environ, TSM_JIT_CACHE=str(cache), PYTHONPATH=os.pathsep.join(path), OMP_NUM_THREADS="1")
     for name in ("TSM_JIT_REQUIRE", "TORCH_CUDA_ARCH_LIST"):
         result.pop(name, None)
     for name, value in changes.items():
@@ -50,9 +70,10 @@ def environment(cache: Path, cuda: bool = False, **changes) -> dict:
     return result
 
 
-def start(cache: Path, **changes) -> subprocess.Popen:
+def start(cache: Path, before: str = "", patch: str = "", **changes) -> subprocess.Popen:
+    script = SCRIPT.format(before=PATCHED.format(patch) if patch else before)
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         env=environment(cache, **changes),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -71,8 +92,26 @@ def import_it(cache: Path, **changes) -> tuple[dict, str]:
     return finish(start(cache, **changes))
 
 
+def command(cache: Path, *arguments: str, **changes) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "tsm_jit", *arguments],
+        env=environment(cache, **changes),
+        cwd=cache.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def entries(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if path.is_dir()]
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -83,8 +122,7 @@ def built(tmp_path_factory) -> Path:
     cache = tmp_path_factory.mktemp("loader") / "cache"
     facts, err = import_it(cache)
     assert facts["devices"]["cpu"] == "compiled kernels"
-    assert err.count("tsm_jit: compiling the CPU kernels") == 1
-    assert err.count("tsm_jit: compiled in") == 1
+    assert err == "tsm_jit: compiling the kernels (only once) for CPU\n"
     return cache
 
 
@@ -94,9 +132,43 @@ def warm(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "cache", symlinks=True))
 
 
+@pytest.fixture
+def cxx(built, tmp_path) -> Path:
+    """A C++ compiler that has the library at hand, and writes into ``calls`` where it is called and with what."""
+    (entry,) = entries(built)
+    return script(
+        tmp_path / "bin" / "c++",
+        f'echo "$PWD $@" >>"{tmp_path}/calls"\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && made=$2; shift; done\n'
+        f'case $made in *.so) cp "{entry}/{_loader.LIBRARY}" $made ;; *) : >$made ;; esac\n',
+    )
+
+
+@pytest.fixture
+def toolkit(tmp_path) -> Path:
+    """A CUDA toolkit that knows two GPUs and compiles nothing; ``version`` has what it says of itself."""
+    home = tmp_path / "toolkit"
+    script(
+        home / "bin" / "nvcc",
+        f'case "$*" in --version) cat "{home}/version" ;; --list-gpu-arch) echo compute_75; echo compute_90 ;;\n'
+        f'*--dryrun*) echo "#$ TOP={home}/bin/.." ;;\n'
+        '*) while [ $# -gt 0 ]; do [ "$1" = -o ] && made=$2; shift; done; : >$made ;; esac\n',
+    )
+    (home / "version").write_text(f"Cuda compilation tools, release {torch.version.cuda}, V{torch.version.cuda}.1\n")
+    return home
+
+
+def compilations(cxx: Path) -> int:
+    return (cxx.parent.parent / "calls").read_text().count(" -shared ")
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
 def test_cold_import_leaves_one_private_entry(built):
     (entry,) = entries(built)
     assert stat.S_IMODE(built.stat().st_mode) == 0o700
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o700
     assert sorted(path.name for path in entry.iterdir()) == [_loader.LOG, _loader.MANIFEST, _loader.LIBRARY]
     manifest = json.loads((entry / _loader.MANIFEST).read_text())
     assert manifest["sha256"] == hashlib.sha256((entry / _loader.LIBRARY).read_bytes()).hexdigest()
@@ -115,54 +187,356 @@ def test_warm_import_builds_nothing_and_writes_nothing(warm):
             path.chmod(0o700)
     assert err == ""
     assert facts["devices"]["cpu"] == "compiled kernels"
+    assert facts["modules"] == [], "of no use when warm"
     assert {path: path.stat().st_mtime_ns for path in warm.rglob("*")} == before
 
 
-def test_two_processes_import_a_cold_cache_at_once(tmp_path):
-    """With everything that this machine can compile."""
+def test_damaged_entries_are_built_again(cxx, tmp_path):
     cache = tmp_path / "cache"
-    processes = [start(cache, cuda=True) for _ in range(2)]
+    import_it(cache, CXX=cxx)
+    (entry,) = entries(cache)
+    library, manifest = entry / _loader.LIBRARY, entry / _loader.MANIFEST
+    data = library.read_bytes()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    damages = [
+        lambda: library.write_bytes(data[: len(data) // 2]),
+        lambda: library.write_bytes(flipped),
+        lambda: library.write_bytes(b""),
+        lambda: manifest.unlink(),
+    ]
+    for count, damage in enumerate(damages):
+        damage()
+        facts, err = import_it(cache, CXX=cxx)
+        assert err.count(f"tsm_jit: {entry} is damaged: compiling it again") == 1
+        assert facts["devices"]["cpu"] == "compiled kernels"
+        assert compilations(cxx) == 2 + count
+        assert library.read_bytes() == data
+    assert import_it(cache, CXX=cxx)[1] == ""
+    assert entries(cache) == [entry]
+    for text in ("", "{", "{}", "[]", "0"):
+        manifest.write_text(text)
+        assert _loader._read(entry) is None
+
+
+def test_a_library_that_is_not_what_was_compiled_is_never_loaded(warm):
+    """Not even if there is no compiler to make another."""
+    (entry,) = entries(warm)
+    with open(entry / _loader.LIBRARY, "ab") as library:
+        library.write(b"\0")
+    facts, _ = import_it(warm, CXX="/nowhere/c++")
+    assert facts["devices"]["cpu"].startswith("plain torch: BuildError: no C++ compiler was found")
+
+
+def test_the_key_follows_sources_flags_and_tools(tmp_path, monkeypatch):
+    key = _loader.Recipe.here().key
+    assert _loader.Recipe.here().key == key
+    kernels = Path(shutil.copytree(_loader.kernel_folder(), tmp_path / "kernels"))
+    with monkeypatch.context() as m:
+        m.setattr(_loader, "kernel_folder", lambda: kernels)
+        assert _loader.Recipe.here().key == key
+        source = kernels / "temporal_shift.h"
+        date = source.stat().st_mtime_ns
+        source.write_text(source.read_text() + "\n")
+        os.utime(source, ns=(date, date))  # edited, yet no younger
+        assert _loader.Recipe.here().key != key
+    with monkeypatch.context() as m:
+        m.setattr(torch, "__version__", "99.0")
+        assert _loader.Recipe.here().key != key
+    with monkeypatch.context() as m:
+        m.setattr(_loader, "_CFLAGS", ("-O1",))
+        assert _loader.Recipe.here().key != key
+    for change in ({"CXX": "g++ -O1"}, {"TORCH_CUDA_ARCH_LIST": "8.0"}, {"NVCC_APPEND_FLAGS": "-G"}):
+        with monkeypatch.context() as m:
+            for name, value in change.items():
+                m.setenv(name, value)
+            assert _loader.Recipe.here().key != key
+
+
+@needs_cuda_torch
+def test_the_key_follows_nvcc_when_it_changes(toolkit, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    nvcc = toolkit / "bin" / "nvcc"
+    key = _loader.Recipe.here().key
+    date = nvcc.stat().st_mtime_ns
+    os.utime(nvcc, ns=(date, date + 1))
+    assert _loader.Recipe.here().key != key
+    assert _loader.Recipe.here().key.split("-")[:2] == key.split("-")[:2]
+
+
+def test_another_compiler_makes_another_entry_and_the_old_one_stays(warm, cxx):
+    (before,) = entries(warm)
+    import_it(warm, CXX=cxx)
+    assert len(entries(warm)) == 2
+    assert import_it(warm)[0]["cache"]["key"] == before.name
+
+
+def test_a_warm_cache_outlives_its_compilers(together, tmp_path):
+    """An image that was built with a toolkit, and runs without one."""
+    cache = Path(shutil.copytree(together[0], tmp_path / "cache", symlinks=True))
+    (entry,) = entries(cache)
+    facts, err = import_it(cache, CXX="/nowhere/c++")  # and without nvcc
+    assert err == ""
+    assert facts["cache"]["key"] == entry.name
+    assert facts["devices"] == together[1][0]["devices"]
+    broken = Path(shutil.copytree(entry, entry.with_name(entry.name[:33] + "0" * 8 + "-" + "0" * 8)))
+    (broken / _loader.MANIFEST).write_text(json.dumps({"sha256": None, "cuda": True, "error": "it failed"}))
+    assert import_it(cache, CXX="/nowhere/c++")[0]["cache"]["key"] == entry.name
+
+
+KILLS = """
+import hashlib, json, os, random, shutil, signal, sys, time
+import torch
+random.seed(int(sys.argv[1]))
+cache = os.environ["TSM_JIT_CACHE"]
+
+def fork():
+    pid = os.fork()
+    if pid == 0:
+        import tsm_jit
+        os._exit(tsm_jit.info()["devices"]["cpu"] != "compiled kernels")
+    return pid
+
+def family(pid):
+    try:
+        children = open(f"/proc/{pid}/task/{pid}/children").read().split()
+    except OSError:
+        children = []
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+def kill(pids):
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+began = time.monotonic()
+assert os.waitpid(fork(), 0)[1] == 0
+whole = time.monotonic() - began
+died = 0
+for turn in range(int(sys.argv[2])):
+    for name in os.listdir(cache):
+        if "-none" in name and not name.startswith("lock"):
+            shutil.rmtree(os.path.join(cache, name))
+    pid = fork()
+    time.sleep(random.uniform(0, whole))
+    everyone = family(pid)
+    kill([everyone, everyone[:1], everyone[1:]][turn % 3])  # with compilers, leaving orphans, compilers alone
+    died += os.waitpid(pid, 0)[1] != 0
+began = time.monotonic()
+assert os.waitpid(fork(), 0)[1] == 0
+print(json.dumps([died, time.monotonic() - began, whole]))
+"""
+
+
+def test_killed_at_any_moment_the_next_import_works(tmp_path):
+    """The import with its compilers, without them, and they alone; a real compiler, at its quickest."""
+    cache, kills = tmp_path / "cache", 20
+    quick = script(tmp_path / "c++", f'exec {" ".join(_toolchain.find_cxx())} "$@" -O0\n')
+    variables = environment(cache, CXX=quick)
+    arguments = [sys.executable, "-c", KILLS, str(random.randrange(2**31)), str(kills)]
+    done = subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    died, seconds, whole = json.loads(done.stdout)
+    assert died > kills / 4, "most moments were after the end"
+    assert seconds < 10 * whole, "the last import waited for something"
+    assert "waiting for" not in done.stderr
+    deadline = time.monotonic() + 60
+    while any(orphan_in(cache)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (entry,) = (path for path in entries(cache) if not path.name.startswith("tmp-"))
+    assert _loader._read(entry)["sha256"], "whole, although orphans went on for a while"
+    assert sorted(path.name for path in entry.iterdir()) == [_loader.LOG, _loader.MANIFEST, _loader.LIBRARY]
+
+
+def orphan_in(cache: Path):
+    for process in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            yield process.readlink().is_relative_to(cache)
+        except OSError:  # it has ended, or is not ours
+            yield False
+
+
+def test_leftovers_of_killed_builds_go_with_the_next_build(tmp_path, cxx):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    old, young = (cache / f"tmp-{digit * 32}" for digit in "01")
+    for folder in (old, young):
+        (folder / "below").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    import_it(cache, CXX=cxx)
+    assert not old.exists()
+    assert young.exists(), "another process may be building it"
+
+
+def test_the_second_of_two_publishers_takes_the_first_ones_entry(warm):
+    (entry,) = entries(warm)
+    manifest = json.loads((entry / _loader.MANIFEST).read_text())
+    late = Path(shutil.copytree(entry, warm / "tmp-late"))
+    (late / "late").touch()
+    assert _loader._publish(late, entry) == manifest
+    assert not (entry / "late").exists()
+    assert _loader._publish(late, entry, replace=True) == manifest
+    assert entries(warm) == [entry]
+    assert (entry / "late").exists()
+
+
+@pytest.mark.parametrize("size", [100, 30_000])
+def test_a_full_disk_leaves_no_half_entry_and_is_told(tmp_path, size):
+    """No file may grow beyond that: not the log, not what a compiler makes."""
+    cache = tmp_path / "cache"
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    facts, _ = import_it(cache, before=limit)
+    assert facts["devices"]["cpu"].startswith("plain torch: OSError")
+    assert re.search("[Ff]ile size limit|File too large", facts["warnings"][0])
+    assert entries(cache) == [], "so the next import tries again"
+
+
+def test_a_cache_that_cannot_be_made_is_told_with_the_cure():
+    facts, _ = import_it(Path("/proc/tsm_jit"))
+    assert "/proc/tsm_jit cannot be made" in facts["warnings"][0]
+    assert "set TSM_JIT_CACHE to a folder of your own" in facts["warnings"][0]
+
+
+def test_a_read_only_cache_without_an_entry_is_told_with_the_cure(tmp_path, monkeypatch):
+    monkeypatch.setenv("TSM_JIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(PermissionError, match=f"{tmp_path} is read-only .* set TSM_JIT_CACHE to a folder of your own"):
+        _loader._build_under_lock(_loader.Recipe.here())
+    assert not list(tmp_path.iterdir())
+
+
+# --- at the same time ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """A cache that 16 processes have imported cold, with everything that this machine can compile; what they say."""
+    if _toolchain.find_cxx() is None:
+        pytest.skip("needs a C++ compiler")
+    cache = tmp_path_factory.mktemp("together") / "cache"
+    processes = [start(cache, cuda=True) for _ in range(16)]
     results = [finish(process) for process in processes]
     assert sum(err.count("tsm_jit: compiling") for _, err in results) == 1
+    return cache, [facts for facts, _ in results]
+
+
+def test_sixteen_processes_import_a_cold_cache_with_one_compilation(together):
+    cache, results = together
     expected = "compiled kernels" if _toolchain.torch_has_cuda() and _toolchain.find_nvcc() else ""
-    for facts, _ in results:
+    for facts in results:
         assert facts["devices"]["cpu"] == "compiled kernels"
         assert facts["devices"]["cuda"].startswith(expected)
     assert len(entries(cache)) == 1
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "manifest", "no manifest"])
-def test_damaged_entries_are_built_again(warm, damage):
+def test_locks_that_do_not_exclude(tmp_path, cxx):
+    """As on network drives that have none, or keep them to each machine: all compile, one is published."""
+    rendezvous = f'while [ $(grep -c " -shared " "{tmp_path}/calls") -lt 4 ]; do sleep 0.05; done\n'
+    text = cxx.read_text().replace("case $made in", f"case $made in *.so) {rendezvous}esac\ncase $made in", 1)
+    script(cxx, text.partition("\n")[2])
+    useless = [
+        "import fcntl; fcntl.flock = lambda *a: None",
+        "import fcntl\n    def flock(*a): raise OSError(37, 'No locks available')\n    fcntl.flock = flock",
+    ]
+    cache = tmp_path / "cache"
+    results = [finish(process) for process in [start(cache, before=lock, CXX=cxx) for lock in 2 * useless]]
+    assert compilations(cxx) == 4
+    assert all(facts["devices"]["cpu"] == "compiled kernels" for facts, _ in results)
+    assert len(entries(cache)) == 1
+    assert import_it(cache, CXX=cxx)[1] == ""
+    folders = {Path(call.split(" ")[0]).name for call in (tmp_path / "calls").read_text().splitlines()}
+    assert len(folders) == 4
+    assert all(re.fullmatch("tmp-[0-9a-f]{32}", name) for name in folders), "nobody can guess where a build is"
+
+
+def test_who_waits_says_for_whom_and_gives_up(warm):
+    """In a fraction of the time."""
     (entry,) = entries(warm)
-    library, manifest = entry / _loader.LIBRARY, entry / _loader.MANIFEST
-    data = bytearray(library.read_bytes())
-    if damage == "truncated":
-        library.write_bytes(data[: len(data) // 2])
-    elif damage == "flipped":
-        data[len(data) // 2] ^= 1
-        library.write_bytes(data)
-    elif damage == "empty":
-        library.write_bytes(b"")
-    elif damage == "missing":
-        library.unlink()
-    elif damage == "manifest":
-        manifest.write_text("{")
-    else:
-        manifest.unlink()
-    facts, err = import_it(warm)
-    assert err.count("tsm_jit: compiling") == 1
+    shutil.rmtree(entry)
+    with open(warm / f"lock-{entry.name}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 1 on somewhere")
+        lock.flush()
+        facts, err = import_it(warm, patch="_loader._NAME_HOLDER_AFTER_SECONDS = 0; _loader._LOCK_SECONDS = 0.5")
+    assert "tsm_jit: waiting for process 1 on somewhere, which is compiling the kernels" in err
+    assert re.search("process 1 on somewhere held .* for 0.5 s: end it and try again", facts["warnings"][0])
+    assert _loader._NAME_HOLDER_AFTER_SECONDS == 2
+    assert _build.SECONDS < _loader._LOCK_SECONDS
+
+
+def test_threads_import_at_once(tmp_path, cxx):
+    threads = (
+        "import threading\n"
+        "    threads = [threading.Thread(target=__import__, args=('tsm_jit',)) for _ in range(8)]\n"
+        "    [thread.start() for thread in threads]; [thread.join() for thread in threads]"
+    )
+    facts, _ = import_it(tmp_path / "cache", before=threads, CXX=cxx)
     assert facts["devices"]["cpu"] == "compiled kernels"
-    assert import_it(warm)[1] == ""
+    assert compilations(cxx) == 1
+
+
+FORK = """
+import os, sys, torch, tsm_jit
+
+def started():
+    return os.path.exists(sys.argv[1])
+
+assert tsm_jit.info()["devices"]["cpu"] == "compiled kernels"
+assert not started()
+pid = os.fork()
+if pid == 0:
+    x = torch.arange(8.0).view(8, 1)
+    os._exit(not torch.equal(tsm_jit.shift_groups(x, 8, [(1, 1)], padding="circular"), x.roll(-1, 0)))
+assert os.waitpid(pid, 0)[1] == 0
+torch.cuda.is_available()
+print(started())
+"""
+
+
+@needs_cuda_torch
+def test_an_import_starts_no_cuda_so_the_process_can_fork(together, tmp_path):
+    """A driver that notes its start stands in for the machine's."""
+    source, mark = tmp_path / "driver.cpp", tmp_path / "started"
+    source.write_text(
+        "#include <cstdio>\n"
+        f'static int start() {{ std::fclose(std::fopen("{mark}", "w")); return 100; }}\n'
+        'extern "C" int cuInit(unsigned) { return start(); }\n'
+        'extern "C" int cuDriverGetVersion(int *v) { *v = 13000; return 0; }\n'
+        'extern "C" int cuGetProcAddress_v2(char *, void **, int, unsigned long, int *) { return start(); }\n'
+    )
+    driver = tmp_path / "libcuda.so.1"
+    subprocess.run([*_toolchain.find_cxx(), "-shared", "-fPIC", source, "-o", driver], check=True)
+    variables = environment(together[0], cuda=True, LD_LIBRARY_PATH=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, mark], env=variables, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True\n", "torch itself starts this driver, so it would have been seen"
+
+
+def test_eight_ranks_from_cold(tmp_path, cxx):
+    program = tmp_path / "rank.py"
+    program.write_text("import tsm_jit; print(tsm_jit.info()['devices']['cpu'])\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", program]
+    variables = environment(tmp_path / "cache", CXX=cxx)
+    done = subprocess.run(launch, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiled kernels") == 8
+    assert compilations(cxx) == 1
+
+
+# --- finding tools ---------------------------------------------------------------------------------------------------
 
 
 def test_without_a_cpp_compiler_everything_takes_plain_torch(tmp_path):
-    cache = tmp_path / "cache"
-    for _ in range(2):  # told at every import, tried once
-        facts, err = import_it(cache, CXX="/nowhere/c++")
-        assert facts["devices"]["cpu"].startswith("plain torch: BuildError: no C++ compiler was found")
-        assert len(facts["warnings"]) == 1
-        assert "no C++ compiler was found: install g++ or clang++, or set CXX" in facts["warnings"][0]
-        assert "compiling" not in err
+    facts, err = import_it(tmp_path / "cache", CXX="/nowhere/c++")
+    assert facts["devices"]["cpu"].startswith("plain torch: BuildError: no C++ compiler was found")
+    assert len(facts["warnings"]) == 1
+    assert "no C++ compiler was found: install g++ or clang++, or set CXX" in facts["warnings"][0]
+    assert "compiling" not in err
 
 
 def test_one_warning_names_every_device_and_reason(monkeypatch):
@@ -184,17 +558,48 @@ def test_a_gpu_that_is_not_there_is_not_missed(monkeypatch, recwarn):
 
 
 def test_a_compiler_that_fails_is_reported_and_not_tried_again(tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\necho "error: the sky is falling" >&2\nexit 1\n')
-    compiler.chmod(0o755)
-    cache = tmp_path / "cache"
-    facts, err = import_it(cache, CXX=compiler)
+    compiler = script(tmp_path / "c++", 'echo "error: the sky is falling" >&2; exit 1\n')
+    facts, err = import_it(tmp_path / "cache", CXX=compiler)
     assert "compiling" in err
     assert len(facts["warnings"]) == 1
-    facts, err = import_it(cache, CXX=compiler)
+    assert "the sky is falling" in facts["warnings"][0]
+    facts, err = import_it(tmp_path / "cache", CXX=compiler)
     assert "compiling" not in err
     assert facts["devices"]["cpu"].startswith("plain torch")
     assert len(facts["warnings"]) == 1
+
+
+def test_a_compiler_that_hangs_is_ended_with_all_it_started(tmp_path):
+    compiler = script(tmp_path / "c++", f"mkfifo {tmp_path}/never; sh -c 'cat <{tmp_path}/never'\n")
+    cache = tmp_path / "cache"
+    facts, _ = import_it(cache, patch="_build.SECONDS = 0.5", CXX=compiler)
+    assert re.search(r"c\+\+ had not ended after 0.5 s", facts["warnings"][0])
+    assert "compiling" not in import_it(cache, CXX=compiler)[1], "nobody waits for it twice"
+    assert not any(orphan_in(cache))
+
+
+@needs_cuda_torch
+@pytest.mark.parametrize("says", ["sh -c 'sleep 1000'", "head -c 999 /dev/urandom"])
+def test_an_nvcc_that_hangs_or_talks_nonsense_leaves_the_cpu_part(tmp_path, cxx, says):
+    script(tmp_path / "cuda" / "bin" / "nvcc", says + "\n")
+    facts, _ = import_it(
+        tmp_path / "cache",
+        patch="_toolchain._PROBE_SECONDS = 0.5",
+        cuda=True,
+        CXX=cxx,
+        CUDA_HOME=tmp_path / "cuda",
+        PYTHONIOENCODING="utf-8",
+    )
+    assert facts["devices"]["cpu"] == "compiled kernels"
+    expected = (
+        "had not ended after 0.5 s" if "sleep" in says else "nvcc --list-gpu-arch must list GPU architectures, got"
+    )
+    assert expected in facts["devices"]["cuda"]
+
+
+def test_a_compiler_that_makes_nothing_is_named(tmp_path):
+    facts, _ = import_it(tmp_path / "cache", CXX=script(tmp_path / "c++", "echo bananas\n"))
+    assert "c++ reported success and made no bindings.cpp.o" in facts["devices"]["cpu"]
 
 
 def test_without_nvcc_only_the_cpu_part_is_there(built):
@@ -208,113 +613,169 @@ def test_without_nvcc_only_the_cpu_part_is_there(built):
         assert bool(facts["warnings"]) == _toolchain.gpu_is_visible()
 
 
-def test_an_nvcc_that_fails_leaves_the_cpu_part(tmp_path):
-    if torch.version.cuda is None:
-        pytest.skip("needs a torch with CUDA")
-    home = tmp_path / "cuda"
-    (home / "bin").mkdir(parents=True)
-    nvcc = home / "bin" / "nvcc"
-    nvcc.write_text('#!/bin/sh\necho "nvcc fatal error: out of luck" >&2\nexit 1\n')
-    nvcc.chmod(0o755)
-    cache = tmp_path / "cache"
-    facts, err = import_it(cache, cuda=True, CUDA_HOME=home)
+@needs_cuda_torch
+def test_an_nvcc_that_fails_leaves_the_cpu_part(tmp_path, cxx, toolkit):
+    nvcc = toolkit / "bin" / "nvcc"
+    script(nvcc, nvcc.read_text().partition("\n")[2].replace(": >$made", 'echo "nvcc fatal : out of luck"; exit 1'))
+    arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+    facts, err = import_it(tmp_path / "cache", **arguments)
     assert facts["devices"]["cpu"] == "compiled kernels"
-    assert facts["devices"]["cuda"].startswith("plain torch: BuildError")
-    assert "out of luck" in facts["devices"]["cuda"]
-    facts, err = import_it(cache, cuda=True, CUDA_HOME=home)
-    assert err.count("compiling") == 0
+    assert facts["devices"]["cuda"].startswith("plain torch: BuildError: nvcc fatal : out of luck")
+    facts, err = import_it(tmp_path / "cache", **arguments)
+    assert "compiling" not in err
+    assert facts["devices"]["cuda"].startswith("plain torch: BuildError: nvcc fatal : out of luck")
 
 
+def test_nvcc_is_looked_for_in_order(tmp_path, monkeypatch):
+    home, other, wheels = (tmp_path / name for name in ("home", "other", "wheels"))
+    for folder in (home / "bin", other, wheels / "nvidia" / "cu13" / "bin"):
+        script(folder / "nvcc", "")
+    monkeypatch.setenv("PATH", str(other))
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("CUDA_PATH", "/nowhere")
+    assert _toolchain.find_nvcc() == home / "bin" / "nvcc"
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert _toolchain.find_nvcc() == other / "nvcc"
+    monkeypatch.delenv("CUDA_HOME")
+    assert _toolchain.find_nvcc() == other / "nvcc"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "other")
+    assert _toolchain.find_nvcc() == other / "nvcc", "compilers run in another folder"
+    monkeypatch.syspath_prepend(str(wheels))
+    assert wheels / "nvidia" / "cu13" / "bin" / "nvcc" in _toolchain._nvcc_candidates()
+
+
+@needs_nvcc
 def test_a_wrapper_script_for_nvcc_is_seen_through(tmp_path):
     nvcc = _toolchain.find_nvcc()
-    if nvcc is None:
-        pytest.skip("needs nvcc")
     root = _toolchain.toolkit_root(nvcc)
-    wrapper = tmp_path / "bin" / "nvcc"
-    wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nexec "{nvcc.resolve()}" "$@"\n')
-    wrapper.chmod(0o755)
+    wrapper = script(tmp_path / "bin" / "nvcc", f'exec "{nvcc.resolve()}" "$@"\n')
     assert _toolchain.toolkit_root(wrapper) == root
     assert (root / "include" / "cuda_runtime.h").is_file()
     assert _toolchain.PORTABLE_ARCHITECTURE in _toolchain.nvcc_architectures(wrapper)
 
 
-def test_the_key_follows_sources_flags_and_tools(tmp_path, monkeypatch):
-    key = _loader.Recipe.here().key
-    assert _loader.Recipe.here().key == key
-    kernels = Path(shutil.copytree(_loader.kernel_folder(), tmp_path / "kernels"))
-    with monkeypatch.context() as m:
-        m.setattr(_loader, "kernel_folder", lambda: kernels)
-        assert _loader.Recipe.here().key == key
-        source = kernels / "temporal_shift.h"
-        date = source.stat().st_mtime_ns
-        source.write_text(source.read_text() + "\n")
-        os.utime(source, ns=(date, date))  # edited, yet no younger
-        assert _loader.Recipe.here().key != key
-    with monkeypatch.context() as m:
-        m.setattr(torch, "__version__", "99.0")
-        assert _loader.Recipe.here().key != key
-    with monkeypatch.context() as m:
-        m.setattr(_loader, "_CFLAGS", ("-O1",))
-        assert _loader.Recipe.here().key != key
-    with monkeypatch.context() as m:
-        compiler = tmp_path / "c++"
-        compiler.write_text("#!/bin/sh\n")
-        compiler.chmod(0o755)
-        m.setenv("CXX", str(compiler))
-        assert _loader.Recipe.here().key != key
-    if torch.version.cuda is not None and _toolchain.find_nvcc() is not None:
-        with monkeypatch.context() as m:
-            m.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-            assert _loader.Recipe.here().key != key
+@needs_nvcc
+def test_a_partial_toolkit_is_enough():
+    """Torch's own headers of CUDA need cuSPARSE and others; ours need none of a library."""
+    root = _toolchain.toolkit_root(_toolchain.find_nvcc())
+    includes = [f"-isystem{Path(torch.__file__).parent / 'include'}", f"-isystem{root / 'include'}"]
+    for name in _loader._CPU_SOURCES:
+        command = [*_toolchain.find_cxx(), "-std=c++17", *_loader._CFLAGS, *_loader._CUDA_DEFINES, *includes, "-M"]
+        done = subprocess.run([*command, _loader.kernel_folder() / name], capture_output=True, text=True, check=True)
+        assert not re.search("cusparse|cublas|cusolver|cudnn|curand|cufft", done.stdout)
 
 
-def test_a_cache_that_others_could_write_is_refused(warm):
-    warm.chmod(0o777)
-    facts, _ = import_it(warm)
-    assert "can be written by others" in facts["devices"]["cpu"]
-    assert str(warm) in facts["warnings"][0]
-    warm.chmod(0o700)
-    (entry,) = entries(warm)
-    entry.chmod(0o770)
-    assert "can be written by others" in import_it(warm)[0]["devices"]["cpu"]
+def test_a_toolkit_of_pip_has_the_runtime_under_its_full_name_alone(tmp_path):
+    lib = tmp_path / "toolkit" / "lib"
+    lib.mkdir(parents=True)
+    (tmp_path / "runtime.cpp").write_text('extern "C" int cudaRuntime() { return 13; }')
+    (tmp_path / "ours.cpp").write_text('extern "C" int cudaRuntime(); extern "C" int ours() { return cudaRuntime(); }')
+    compiler = [*_toolchain.find_cxx(), "-shared", "-fPIC", "-o"]
+    name = "libcudart.so.13"
+    subprocess.run([*compiler, lib / name, tmp_path / "runtime.cpp", f"-Wl,-soname,{name}"], check=True)
+    library = tmp_path / "ours.so"
+    subprocess.run([*compiler, library, tmp_path / "ours.cpp", *_toolchain.cudart(lib.parent)], check=True)
+    load = f"import ctypes; print(ctypes.CDLL({str(library)!r}).ours())"
+    assert subprocess.run([sys.executable, "-c", load], capture_output=True, text=True).stdout == "13\n"
 
 
-def test_a_cache_of_another_user_is_refused(warm):
-    if os.geteuid() != 0:
-        pytest.skip("needs root to give a folder away")
-    os.chown(warm, 12345, -1)
-    assert "belongs to user 12345" in import_it(warm)[0]["devices"]["cpu"]
+@needs_nvcc
+def test_a_cpp_compiler_too_new_for_nvcc(tmp_path):
+    """nvcc asks the compiler for its version, and takes an older one; all of them real."""
+    older = [name for version in range(9, 16) if (name := shutil.which(f"g++-{version}"))]
+    if not older:
+        pytest.skip("needs a g++-9 to g++-15")
+    script(tmp_path / "bin" / "gcc", f'exec {older[-1]} -U__GNUC__ -D__GNUC__=99 "$@"\n')
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    facts, _ = import_it(tmp_path / "cache", cuda=True, PATH=path, CXX=older[-1])
+    assert facts["devices"]["cuda"].startswith("compiled kernels")
+    (entry,) = entries(tmp_path / "cache")
+    assert "-ccbin " + older[-1] in (entry / _loader.LOG).read_text()
 
 
-def test_a_link_in_place_of_an_entry_is_refused(warm, tmp_path):
-    (entry,) = entries(warm)
-    entry.rename(tmp_path / "elsewhere")
-    entry.symlink_to(tmp_path / "elsewhere")
-    assert "or a link to one" in import_it(warm)[0]["devices"]["cpu"]
+@needs_cuda_torch
+@pytest.mark.parametrize(("major", "minor", "told"), [(-1, 0, "runtime of their own"), (0, 1, "driver older")])
+def test_an_nvcc_of_another_version_is_told(tmp_path, cxx, toolkit, major, minor, told):
+    mine = [int(part) for part in torch.version.cuda.split(".")]
+    version = f"{mine[0] + major}.{mine[1] + minor}"
+    (toolkit / "version").write_text(f"release {version}, V{version}.1")
+    facts, err = import_it(tmp_path / "cache", cuda=True, CXX=cxx, CUDA_HOME=toolkit)
+    assert facts["cache"]["toolkit"] == f"{toolkit} (CUDA {version})"
+    assert facts["devices"]["cuda"].startswith("compiled kernels")
+    assert f"warning: nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}: " in err
+    assert told in err
 
 
-def test_what_a_killed_build_leaves_does_not_hold_up_the_next(tmp_path):
-    cache = tmp_path / "cache"
-    process = start(cache)
-    deadline = time.monotonic() + 60
-    while not (cache.is_dir() and any(cache.glob("tmp-*/build.ninja"))):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    facts, err = import_it(cache)
-    assert err.count("tsm_jit: compiling") == 1
+@needs_cuda_torch
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (None, ["PTX 75"]),
+        ("native", ["PTX 75"]),
+        ("9.0", ["sm_90", "PTX 75"]),
+        ("7.5;9.0+PTX", ["sm_75", "sm_90", "PTX 75", "PTX 90"]),
+        ("7.5, 9.0a", ["sm_75", "sm_90a", "PTX 75"]),
+        ("Hopper", ["sm_90", "PTX 75", "PTX 90"]),
+        (_build.EVERY_GENERATION, ["sm_75", "sm_90", "PTX 75"]),
+    ],
+)
+def test_the_list_of_architectures(toolkit, monkeypatch, chosen, expected):
+    monkeypatch.setattr(_toolchain, "gpu_architectures", lambda: ["61"])
+    flags, names = _build.gpu_code(toolkit / "bin" / "nvcc", chosen)
+    assert names == expected
+    assert len(flags) == len(names)
+    assert flags[-1].startswith("-gencode=arch=compute_")
+
+
+@needs_cuda_torch
+def test_an_absurd_list_of_architectures_leaves_the_cpu_part(tmp_path, cxx, toolkit):
+    arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit, "TORCH_CUDA_ARCH_LIST": "9.0 banana"}
+    facts, _ = import_it(tmp_path / "cache", **arguments)
     assert facts["devices"]["cpu"] == "compiled kernels"
+    assert "TORCH_CUDA_ARCH_LIST and --arch take GPU architectures" in facts["devices"]["cuda"]
+    assert facts["devices"]["cuda"].endswith("got 'banana'")
+    for absurd in ("12", "3.5", "sm_90", ";", "9.0+PTX+PTX"):
+        with pytest.raises(_toolchain.BuildError, match="--arch take GPU architectures"):
+            _build.gpu_code(toolkit / "bin" / "nvcc", absurd)
 
 
-def test_the_second_of_two_publishers_takes_the_first_ones_entry(warm, tmp_path):
-    (entry,) = entries(warm)
-    manifest = json.loads((entry / _loader.MANIFEST).read_text())
-    late = Path(shutil.copytree(entry, warm / "tmp-late"))
-    (late / "late").touch()
-    assert _loader._publish(late, entry) == manifest
-    assert not (entry / "late").exists()
+@needs_cuda_torch
+def test_what_was_built_without_a_gpu_is_built_again_once_where_there_is_one(tmp_path, cxx, toolkit):
+    cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+    blind = "_toolchain.gpu_is_visible = lambda: False; _toolchain.gpu_architectures = lambda: []"
+    sees = "_toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
+    assert import_it(cache, patch=blind, **arguments)[0]["cache"]["architectures"] == ["PTX 75"]
+    assert import_it(cache, patch=sees, **arguments)[0]["cache"]["architectures"] == ["sm_90", "PTX 75"]
+    for eyes in (sees, blind):
+        facts, err = import_it(cache, patch=eyes, **arguments)
+        assert facts["cache"]["architectures"] == ["sm_90", "PTX 75"]
+        assert err == ""
+    assert len(entries(cache)) == 1
+
+
+def test_the_users_environment_is_left_alone(tmp_path, cxx):
+    script = "import os; before = dict(os.environ); import tsm_jit; assert dict(os.environ) == before"
+    subprocess.run(
+        [sys.executable, "-c", script], env=environment(tmp_path / "cache", CXX=cxx), check=True, timeout=300
+    )
+
+
+def test_cold_import_with_spaces_umlauts_and_commands_in_every_path(tmp_path):
+    """Of the cache and of the sources; no shell takes a name for a command. And no ninja or interpreter on the path."""
+    home = tmp_path / "Übung 'mit' $(touch pwned) `touch pwned`; touch pwned"
+    home.mkdir()
+    shutil.copytree(ROOT / "tsm_jit", home / "tsm_jit", ignore=shutil.ignore_patterns("__pycache__"))
+    if not (home / "tsm_jit" / "kernels").exists():
+        shutil.copytree(_loader.kernel_folder(), home / "tsm_jit" / "kernels")
+    tools = [Path(tool) for tool in ((_toolchain.find_cxx() or [None])[0], _toolchain.find_nvcc()) if tool]
+    path = os.pathsep.join([*{str(tool.parent) for tool in tools}, "/usr/bin", "/bin"])
+    facts, _ = import_it(
+        home / "cache", PYTHONPATH=os.pathsep.join([str(home), *sys.path]), PATH=path, PYTHONIOENCODING="utf-8"
+    )
+    assert facts["devices"]["cpu"] == "compiled kernels"
+    assert facts["tools"]["nvcc"] is None or facts["devices"]["cuda"].startswith("compiled kernels")
+    assert not list(tmp_path.rglob("pwned"))
 
 
 @pytest.mark.parametrize("required", ["1", "cpu"])
@@ -325,57 +786,242 @@ def test_required_kernels_that_are_missing_are_an_error(tmp_path, required):
     assert f"ImportError: TSM_JIT_REQUIRE={required}, but cpu tensors would take plain torch" in err
 
 
-def test_required_kernels_that_are_there(built):
+@needs_cuda_torch
+def test_required_cuda_kernels_that_are_missing_are_an_error(built):
+    process = start(built, TSM_JIT_REQUIRE="cuda")
+    assert "ImportError: TSM_JIT_REQUIRE=cuda, but cuda tensors would take" in process.communicate(timeout=300)[1]
+
+
+def test_required_kernels_that_are_there(built, monkeypatch):
     facts, _ = import_it(built, TSM_JIT_REQUIRE="cpu")
     assert facts["devices"]["cpu"] == "compiled kernels"
-    process = start(built, TSM_JIT_REQUIRE="gpu")
-    assert "TSM_JIT_REQUIRE must be 1, cpu or cuda, got 'gpu'" in process.communicate(timeout=300)[1]
+    monkeypatch.setenv("TSM_JIT_REQUIRE", "gpu")
+    with pytest.raises(ValueError, match="TSM_JIT_REQUIRE must be 1, cpu or cuda, got 'gpu'"):
+        _loader._report(_loader.Status())
 
 
-def test_the_users_environment_is_left_alone(tmp_path):
-    script = "import os; before = dict(os.environ); import tsm_jit; assert dict(os.environ) == before"
-    subprocess.run([sys.executable, "-c", script], env=environment(tmp_path / "cache"), check=True, timeout=300)
+# --- security --------------------------------------------------------------------------------------------------------
 
 
-def test_cold_import_with_spaces_and_umlauts_in_every_path(tmp_path):
-    """Of the cache and of the sources; and with ninja and the interpreter's folder off the path."""
-    home = tmp_path / "Übung mit Raum"
-    home.mkdir()
-    shutil.copytree(ROOT / "tsm_jit", home / "tsm_jit", ignore=shutil.ignore_patterns("__pycache__"))
-    if not (home / "tsm_jit" / "kernels").exists():
-        shutil.copytree(_loader.kernel_folder(), home / "tsm_jit" / "kernels")
-    tools = {_toolchain.find_cxx(), _toolchain.find_nvcc()} - {None}
-    path = os.pathsep.join([*{str(tool.parent) for tool in tools}, "/usr/bin", "/bin"])
-    facts, _ = import_it(
-        home / "cache", PYTHONPATH=os.pathsep.join([str(home), *sys.path]), PATH=path, PYTHONIOENCODING="utf-8"
-    )
-    assert facts["devices"]["cpu"] == "compiled kernels"
-    assert facts["tools"]["nvcc"] is None or facts["devices"]["cuda"].startswith("compiled kernels")
-
-
-def test_command_line(warm):
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "tsm_jit", *arguments]
-        return subprocess.run(
-            command, env=environment(warm), cwd=warm.parent, capture_output=True, text=True, timeout=300
-        )
-
+def test_a_cache_that_others_could_write_is_refused(warm):
+    warm.chmod(0o777)
+    facts, _ = import_it(warm)
+    assert "can be written by others" in facts["devices"]["cpu"]
+    assert str(warm) in facts["warnings"][0]
+    warm.chmod(0o700)
     (entry,) = entries(warm)
-    shown = run("info")
-    assert shown.returncode == 0
-    assert "compiled kernels" in shown.stdout
-    assert entry.name in shown.stdout
-    facts = json.loads(run("info", "--json").stdout)
+    entry.chmod(0o770)
+    with pytest.raises(PermissionError, match=f"{entry} can be written by others"):
+        _loader._read(entry)
+
+
+@needs_root
+def test_a_cache_of_another_user_is_refused(warm):
+    os.chown(warm, 12345, -1)
+    assert "belongs to user 12345" in import_it(warm)[0]["devices"]["cpu"]
+
+
+@pytest.fixture
+def deep(tmp_path) -> Path:
+    folder = tmp_path / "above" / "cache"
+    folder.mkdir(parents=True)
+    _loader._refuse_foreign(folder)
+    return folder
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o757])
+def test_a_folder_above_that_others_could_write_is_refused(deep, mode):
+    """They could put a cache of their own in the place of ours."""
+    deep.parent.chmod(mode)
+    with pytest.raises(PermissionError, match=f"{deep.parent} can be written by others"):
+        _loader._refuse_foreign(deep)
+    deep.parent.chmod(mode | stat.S_ISVTX)
+    _loader._refuse_foreign(deep)
+    deep.chmod(0o1777)
+    with pytest.raises(PermissionError, match=f"{deep} can be written by others"):
+        _loader._refuse_foreign(deep)
+
+
+@needs_root
+def test_a_folder_above_that_a_group_could_write_is_refused(deep):
+    """But not if the group is its owner's own, as where the umask is 002."""
+    deep.parent.chmod(0o775)
+    _loader._refuse_foreign(deep)
+    os.chown(deep.parent, -1, 12345)
+    with pytest.raises(PermissionError, match="above can be written by others"):
+        _loader._refuse_foreign(deep)
+
+
+@needs_root
+def test_a_folder_above_of_another_user_is_refused(deep):
+    os.chown(deep.parent, 12345, -1)
+    with pytest.raises(PermissionError, match="above belongs to user 12345"):
+        _loader._refuse_foreign(deep)
+
+
+def test_links_are_followed_if_they_are_ours_and_end_where_nobody_else_writes(deep, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("above")
+    _loader._refuse_foreign(link / "cache")
+    deep.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="above can be written by others"):
+        _loader._refuse_foreign(link / "cache")
+    (tmp_path / "itself").symlink_to("itself")
+    with pytest.raises(OSError, match="symbolic links"):
+        _loader._refuse_foreign(tmp_path / "itself")
+
+
+@needs_root
+def test_a_link_of_another_user_is_refused(deep, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("above")
+    os.lchown(link, 12345, -1)
+    with pytest.raises(PermissionError, match="link belongs to user 12345"):
+        _loader._refuse_foreign(link / "cache")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_info(warm, capsys):
+    (entry,) = entries(warm)
+    shown = command(warm, "info", "--json")
+    assert shown.returncode == 0, shown.stderr
+    facts = json.loads(shown.stdout)
+    assert facts["devices"]["cpu"] == "compiled kernels"
+    assert facts["cache"]["key"] == entry.name
     assert facts["cache"]["folder"] == str(warm)
     assert facts["cache"]["bytes"] > 0
     assert facts["versions"]["torch"] == torch.__version__
+    assert facts["tools"]["cxx"]
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == list(facts)
+
+
+def test_info_works_when_everything_is_broken(tmp_path):
+    """No sources, a file in place of the cache, no compilers, and kernels that are required."""
+    ignored = shutil.ignore_patterns("kernels", "__pycache__")
+    shutil.copytree(ROOT / "tsm_jit", tmp_path / "without kernels" / "tsm_jit", ignore=ignored)
+    path = os.pathsep.join(
+        [str(tmp_path / "without kernels"), *(path for path in sys.path if not Path(path, "tsm_jit").is_dir())]
+    )
+    cache = tmp_path / "cache"
+    cache.touch()
+    broken = {"CXX": "'", "CUDA_HOME": "/nowhere", "PATH": "/nowhere", "TSM_JIT_REQUIRE": "1"}
+    for changes, expected in [
+        ({"PYTHONPATH": path}, "the kernel sources are missing"),
+        ({}, 'set CXX to one, got "\'"'),
+        ({"CXX": None, "PATH": os.environ["PATH"]}, f"{cache} cannot be made"),
+    ]:
+        shown = command(cache, "info", "--json", **{**broken, **changes})
+        assert shown.returncode == 0, shown.stderr
+        assert expected in json.loads(shown.stdout)["devices"]["cpu"]
+
+
+@needs_cuda_torch
+def test_build_for_others_leaves_a_cache_that_just_works(tmp_path, cxx, toolkit):
+    """Read-only, without compilers, on a machine with a GPU that the default would have compiled for."""
+    cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+    for options, architectures in [([], "sm_75, sm_90, PTX 75"), (["--arch", "7.5"], "sm_75, PTX 75")]:
+        done = command(cache, "build", *options, **arguments)
+        assert done.returncode == 0, done.stderr
+        (entry,) = entries(cache)
+        assert done.stdout == f"compiled {entry} for CPU, {architectures}\n"
+    sees = "_toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
+    for path in (entry, cache):
+        path.chmod(0o500)
+    for changes in (arguments, {"CXX": "/nowhere/c++"}):
+        facts, err = import_it(cache, patch=sees, **changes)
+        assert facts["devices"]["cuda"] == "compiled kernels (sm_75, PTX 75)"
+        assert facts["cache"]["key"] == entry.name
+        assert err == ""
+    for path in (cache, entry):
+        path.chmod(0o700)
+    done = command(cache, "build", "--arch", "banana", **arguments)
+    assert done.returncode == 1
+    assert done.stderr.endswith("got 'banana'\n")
+    assert import_it(cache, **arguments)[0]["devices"]["cuda"] == "compiled kernels (sm_75, PTX 75)"
+
+
+@needs_cuda_torch
+def test_build_without_nvcc_says_that_it_is_for_the_cpu_alone(tmp_path, cxx):
+    done = command(tmp_path / "cache", "build", CXX=cxx)
+    (entry,) = entries(tmp_path / "cache")
+    assert done.returncode == 0
+    assert done.stdout == f"compiled {entry} for CPU\n"
+    assert done.stderr.endswith(f"no kernels for CUDA: {_loader.NO_NVCC}\n")
+
+
+def test_clean(warm, monkeypatch, capsys):
+    (entry,) = entries(warm)
+    other = Path(shutil.copytree(entry, warm / ("0" * 32 + entry.name[32:])))  # of another version
     (warm / "not ours").mkdir()
     (warm / "not ours" / _loader.MANIFEST).write_text("{}")
-    (warm / ("tmp-" + "0" * 32)).mkdir()  # what another process is building
-    os.utime(Path(shutil.copytree(entry, warm / ("tmp-" + "1" * 32))), (0, 0))  # what a killed one left
-    cleaned = run("clean")
+    young, old = warm / ("tmp-" + "0" * 32), warm / ("tmp-" + "1" * 32)
+    young.mkdir()  # what another process is building
+    os.utime(shutil.copytree(entry, old), (0, 0))  # what a killed one left
+    os.utime(other, (0, 0))
+
+    cleaned = command(warm, "clean", "--older-than", "99999")
     assert cleaned.returncode == 0
-    assert "compiling" not in cleaned.stderr
-    assert sorted(path.name for path in entries(warm)) == ["not ours", "tmp-" + "0" * 32]
-    assert run("--help").returncode == 0
-    assert run().returncode == 2
+    assert cleaned.stderr == "", "it must not compile what it removes"
+    assert set(entries(warm)) == {entry, other, young, warm / "not ours"}
+
+    monkeypatch.setenv("TSM_JIT_CACHE", str(warm))
+    for options, left in [([], {other, young}), (["--older-than", "1"], {young})]:
+        assert cli.main(["clean", *options]) == 0
+        assert set(entries(warm)) == left | {warm / "not ours"}
+    shutil.copytree(warm / "not ours", other)
+    assert cli.main(["clean", "--all"]) == 0
+    assert set(entries(warm)) == {young, warm / "not ours"}
+    assert not list(warm.glob("lock-*"))
+    with pytest.raises(SystemExit):
+        cli.main(["clean", "--older-than=-1"])
+    assert "must be a number of days, 0 or more, got '-1'" in capsys.readouterr().err
+
+
+def test_help_compiles_nothing(tmp_path, capsys):
+    done = command(tmp_path / "cache", "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert not (tmp_path / "cache").exists()
+    for name in ("info", "build", "clean"):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert f"usage: python -m tsm_jit {name}" in capsys.readouterr().out
+
+
+def test_on_a_terminal_one_line_counts_the_seconds(tmp_path, cxx):
+    text = cxx.read_text().partition("\n")[2]
+    script(
+        cxx,
+        f'while ! grep -q go "{tmp_path}/calls"; do read go <{tmp_path}/pipe; echo go >>{tmp_path}/calls; done\n'
+        + text,
+    )
+    os.mkfifo(tmp_path / "pipe")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import tsm_jit"], env=environment(tmp_path / "cache", CXX=cxx), stderr=theirs
+    )
+    os.close(theirs)
+    said = b""
+    while b": 1 s" not in said:
+        said += os.read(ours, 1000)
+    (tmp_path / "pipe").write_text("go\ngo\n")
+    while b"done after" not in said:
+        said += os.read(ours, 1000)
+    assert process.wait(60) == 0
+    line = "tsm_jit: compiling the kernels (only once) for CPU"
+    *counted, last = said.decode().strip().split("\r")
+    assert all(re.fullmatch(re.escape(line) + r": \d+ s", step) for step in counted)
+    assert re.fullmatch(re.escape(line) + r": done after \d+\.\d s", last)
+
+
+def test_the_table_of_failures_names_tests_that_exist():
+    contributing = ROOT / "CONTRIBUTING.md"
+    if not contributing.is_file():
+        pytest.skip("needs a source checkout")
+    named = set(re.findall(r"`(test_\w+)`", contributing.read_text()))
+    assert named
+    assert named <= globals().keys()

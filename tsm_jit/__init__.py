@@ -47,5 +47,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_ON_FIRST_USE})
 
 
-if not _loader.asked_to_clean():
+if not _loader.is_command_line():  # its commands load what they need
     _loader.load()

@@ -1,20 +1,220 @@
-"""Run as a script in a process of its own: compiles what the JSON on standard input says.
+"""Compiles the kernels into one shared library: the compilers all at once, each bounded in time, without a shell.
 
-A process of its own, because torch takes the toolkit and ninja from the environment, which in the user's process is not
-ours to change, and because a compiler that hangs can be stopped with everything it started.
+``torch.utils.cpp_extension`` would run ninja, which hands every path to a shell, take its tools from the user's
+environment, wait for a compiler that hangs, and need several seconds of its own.
 """
 
-import json
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tsm_jit import _toolchain
+from tsm_jit._toolchain import BuildError
+
+if TYPE_CHECKING:
+    from tsm_jit._loader import Recipe
+
+SECONDS = 300  # a compiler that takes longer hangs
+EVERY_GENERATION = "all"
+_NAMES = {
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+# Such failures pass by themselves: the next import may try again.
+_PASSING = "Killed|signal 9\\b|o space left|quota exceeded|ile size limit|File too large|ut of memory|annot allocate"
 
 
-def main() -> None:
-    job = json.load(sys.stdin)
-    sys.path[:] = job.pop("sys_path")
-    from torch.utils.cpp_extension import load
-
-    load(**job, is_python_module=False, verbose=False)
+def say(message: str, end: str = "\n") -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"tsm_jit: {message}{end}")
+        sys.stderr.flush()
 
 
-if __name__ == "__main__":
-    main()
+def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | None) -> dict[str, Any]:
+    """Compiles ``recipe`` into ``folder/library``, for the GPUs that ``chosen`` lists; returns what to remember of it.
+
+    While it runs there is one line on standard error, which counts the seconds if that is a terminal.
+    """
+    (folder / "kernels").symlink_to(recipe.kernels)  # short relative names: nvcc, too, hands names to a shell
+    package = Path(torch.__file__).parent
+    compile_cpp = [*recipe.cxx, *recipe.cflags, "-std=c++17", "-fPIC", "-isystem", str(package / "include")]
+    libraries = [f"-L{package / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
+    names, compile_cuda, architectures = recipe.cpp_sources, [], []
+    facts: dict[str, Any] = {}
+    if recipe.nvcc is not None:
+        flags, architectures = gpu_code(recipe.nvcc, chosen)
+        toolkit, version = _toolchain.toolkit_root(recipe.nvcc), _toolchain.nvcc_version(recipe.nvcc)
+        facts["toolkit"] = f"{toolkit} (CUDA {version})"
+        if version != torch.version.cuda:
+            say(f"warning: {_mismatch(version)}")
+        host = [] if shutil.which("gcc") else ["-ccbin", recipe.cxx[0]]  # gcc is all that nvcc looks for
+        compile_cuda = [str(recipe.nvcc), *recipe.cuda_cflags, *flags, *host, "-std=c++17", "-Xcompiler=-fPIC"]
+        compile_cpp += recipe.cuda_defines
+        if toolkit != Path("/usr"):  # whose headers g++ must find by itself
+            compile_cpp += ["-isystem", str(toolkit / "include")]
+        libraries += ["-lc10_cuda", "-ltorch_cuda", *_toolchain.cudart(toolkit)]
+        names += recipe.cuda_sources
+
+    def commands(*more_for_cuda: str) -> list[list[str]]:
+        cuda = [*compile_cuda, *more_for_cuda]
+        compilers = {name: cuda if name in recipe.cuda_sources else compile_cpp for name in names}
+        return [[*compiler, "-c", f"kernels/{name}", "-o", f"{name}.o"] for name, compiler in compilers.items()]
+
+    with _Progress(["CPU", *architectures]) as progress, open(log, "ab") as output:
+        try:
+            _run(commands(), folder, output, progress)
+        except BuildError:
+            older = _older_gxx(log.read_text(errors="replace"))
+            if older is None:
+                raise
+            output.truncate(0)
+            _run(commands("-ccbin", older), folder, output, progress)
+        objects = [f"{name}.o" for name in names]
+        _run([[*recipe.cxx, "-shared", "-o", library, *objects, *libraries]], folder, output, progress)
+    return {**facts, "architectures": architectures, "seconds": round(progress.seconds(), 1)}
+
+
+def gpu_code(nvcc: Path, chosen: str | None) -> tuple[list[str], list[str]]:
+    """nvcc's flags, and what they are for: what ``chosen`` lists in the words of ``TORCH_CUDA_ARCH_LIST``, else the
+    GPUs of this machine as far as nvcc knows them; and PTX for all others."""
+    known = _toolchain.nvcc_architectures(nvcc)
+    portable = {_toolchain.PORTABLE_ARCHITECTURE}
+    if chosen == EVERY_GENERATION:  # code for the first GPU of a generation runs on the others
+        native = set({arch[:-1]: arch for arch in sorted(known, key=int, reverse=True)}.values())
+    elif chosen in (None, "native"):
+        native = {arch for arch in _toolchain.gpu_architectures() if arch in known}
+    else:
+        native = set()
+        for name, meaning in _NAMES.items():
+            chosen = chosen.replace(name, meaning)
+        for word in re.split(r"[;,\s]+", chosen.strip("; ,\t\n")):
+            match = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", word)
+            if not match or match[1] + match[2] not in known:
+                raise BuildError(
+                    "TORCH_CUDA_ARCH_LIST and --arch take GPU architectures that nvcc knows, such as '8.0;9.0+PTX' "
+                    f"({nvcc} knows {' '.join(f'{arch[:-1]}.{arch[-1]}' for arch in known)}), got {word!r}"
+                )
+            native.add("".join(match.group(1, 2, 3)))
+            if match[4]:
+                portable.add("".join(match.group(1, 2, 3)))
+    codes = [
+        (kind, arch) for kind, archs in (("sm", native), ("compute", portable)) for arch in sorted(archs, key=_age)
+    ]
+    flags = [f"-gencode=arch=compute_{arch},code={kind}_{arch}" for kind, arch in codes]
+    return flags, [f"sm_{arch}" if kind == "sm" else f"PTX {arch}" for kind, arch in codes]
+
+
+def _age(architecture: str) -> int:
+    return int(architecture.rstrip("abcdefghijklmnopqrstuvwxyz"))
+
+
+def _mismatch(version: str) -> str:
+    said = f"nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}"
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"{said}: the kernels use a CUDA runtime of their own, and need a driver that knows both"
+    return f"{said}: with a driver older than nvcc, the kernels run on no other GPUs than they are compiled for"
+
+
+def _older_gxx(said: str) -> str | None:
+    """The newest g++ that nvcc takes, if it said that the one it found is too new."""
+    match = re.search(r"unsupported GNU version! gcc versions later than (\d+)", said)
+    found = (shutil.which(f"g++-{version}") for version in range(int(match[1]), 8, -1)) if match else ()
+    return next(filter(None, found), None)
+
+
+class _Progress:
+    """The line that says what is compiled; on a terminal with the seconds, and with their sum at the end."""
+
+    def __init__(self, targets: list[str]):
+        self.started = time.monotonic()
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.line = f"compiling the kernels (only once) for {', '.join(targets)}"
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def tick(self) -> None:
+        seconds = f": {self.seconds():.0f} s"
+        width = shutil.get_terminal_size().columns - len(
+            f"tsm_jit: {seconds}"
+        )  # a longer line could not be overwritten
+        say(self.line[:width] + seconds, end="\r")
+
+    def __enter__(self) -> _Progress:
+        if self.terminal:
+            self.tick()
+        else:
+            say(self.line)
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.terminal:
+            say(f"{self.line}: {'done' if kind is None else 'failed'} after {self.seconds():.1f} s")
+
+
+def _run(commands: list[list[str]], folder: Path, output: Any, progress: _Progress) -> None:
+    """Runs them all at once in ``folder``; raises BuildError if one fails, OSError if it may not fail the next time."""
+    processes = []
+    try:
+        for command in commands:
+            output.write(f"{' '.join(command)}\n".encode())
+            output.flush()
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=folder,
+                    env=dict(os.environ, TMPDIR="."),  # a killed compiler leaves nothing elsewhere
+                    start_new_session=True,  # so that whatever it starts can be ended with it
+                )
+            )
+        for command, process in zip(commands, processes, strict=True):
+            _wait(command, process, progress)
+            if process.returncode != 0:
+                said = Path(output.name).read_text(errors="replace")
+                passing = process.returncode < 0 or re.search(_PASSING, said)
+                raise (OSError if passing else BuildError)(_first_error(said, command, process.returncode))
+            made = command[command.index("-o") + 1]
+            if not (folder / made).is_file():
+                raise BuildError(f"{command[0]} reported success and made no {made}")
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait(command: list[str], process: subprocess.Popen, progress: _Progress) -> None:
+    while process.poll() is None:
+        left = SECONDS - progress.seconds()
+        if left <= 0:
+            raise BuildError(f"{command[0]} had not ended after {SECONDS} s")
+        try:
+            process.wait(min(left, 1) if progress.terminal else left)
+        except subprocess.TimeoutExpired:
+            if progress.terminal:
+                progress.tick()
+
+
+def _first_error(log: str, command: list[str], code: int) -> str:
+    errors = [
+        line.strip() for line in log.splitlines() if re.search(r"\b(error|fatal)\s*:|No space left|ld: cannot", line)
+    ]
+    ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return errors[0][:500] if errors else f"{command[0]} ended {ended} and named no error"

@@ -15,13 +15,14 @@ def info() -> dict[str, Any]:
 
     Nothing is compiled and no GPU is touched. The keys:
 
-    - ``devices``: for ``cpu`` and ``cuda`` what their tensors take, and why;
+    - ``devices``: for ``cpu`` and ``cuda`` what their tensors take, compiled kernels or plain torch, and why;
     - ``versions``: of tsm_jit, torch, torch's CUDA, Python and the platform;
-    - ``tools``: the C++ compiler, nvcc and the folder of ninja that a compilation would use, ``None`` if there is none;
-    - ``cache``: its folder, the key of this build, its size in bytes, how long it took in seconds.
+    - ``tools``: the C++ compiler and nvcc that a compilation would use, ``None`` if there is none;
+    - ``cache``: its folder, the key of this build, its size in bytes, the GPU architectures and the CUDA toolkit it was
+      compiled with, how long that took in seconds.
     """
     status = _loader.status()
-    found = {"cxx": _toolchain.find_cxx(), "nvcc": _toolchain.find_nvcc(), "ninja": _toolchain.find_ninja()}
+    cxx, nvcc = _toolchain.find_cxx(), _toolchain.find_nvcc()
     return {
         "devices": dict(status.devices),
         "versions": {
@@ -31,12 +32,13 @@ def info() -> dict[str, Any]:
             "python": platform.python_version(),
             "platform": platform.platform(),
         },
-        "tools": {name: str(path) if path else None for name, path in found.items()},
+        "tools": {"cxx": " ".join(cxx) if cxx else None, "nvcc": str(nvcc) if nvcc else None},
         "cache": {
             "folder": status.cache,
             "key": status.key,
             "bytes": _loader.entry_bytes(status),
             "architectures": status.manifest.get("architectures"),
+            "toolkit": status.manifest.get("toolkit"),
             "seconds": status.manifest.get("seconds"),
         },
     }

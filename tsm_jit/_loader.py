@@ -1,26 +1,29 @@
 """Finds the compiled kernels in the cache or compiles them into it, and loads them. Runs once, on ``import tsm_jit``.
 
-    key      sha256 of the sources, the flags, torch, the compilers (by path, size and date) and the platform
-    warm     <cache>/<key>/ is there, is ours, its checksum holds: load it. No lock, no write, no compiler is asked
+    key      sha256 of the sources, the flags, torch and the platform, and of each compiler's path, size and date
+    warm     <cache>/<key>/ is there, is ours, its checksum holds: load it. No lock, no write, no compiler is asked.
+             A compiler that is not here is not compared: what it made elsewhere, or before it was removed, is as good
     cold     lock; build in <cache>/tmp-<uuid>; write the manifest; rename to <cache>/<key>
     failed   a compiler's error is published as well, so that the next import does not compile in vain; the step below
              is taken: kernels for CPU and CUDA -> for the CPU alone -> plain torch. One warning says why
 
 GPU architectures are not in the key. What is built holds machine code for the GPUs of the machine that built it and a
 portable form (PTX) that every other GPU's driver completes, so it is right everywhere, and no import asks a driver.
+What was built where no GPU was is built again once where there is one, unless ``python -m tsm_jit build`` made it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shutil
-import signal
 import stat
-import subprocess
 import sys
 import time
 import uuid
@@ -32,6 +35,7 @@ from typing import Any
 import torch
 
 from tsm_jit import _toolchain
+from tsm_jit._toolchain import BuildError
 
 LIBRARY = "tsm_jit_kernels.so"
 MANIFEST = "manifest.json"
@@ -44,12 +48,11 @@ _HEADERS = ("temporal_shift.h", "residual_shift.h", "element.h", "temporal_shift
 _CFLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 _CUDA_CFLAGS = ("--threads=2",)  # one architecture each
 _CUDA_DEFINES = ("-DTSM_JIT_CUDA", "-DUSE_CUDA")
-_BUILD_SECONDS = 900
+_CHOICES = ("TORCH_CUDA_ARCH_LIST", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+NO_NVCC = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to it"
+_OWN_FOLDER = "set TSM_JIT_CACHE to a folder of your own"
 _NAME_HOLDER_AFTER_SECONDS = 2
-
-
-class BuildError(Exception):
-    """A compiler said no: the same call would fail again."""
+_LOCK_SECONDS = 600  # longer than a build may take, its second try with another C++ compiler included
 
 
 @dataclass
@@ -88,117 +91,103 @@ class Recipe:
     """Everything that decides what the compiled library is."""
 
     kernels: Path
-    cxx: Path | None
+    cxx: list[str] | None
     nvcc: Path | None  # None: build for the CPU alone
-    key: str
+    key: str  # with a * for each compiler that is not here
+    cpp_sources: tuple[str, ...] = _CPU_SOURCES
+    cuda_sources: tuple[str, ...] = _CUDA_SOURCES
+    cflags: tuple[str, ...] = _CFLAGS
+    cuda_cflags: tuple[str, ...] = _CUDA_CFLAGS
+    cuda_defines: tuple[str, ...] = _CUDA_DEFINES
 
     @staticmethod
     def here(cuda: bool = True) -> Recipe:
         kernels = kernel_folder()
         cxx = _toolchain.find_cxx()
-        nvcc = _toolchain.find_nvcc() if cuda and _toolchain.torch_has_cuda() else None
-        digest = hashlib.sha256()
-        for name in (*_CPU_SOURCES, *_CUDA_SOURCES, *_HEADERS):
-            digest.update(name.encode() + b"\0" + (kernels / name).read_bytes() + b"\0")
-        facts = (
-            _CFLAGS,
-            _CUDA_CFLAGS,
-            _CUDA_DEFINES,
-            torch.__version__,
-            torch.version.cuda,
-            (platform.system(), platform.machine()),
-            _identity(cxx),
-            os.environ.get("CXX"),
-            _identity(nvcc),
-            nvcc is not None and _toolchain.gpu_is_visible(),
-            [os.environ.get(name) for name in ("TORCH_CUDA_ARCH_LIST", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")],
-        )
-        digest.update(json.dumps(facts).encode())
-        return Recipe(kernels, cxx, nvcc, digest.hexdigest()[:32])
-
-    def job(self, folder: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-        """The arguments of torch's ``load``, the environment of the process that calls it, the architectures."""
-        assert self.cxx is not None
-        ninja = _toolchain.find_ninja()
-        if ninja is None:
-            raise FileNotFoundError("ninja was not found: pip install ninja")
-        environment = dict(os.environ, CXX=os.environ.get("CXX") or str(self.cxx), CUDA_VISIBLE_DEVICES="")
-        path = [str(ninja), os.path.dirname(sys.executable)]
-        names, cflags, cuda_cflags, architectures = list(_CPU_SOURCES), list(_CFLAGS), list(_CUDA_CFLAGS), []
-        if self.nvcc is not None:
-            root = _toolchain.toolkit_root(self.nvcc)
-            environment["CUDA_HOME"] = str(root)
-            path.append(str(root / "bin"))
-            names += _CUDA_SOURCES
-            cflags += _CUDA_DEFINES
-            if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-                architectures = [chosen]  # torch understands it
-            else:
-                flags, architectures = _architecture_flags(self.nvcc)
-                cuda_cflags += flags
-        environment["PATH"] = os.pathsep.join([*path, environment.get("PATH", "")])
-        arguments = {
-            "name": Path(LIBRARY).stem,
-            "sources": [str(self.kernels / name) for name in names],
-            "extra_cflags": cflags,
-            "extra_cuda_cflags": cuda_cflags,
-            "extra_include_paths": [str(self.kernels)],
-            "build_directory": str(folder),
-            "with_cuda": self.nvcc is not None,
-            "sys_path": sys.path,
-        }
-        return arguments, environment, architectures
+        cuda = cuda and _toolchain.torch_has_cuda()
+        nvcc = _toolchain.find_nvcc() if cuda else None
+        sources = {name: _digest((kernels / name).read_bytes()) for name in (*_CPU_SOURCES, *_CUDA_SOURCES, *_HEADERS)}
+        flags = (_CFLAGS, _CUDA_CFLAGS, _CUDA_DEFINES, [os.environ.get(name) for name in _CHOICES])
+        versions = (torch.__version__, torch.version.cuda, platform.system(), platform.machine())
+        cxx_part = _digest(_identity(Path(cxx[0])), cxx)[:8] if cxx else "*"
+        nvcc_part = _digest(_identity(nvcc))[:8] if nvcc else "*" if cuda else "none"
+        return Recipe(kernels, cxx, nvcc, f"{_digest(sources, flags, versions)[:32]}-{cxx_part}-{nvcc_part}")
 
 
-def _identity(tool: Path | None) -> list[Any] | None:
+def _digest(*facts: Any) -> str:
+    data = facts[0] if isinstance(facts[0], bytes) else json.dumps(facts).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _identity(tool: Path) -> list[Any]:
     """A tool by its path, size and date; running it would take longer than the rest of the import."""
-    if tool is None:
-        return None
     real = tool.resolve()
     found = real.stat()
     return [str(tool), str(real), found.st_size, found.st_mtime_ns]
-
-
-def _architecture_flags(nvcc: Path) -> tuple[list[str], list[str]]:
-    """Machine code for the GPUs here as far as nvcc knows them, and PTX for all others."""
-    known = _toolchain.nvcc_architectures(nvcc)
-    native = [arch for arch in _toolchain.gpu_architectures() if arch in known]
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in native]
-    portable = _toolchain.PORTABLE_ARCHITECTURE
-    flags.append(f"-gencode=arch=compute_{portable},code=compute_{portable}")
-    return flags, [*(f"sm_{arch}" for arch in native), f"PTX {portable}"]
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A shared library is code: a folder that others own or can write to is not where ours comes from."""
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode):
-        raise PermissionError(f"{folder} is no folder (or a link to one): set TSM_JIT_CACHE to a folder of your own")
-    if found.st_uid != os.geteuid():
-        raise PermissionError(f"{folder} belongs to user {found.st_uid}, not to you: set TSM_JIT_CACHE")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{folder} can be written by others: run chmod go-w on it, or set TSM_JIT_CACHE")
+    """A shared library is code: ours comes from no folder that somebody else could write to or put in its place."""
+    trusted = {os.geteuid(), 0, os.stat("/").st_uid}  # without a user 0, as in some containers, whoever has / is root
+    for path in (*reversed(folder.parents), folder):
+        found = os.lstat(path)
+        if found.st_uid not in trusted:
+            raise PermissionError(f"{path} belongs to user {found.st_uid}, not to you: {_OWN_FOLDER}")
+        if stat.S_ISLNK(found.st_mode):
+            path.stat()  # raises for a link to itself
+            _refuse_foreign(path.parent / os.readlink(path))
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (path == folder or not _safely_shared(found)):
+            raise PermissionError(f"{path} can be written by others: run chmod go-w on it, or {_OWN_FOLDER}")
+
+
+def _safely_shared(found: os.stat_result) -> bool:
+    """Whether only its owner can rename what lies in a folder: it is sticky, or of a group that is its owner alone."""
+    if found.st_mode & stat.S_ISVTX:
+        return True
+    if found.st_mode & stat.S_IWOTH:
+        return False
+    import grp
+    import pwd
+
+    try:
+        owner, group = pwd.getpwuid(found.st_uid).pw_name, grp.getgrgid(found.st_gid)
+    except KeyError:
+        return False
+    return group.gr_name == owner and set(group.gr_mem) <= {owner}
 
 
 def _read(entry: Path) -> dict[str, Any] | None:
     """The manifest of a cache entry that is whole and ours, else None."""
     try:
-        _refuse_foreign(entry.parent)
         _refuse_foreign(entry)
         manifest = json.loads((entry / MANIFEST).read_text())
         library = manifest["sha256"]
         if library is not None and hashlib.sha256((entry / LIBRARY).read_bytes()).hexdigest() != library:
             return None
-    except (FileNotFoundError, KeyError, TypeError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
         return None
     return manifest
 
 
-def _publish(folder: Path, entry: Path) -> dict[str, Any]:
-    """Renames a finished folder to its entry. Whoever comes second takes what is there; what is damaged is replaced."""
+def _look_up(recipe: Recipe) -> tuple[Path, dict[str, Any]] | None:
+    """The entry that the compilers here made; of what others made, if they are not here, the best and newest."""
+    cache = cache_folder()
+    built = cache / recipe.key.replace("*", "none")  # the entry that a build would make
+    if "*" not in recipe.key:
+        manifest = _read(built)
+        return (built, manifest) if manifest else None
+    entries = sorted(cache.glob(recipe.key), key=_date, reverse=True)
+    whole = [(entry, manifest) for entry in entries if (manifest := _read(entry))]
+    usable = [(entry, manifest) for entry, manifest in whole if "error" not in manifest or entry == built]
+    return max(usable, key=lambda found: ("error" not in found[1], found[1]["cuda"]), default=None)
+
+
+def _publish(folder: Path, entry: Path, replace: bool = False) -> dict[str, Any]:
+    """Renames a finished folder to its entry. Whoever comes second takes what is there, unless it is damaged or to be
+    replaced: then that is removed."""
     for path in (*folder.iterdir(), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -210,9 +199,12 @@ def _publish(folder: Path, entry: Path) -> dict[str, Any]:
             os.replace(folder, entry)
         except OSError:
             published = _read(entry)
-            if published is not None:
+            if published is not None and not replace:
                 return published
-            os.replace(entry, entry.with_name(f"tmp-{uuid.uuid4().hex}"))
+            with contextlib.suppress(FileNotFoundError):  # so does another process in this moment
+                removed = entry.with_name(f"tmp-{uuid.uuid4().hex}")
+                os.replace(entry, removed)
+                shutil.rmtree(removed, ignore_errors=True)
         else:
             break
     published = _read(entry)
@@ -221,140 +213,145 @@ def _publish(folder: Path, entry: Path) -> dict[str, Any]:
     return published
 
 
-def _build_under_lock(recipe: Recipe, entry: Path) -> dict[str, Any]:
-    from filelock import FileLock, Timeout
+def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Builds what is not there by then, or in any case if GPU architectures are ``chosen``."""
+    from tsm_jit._build import say
 
-    entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _refuse_foreign(entry.parent)
-    holder = entry.with_suffix(".holder")
-    lock = FileLock(entry.with_suffix(".lock"), mode=0o600)
+    cache = cache_folder()
+    if recipe.cxx is None:
+        chosen = os.environ.get("CXX", "")
+        raise BuildError(f"no C++ compiler was found: install g++ or clang++, or set CXX to one, got {chosen!r}")
     try:
-        lock.acquire(timeout=_NAME_HOLDER_AFTER_SECONDS)
-    except Timeout:
-        try:
-            name = holder.read_text() or "another process"
-        except OSError:  # it was done in this moment
-            name = "another process"
-        _say(f"waiting for {name}, which is compiling the kernels")
-        try:
-            lock.acquire(timeout=_BUILD_SECONDS)
-        except Timeout:
-            raise TimeoutError(f"{name} held {lock.lock_file} for {_BUILD_SECONDS} s: end it and try again") from None
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"{cache} cannot be made ({error.strerror}): {_OWN_FOLDER}") from None
+    if not os.access(cache, os.W_OK):
+        raise PermissionError(f"{cache} is read-only and has no kernels for {recipe.key}: {_OWN_FOLDER}")
+    _refuse_foreign(cache)
+    entry = cache / recipe.key.replace("*", "none")
+    path = cache / f"lock-{entry.name}"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
+        if not _acquire(lock, _NAME_HOLDER_AFTER_SECONDS):
+            holder = path.read_text() or "another process"
+            say(f"waiting for {holder}, which is compiling the kernels")
+            if not _acquire(lock, _LOCK_SECONDS):
+                raise TimeoutError(f"{holder} held {path} for {_LOCK_SECONDS} s: end it and try again")
+        path.write_text(f"process {os.getpid()} on {platform.node()}")
         published = _read(entry)  # while we waited
-        if published is not None:
-            return published
-        holder.write_text(f"process {os.getpid()} on {platform.node()}")
-        return _build(recipe, entry)
+        replace = chosen is not None or (published is not None and _outdated(recipe, published))
+        if published is not None and not replace:
+            return entry, published
+        if published is None and entry.exists():
+            say(f"{entry} is damaged: compiling it again")
+        _sweep(cache)
+        return entry, _build(recipe, entry, chosen or os.environ.get("TORCH_CUDA_ARCH_LIST"), replace)
     finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
+        os.close(lock)
 
 
-def _build(recipe: Recipe, entry: Path) -> dict[str, Any]:
+def _acquire(lock: int, seconds: float) -> bool:
+    """Waits for a lock that the system takes from a process that dies. Where there are no locks, as on some network
+    drives, nobody waits: each process compiles, and the first publishes."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # somebody has it; the second, on some network drives
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        except OSError:
+            return True
+        else:
+            return True
+
+
+def _sweep(cache: Path) -> int:
+    """Removes what killed builds left, and not what another process may be building; returns the bytes freed."""
+    return sum(_remove(folder) for folder in cache.glob("tmp-*") if time.time() - _date(folder) > _LOCK_SECONDS)
+
+
+def _date(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process has removed it in this moment
+        return math.inf
+
+
+def _outdated(recipe: Recipe, manifest: dict[str, Any]) -> bool:
+    """True where there are a GPU and an nvcc, and an nvcc that saw no GPU compiled for none."""
+    return recipe.nvcc is not None and manifest.get("gpu") is False and _toolchain.gpu_is_visible()
+
+
+def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> dict[str, Any]:
+    from tsm_jit._build import build
+
     folder = entry.with_name(f"tmp-{uuid.uuid4().hex}")
     folder.mkdir(mode=0o700)
-    started = time.monotonic()
     manifest: dict[str, Any] = {"sha256": None, "cuda": recipe.nvcc is not None, "torch": torch.__version__}
     try:
         try:
-            if recipe.cxx is None:
-                raise BuildError("no C++ compiler was found: install g++ or clang++, or set CXX")
-            arguments, environment, architectures = recipe.job(folder)
-            kinds = "CPU" if recipe.nvcc is None else f"CPU and CUDA ({', '.join(architectures)})"
-            _say(f"compiling the {kinds} kernels into {entry.parent}; this happens on the first import only")
-            _compile(arguments, environment, folder / LOG)
-            manifest["architectures"] = architectures
+            manifest |= build(recipe, folder, LIBRARY, folder / LOG, chosen)
             manifest["sha256"] = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
-            manifest["seconds"] = round(time.monotonic() - started, 1)
-            _say(f"compiled in {manifest['seconds']} s")
+            manifest["gpu"] = bool(chosen) or _toolchain.gpu_is_visible()
         except BuildError as error:
+            if replace:
+                raise  # what is there may work
             manifest["error"] = str(error)
         for path in folder.iterdir():
             if path.name not in (LIBRARY, LOG):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        return _publish(folder, entry)
+        return _publish(folder, entry, replace)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _compile(arguments: dict[str, Any], environment: dict[str, str], log: Path) -> None:
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("_build.py"))],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=log.parent,
-            start_new_session=True,  # so that a timeout can end ninja and the compilers with it
-        )
-        try:
-            process.communicate(json.dumps(arguments).encode(), timeout=_BUILD_SECONDS)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-    if process.returncode < 0:
-        raise RuntimeError(f"the compilation was ended by {signal.Signals(-process.returncode).name}")
-    if process.returncode != 0:
-        said = log.read_text(errors="replace")
-        passing = re.search("Killed|No space left|[Oo]ut of memory|Cannot allocate", said)
-        raise (OSError if passing else BuildError)(_first_error(said))
-
-
-def _first_error(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\b(error|fatal)\s*:", line) and "RuntimeError:" not in line]
-    return (errors or lines or ["the compiler failed without a word"])[0][:500]
-
-
-def _say(message: str) -> None:
-    sys.stderr.write(f"tsm_jit: {message}\n")
-    sys.stderr.flush()
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def _load() -> Status:
-    status = Status(cache=str(cache_folder()))
-    recipe = Recipe.here()
-    if recipe.nvcc is not None:
+def _load(status: Status) -> None:
+    status.cache = str(cache_folder())
+    if _toolchain.torch_has_cuda():
+        recipe = Recipe.here()
+        reason = NO_NVCC
         try:
             _load_entry(recipe, status)
-            return status
         except Exception as error:  # whatever stops CUDA must not cost the CPU its kernels
-            status.missing["cuda"] = f"{type(error).__name__}: {error}"
-            recipe = Recipe.here(cuda=False)
-    elif _toolchain.torch_has_cuda():
-        if _toolchain.gpu_is_visible():
-            status.missing["cuda"] = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to it"
-        else:
-            status.devices["cuda"] = "plain torch: the machine shows no GPU and nvcc was not found"
+            said = f"{type(error).__name__}: {error}"
+            if recipe.nvcc is not None:
+                reason = said
+            elif status.key is None:  # the kernels for the CPU alone could not be built
+                status.missing["cpu"] = said
+        if "cuda" not in status.devices:
+            status.missing["cuda"] = reason
+        if status.devices or "cpu" in status.missing:
+            return
     try:
-        _load_entry(recipe, status)
+        _load_entry(Recipe.here(cuda=False), status)
     except Exception as error:
         status.missing["cpu"] = f"{type(error).__name__}: {error}"
-    return status
 
 
 def _load_entry(recipe: Recipe, status: Status) -> None:
-    status.key, status.manifest = recipe.key, _manifest(recipe)
-    entry = cache_folder() / recipe.key
-    if "error" in status.manifest:
+    found = _look_up(recipe)
+    if found is None or _outdated(recipe, found[1]):
+        try:
+            found = _build_under_lock(recipe)
+        except (OSError, BuildError):
+            if found is None:
+                raise
+            # else what is there is right for this GPU, if not the fastest, and the cache may be read-only
+    entry, manifest = found
+    status.key, status.manifest = entry.name, manifest
+    if "error" in manifest:
         log = f" (log: {entry / LOG})" if (entry / LOG).is_file() else ""
-        raise BuildError(status.manifest["error"] + log)
+        raise BuildError(manifest["error"] + log)
     torch.ops.load_library(str(entry / LIBRARY))
     status.devices["cpu"] = "compiled kernels"
-    if status.manifest["cuda"]:
-        status.devices["cuda"] = f"compiled kernels ({', '.join(status.manifest['architectures'])})"
-
-
-def _manifest(recipe: Recipe) -> dict[str, Any]:
-    entry = cache_folder() / recipe.key
-    return _read(entry) or _build_under_lock(recipe, entry)
+    if manifest["cuda"]:
+        status.devices["cuda"] = f"compiled kernels ({', '.join(manifest['architectures'])})"
 
 
 _status = Status()
@@ -367,19 +364,24 @@ def status() -> Status:
 
 def load() -> None:
     """Makes the kernels available; never raises unless ``TSM_JIT_REQUIRE`` asks for it."""
-    global _status
+    _report(find())
+
+
+def find() -> Status:
+    """Loads what can be loaded, once in a process; never raises and warns of nothing."""
+    if _status.devices:
+        return _status
     try:
-        status = _load()
+        _load(_status)
     except Exception as error:  # an import must not fail: plain torch computes the same
-        status = Status(missing={"cpu": f"{type(error).__name__}: {error}"}, cache=str(cache_folder()))
+        _status.missing["cpu"] = f"{type(error).__name__}: {error}"
     if not _toolchain.torch_has_cuda():
-        status.devices["cuda"] = "this torch has no CUDA"
-    elif "cuda" not in status.devices:
-        status.missing.setdefault("cuda", status.missing.get("cpu", "not built"))
-    for device, reason in status.missing.items():
-        status.devices[device] = f"plain torch: {reason}"
-    _status = status
-    _report(status)
+        _status.devices["cuda"] = "this torch has no CUDA"
+    elif "cuda" not in _status.devices:
+        _status.missing.setdefault("cuda", _status.missing.get("cpu", "not built"))
+    for device, reason in _status.missing.items():
+        _status.devices[device] = f"plain torch: {reason}"
+    return _status
 
 
 def _report(status: Status) -> None:
@@ -407,6 +409,13 @@ def _report(status: Status) -> None:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
+def is_command_line() -> bool:
+    """True for ``python -m tsm_jit`` and ``tsm-jit``: clean must not compile what it removes, info tells what stops an
+    import."""
+    program = sys.argv[0] if sys.argv else ""
+    return os.path.basename(program) == "tsm-jit" or (program == "-m" and sys.orig_argv[-len(sys.argv)] == "tsm_jit")
+
+
 def entry_bytes(status: Status) -> int | None:
     """The size of this build in the cache."""
     if status.cache is None or status.key is None:
@@ -414,26 +423,33 @@ def entry_bytes(status: Status) -> int | None:
     return _bytes_below(Path(status.cache) / status.key)
 
 
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def build(chosen: str) -> tuple[Path, dict[str, Any]]:
+    """Compiles for the GPU architectures that ``chosen`` lists whatever the cache holds; the entry and its manifest."""
+    return _build_under_lock(Recipe.here(), chosen)
 
 
-def clean() -> int:
-    """Removes the entries of the cache, and what killed builds left; returns the bytes freed. Whatever else lies in the
-    folder stays, and so does what another process is building."""
-    folder = cache_folder()
-    freed = 0
-    if folder.is_dir():
-        _refuse_foreign(folder)
-        for path in folder.iterdir():
-            entry = re.fullmatch("[0-9a-f]{32}", path.name)
-            left = re.fullmatch("tmp-[0-9a-f]{32}", path.name) and time.time() - path.stat().st_mtime > _BUILD_SECONDS
-            if path.is_dir() and (entry or left):
-                freed += _bytes_below(path)
-                shutil.rmtree(path)
+def clean(everything: bool = False, older_than: float | None = None) -> int:
+    """Removes what was compiled of these sources for this torch; with ``everything``, of any; or what is ``older_than``
+    so many days; and what killed builds left. Returns the bytes freed. Whatever else lies in the folder stays."""
+    cache = cache_folder()
+    if not cache.is_dir():
+        return 0
+    _refuse_foreign(cache)
+    freed = _sweep(cache)
+    made = "[0-9a-f]{32}" if everything or older_than is not None else Recipe.here().key.partition("-")[0]
+    before = math.inf if older_than is None else time.time() - older_than * 86400
+    for entry in cache.iterdir():
+        if re.fullmatch(made + "(-([0-9a-f]{8}|none)){2}", entry.name) and _date(entry) < before:
+            freed += _remove(entry)
+            entry.with_name(f"lock-{entry.name}").unlink(missing_ok=True)
     return freed
 
 
-def asked_to_clean() -> bool:
-    """True for ``python -m tsm_jit clean``, which must not compile what it removes."""
-    return any(sys.orig_argv[i : i + 3] == ["-m", "tsm_jit", "clean"] for i in range(1, len(sys.orig_argv)))
+def _remove(folder: Path) -> int:
+    size = _bytes_below(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return size
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

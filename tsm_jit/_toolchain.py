@@ -1,4 +1,4 @@
-"""What this machine can compile with: the C++ compiler, the CUDA toolkit, ninja, the architectures of its GPUs.
+"""What this machine can compile with: the C++ compiler, the CUDA toolkit, the architectures of its GPUs.
 
 Finding is cheap and runs at every import; what starts a process or loads a driver is asked only to build something.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +22,29 @@ import torch
 # Any GPU from here on runs what is compiled for this virtual architecture: its driver finishes the compilation.
 PORTABLE_ARCHITECTURE = "75"
 _PROBE_SECONDS = 30
+_CXX = (["c++"], ["g++"], ["clang++"])
 
 
-def find_cxx() -> Path | None:
-    """The C++ compiler: the first word of ``CXX`` if set, else c++, g++ or clang++ on the path."""
-    names = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
-    return next((Path(found) for name in names if (found := shutil.which(name))), None)
+class BuildError(Exception):
+    """The tools cannot build it: trying again without a change would fail again."""
+
+
+def find_cxx() -> list[str] | None:
+    """The C++ compiler and its options: ``CXX`` if set, else c++, g++ or clang++ on the path."""
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # a quote that is not closed
+        return None
+    for name, *options in [chosen] if chosen else _CXX:
+        if found := shutil.which(name):
+            return [os.path.abspath(found), *options]
+    return None
 
 
 def find_nvcc() -> Path | None:
     """nvcc: of ``CUDA_HOME`` or ``CUDA_PATH``, on the path, in the usual place, in pip's nvidia wheels."""
-    return next((path for path in _nvcc_candidates() if os.access(path, os.X_OK) and path.is_file()), None)
+    candidates = (path.absolute() for path in _nvcc_candidates())
+    return next((path for path in candidates if os.access(path, os.X_OK) and path.is_file()), None)
 
 
 def _nvcc_candidates() -> Iterator[Path]:
@@ -54,30 +68,48 @@ def toolkit_root(nvcc: Path) -> Path:
     return nvcc.resolve().parent.parent
 
 
+def cudart(toolkit: Path) -> list[str]:
+    """What links to the CUDA runtime of ``toolkit``, which pip's wheels have under its full name alone; and finds it
+    again, in a process whose torch has loaded another."""
+    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+        for found in sorted((toolkit / folder).glob("libcudart.so*")):
+            return [str(found), f"-Wl,-rpath,{found.parent}"]
+    return ["-lcudart"]  # where a distribution keeps its libraries
+
+
 def nvcc_architectures(nvcc: Path) -> list[str]:
     """What ``nvcc`` can compile for, as ``["75", "80", ...]``."""
-    return re.findall(r"^compute_(\d+)\s*$", _output([str(nvcc), "--list-gpu-arch"]), re.MULTILINE)
+    said = _output([str(nvcc), "--list-gpu-arch"])
+    if known := re.findall(r"^compute_(\d+)\s*$", said, re.MULTILINE):
+        return known
+    raise BuildError(f"{nvcc} --list-gpu-arch must list GPU architectures, got {said[:200]!r}")
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """Of its toolkit, as ``13.0``."""
+    said = _output([str(nvcc), "--version"])
+    if match := re.search(r"release (\d+\.\d+)", said):
+        return match[1]
+    raise BuildError(f"{nvcc} --version must name a release, got {said[:200]!r}")
 
 
 def _output(command: list[str]) -> str:
     try:
-        run = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=_PROBE_SECONDS
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # what it starts holds the pipe as well, and has to be ended with it
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return run.stdout.decode(errors="replace")
-
-
-def find_ninja() -> Path | None:
-    """The folder of ninja: of the Python package, which may be off the path, or on the path."""
-    spec = importlib.util.find_spec("ninja")
-    if spec is not None and spec.origin is not None:
-        import ninja
-
-        return Path(ninja.BIN_DIR)
-    found = shutil.which("ninja")
-    return Path(found).parent if found else None
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}")
+    with process:
+        try:
+            return process.communicate(timeout=_PROBE_SECONDS)[0].decode(errors="replace")
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise BuildError(f"{' '.join(command)} had not ended after {_PROBE_SECONDS} s")
 
 
 def gpu_is_visible() -> bool:

