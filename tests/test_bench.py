@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from tsm_jit import bench, cli, online, reference
-from tsm_jit.bench import peers, streams
+from tsm_jit.bench import network, peers, streams
 
 CPU = torch.device("cpu")
 SHAPE = bench.Shape(2, 8, 32, 3, 2, 4)
@@ -53,6 +53,28 @@ def test_quick(tmp_path):
     assert [row["mebibytes"] for row in results["sweep"]] == [0.0625, 0.25, 1, 4]
     assert all(row["forward in place"]["of_floor"] > 0 for row in results["floor"] + results["sweep"])
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "sweep.png", "peers.png"}
+
+
+def test_networks(tmp_path, monkeypatch):
+    small = [
+        network.Case("resnet18", family, 1, training, False, 32)
+        for family, training in (("TSM", True), ("TSAM", False))
+    ]
+    monkeypatch.setattr(network, "cases", lambda cuda, quick: small)
+    assert cli.main(["bench", "--network", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "network.json").read_text())["network"]
+    assert [row["who"] for row in rows] == ["no shift", "stock", "drop-in", "fused"] * 2
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"network.json", "network.png"}
+
+
+def test_a_network_that_computes_something_else_is_not_timed(monkeypatch):
+    case = network.Case("resnet18", "TSM", 1, False, False, 32)
+    made = network.networks(case, CPU)
+    network.check(made, case, CPU)
+    made["fused"].layer3[1].conv1.fold_div = 4
+    with pytest.raises(bench.Mismatch, match=r"fused: .* does not have the outputs and gradients of stock"):
+        network.check(made, case, CPU)
 
 
 def test_seed_table_and_shape(tmp_path, monkeypatch):

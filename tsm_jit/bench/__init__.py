@@ -341,8 +341,11 @@ def seed_tables(device: torch.device) -> list[Row]:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bool, seed_table: bool) -> Row:
-    """All of it, or what ``quick`` has time for; writes ``bench.json`` and the plots into ``output``."""
+def run(
+    output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bool, seed_table: bool, network: bool = False
+) -> Row:
+    """All of it, or what ``quick`` has time for; writes ``bench.json`` and the plots into ``output``. Whole networks
+    are a run of their own: ``network.json``."""
     from tsm_jit.bench import report
 
     torch.manual_seed(0)
@@ -360,6 +363,11 @@ def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bo
                 part("seed", [seed_tables(device)])
                 return results
             cuda = device.type == "cuda"
+            if network:
+                from tsm_jit.bench import network as networks
+
+                part("network", networks.rows(device, networks.cases(cuda, quick), 5 if quick else 50))
+                return results
             part("calls", [calls_on_the_host(device)])
 
             chosen = shapes or (QUICK_SHAPES if quick else SHAPES if cuda else SHAPES[:3])

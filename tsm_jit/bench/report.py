@@ -27,6 +27,10 @@ _COLUMNS = {
         "streams", "who", "median_milliseconds", "p99_milliseconds", "state_mebibytes", "peak_mebibytes",
     ),
     "seed": ("table", "entry", "claimed", "measured"),
+    "network": (
+        "network", "family", "batch", "training", "compiled", "who",
+        "milliseconds", "of_no_shift", "peak_mebibytes", "of_no_shift_memory",
+    ),
 }  # fmt: skip
 _TITLES = {
     "calls": "one call on the host, 8 frames of 64 channels of 2x2",
@@ -35,6 +39,8 @@ _TITLES = {
     "sweep": "from small to large, float32 NCHW TSM: microseconds, and of what a copy of as many bytes reaches",
     "online": "a frame of a TSM-ResNet-50, 224x224 float32: from its arrival on the device to its scores there",
     "seed": "the project's first text: its claims and what is measured",
+    "network": "networks on 8 frames of 224x224 (TSAM: 8 and a segment of sound), channels_last: a step of SGD under "
+    "autocast to bfloat16; inference in bfloat16, a CUDA graph",
 }
 
 
@@ -68,7 +74,9 @@ class Progress:
 
 
 def _cell(column: str, value: Any) -> str:
-    width = {"shape": 28, "call": 25, "who": 23, "layout": 13, "table": 48, "entry": 26}.get(column, 11)
+    width = {"shape": 28, "call": 25, "who": 23, "of_no_shift_memory": 18, "layout": 13, "table": 48, "entry": 26}.get(
+        column, 11
+    )
     if column in operations:
         width = 18
     if value is None:
@@ -85,16 +93,17 @@ def _cell(column: str, value: Any) -> str:
 
 
 def save(results: Row, folder: Path) -> None:
-    """``bench.json``, and the plots."""
+    """``bench.json``, or ``network.json``, and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-    sys.stdout.write(f"\nwritten to {folder}: {', '.join(['bench.json', *draw(results, folder)])}\n")
+    name = "network.json" if "network" in results else "bench.json"
+    (folder / name).write_text(json.dumps(results, indent=1) + "\n")
+    sys.stdout.write(f"\nwritten to {folder}: {', '.join([name, *draw(results, folder)])}\n")
 
 
 def draw(results: Row, folder: Path) -> list[str]:
     """A PNG for every part that is a curve or bars; returns their names."""
     written = []
-    for name, plot in (("sweep", draw_sweep), ("peers", draw_peers)):
+    for name, plot in (("sweep", draw_sweep), ("peers", draw_peers), ("network", draw_network)):
         if results.get(name):
             plot(results[name], results["environment"]).savefig(folder / f"{name}.png", dpi=110)
             written.append(f"{name}.png")
@@ -102,11 +111,13 @@ def draw(results: Row, folder: Path) -> list[str]:
 
 
 def markdown(results: Row) -> str:
-    """What the README says of a full run on a GPU: three tables. Raises ValueError or KeyError for other runs."""
+    """What the README says of a full run on a GPU: its tables. Raises ValueError or KeyError for other runs."""
     about = results["environment"]
     if about["driver"] is None:
         raise ValueError("it ran on the CPU")
     title = f"{about['device']}, driver {about['driver']}, torch {about['torch']}, commit {about['commit']}"
+    if "network" in results:
+        return _network_markdown(results["network"], title)
     whose = {
         "forward": ("eager", "compiled", "tsm_jit", "tsm_jit in place"),
         "backward": ("eager", "compiled", "tsm_jit"),
@@ -151,6 +162,52 @@ def markdown(results: Row) -> str:
         cells = [f"{row['median_milliseconds']:.2f} | {row['p99_milliseconds']:.2f}" for row in rows]
         lines.append(f"| {who} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _network_markdown(rows: list[Row], title: str) -> str:
+    names = list(dict.fromkeys(row["who"] for row in rows))
+    others = [name for name in names if name != "no shift"]
+    lines = [
+        f"{title}. Milliseconds of a network without shift, and of it with shift times as much; in brackets peak",
+        "",
+    ]
+    lines[0] += " memory, MiB and times as much:"
+    lines.append("| | no shift | " + " | ".join(others) + " |")
+    lines.append("| --- |" + " --- |" * len(names))
+    for case, found in _by_case(rows).items():
+        plain = found["no shift"]
+        cells = [f"{plain['milliseconds']:.2f} ms ({plain['peak_mebibytes']:.0f} MiB)"]
+        cells += [f"{found[name]['of_no_shift']:.2f} ({found[name]['of_no_shift_memory']:.2f})" for name in others]
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        mode = f"{'compiled' if row['compiled'] else 'eager'} {'training' if row['training'] else 'inference'}"
+        title = f"{row['family']}-{row['network'].replace('resnet', 'ResNet-')}, {row['batch']} clips, {mode}"
+        cases.setdefault(title, {})[row["who"]] = row
+    return cases
+
+
+def draw_network(rows: list[Row], environment: Row) -> Figure:
+    """Bars of milliseconds relative to the network without shift."""
+    cases = _by_case(rows)
+    names = list(dict.fromkeys(row["who"] for row in rows))
+    figure = Figure(figsize=(11, 0.7 * len(cases) + 1.5), layout="constrained")
+    axis = figure.subplots()
+    for k, name in enumerate(names):
+        places = [i + k / (len(names) + 1) for i in range(len(cases))]
+        widths = [found[name]["of_no_shift"] for found in cases.values()]
+        bars = axis.barh(places, widths, height=1 / (len(names) + 1), align="edge", label=name)
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    axis.axvline(1, color="gray", linewidth=0.8)
+    axis.set(xlabel="time, of the network without shift", yticks=[i + 0.4 for i in range(len(cases))])
+    axis.set(yticklabels=list(cases), ylim=(len(cases), -0.2))
+    axis.legend(ncols=len(names), loc="upper right", fontsize=8)
+    figure.suptitle(f"ResNets with temporal shift, on {environment['device']}")
+    return figure
 
 
 def draw_sweep(rows: list[Row], environment: Row) -> Figure:

@@ -1,0 +1,656 @@
+"""Fused residual networks: the operators against the reference, networks against what they were before."""
+
+import copy
+import functools
+import io
+import itertools
+import random
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from support import assert_same_bits, poison, random_values
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+import tsm_jit
+from tsm_jit import _residual_ops, reference, residual
+from tsm_jit._residual_ops import NO_SHIFT, Norm, end_of_block
+from tsm_jit.plans import PADDINGS, Shift
+
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# --- the operators ---------------------------------------------------------------------------------------------------
+
+
+def random_case(dtype, layout, device, padding, largest=9):
+    """A shift that may leave frames or channels alone, and a function that makes activations for it."""
+    t = random.randint(1, largest)
+    shifted = random.randint(1, t)
+    unit = random.choice((1, 1, 8)) if largest == 9 else 1  # groups that 16 bytes do not divide, and that they do
+    plan = tuple((unit * random.randint(0, 3), random.randint(-shifted, shifted)) for _ in range(random.randint(0, 4)))
+    channels = sum(width for width, _ in plan) + unit * random.randint(1, 3)
+    shape = (random.randint(1, 3) * t, channels, random.randint(1, largest), random.randint(1, (largest + 1) // 2))
+
+    def make(*of) -> Tensor:
+        return random_values(of or shape, dtype, device).contiguous(memory_format=FORMATS[layout])
+
+    return Shift(t, shifted, 1, padding, plan).canonical(), make
+
+
+def random_norm(channels, dtype, device) -> list[Tensor]:
+    return [(torch.rand(channels, device=device) + 0.5).to(dtype) for _ in range(4)]
+
+
+CASES = [
+    pytest.param(*case, id="-".join(map(str, case)).replace("torch.", ""))
+    for case in itertools.product(DTYPES, FORMATS, PADDINGS)
+]
+
+
+@pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
+def test_forward_is_the_reference_to_the_bit(device, dtype, layout, padding):
+    for from_shifted, shifted in itertools.product((False, True), (False, True)):
+        shift, make = random_case(dtype, layout, device, padding)
+        z, x = make(), make()
+        before = z.clone(), x.clone()
+        identity, unread = x, None
+        if from_shifted:
+            identity = reference.temporal_shift(x, shift)
+            unread = reference.unread_frames(x, shift).contiguous(memory_format=FORMATS[layout])
+        poison(z)
+        out, unread_out = _residual_ops._new(z, [], 0.0, identity, [], 0.0, unread, shift.encode(), shifted)
+        expected = torch.relu(z + x)
+        if shifted:
+            assert_same_bits(unread_out, reference.unread_frames(expected, shift))
+            expected = reference.temporal_shift(expected, shift)
+        assert_same_bits(out, expected)
+        assert out.stride() == z.stride()
+        assert_same_bits(z, before[0])
+        assert_same_bits(x, before[1])
+
+
+@pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
+def test_norms_on_the_way(device, dtype, layout, padding):
+    shift, make = random_case(dtype, layout, device, padding)
+    z, identity = make(), make()
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for norm_dtype in {wide, dtype}:
+        z_norm, identity_norm = (random_norm(z.shape[1], norm_dtype, device) for _ in range(2))
+        out, _ = _residual_ops._new(z, z_norm, 1e-3, identity, identity_norm, 1e-5, None, shift.encode(), True)
+        normed = [
+            F.batch_norm(x.double(), *(part.double() for part in parts), eps=epsilon)
+            for x, parts, epsilon in ((z, z_norm, 1e-3), (identity, identity_norm, 1e-5))
+        ]
+        expected = reference.temporal_shift(torch.relu(sum(normed)), shift)
+        # Computed in `wide` from numbers around 1 and rounded once.
+        close = 4 * torch.finfo(wide).eps * 16 + torch.finfo(dtype).eps
+        torch.testing.assert_close(out.double(), expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
+def test_backward_is_the_reference(device, dtype, layout, padding):
+    for to_shifted, shifted in itertools.product((False, True), (False, True)):
+        shift, make = random_case(dtype, layout, device, padding)
+        x, grads = torch.relu(make()), [random.choice((make, lambda: None))() for _ in range(2)]
+        out, unread_out, grad_unread = x, None, None
+        if shifted:
+            out = reference.temporal_shift(x, shift)
+            unread_out = reference.unread_frames(x, shift).contiguous(memory_format=FORMATS[layout])
+            grad_unread = random.choice((None, random_values(unread_out.shape, dtype, device)))
+            if grad_unread is not None:
+                grad_unread = grad_unread.contiguous(memory_format=FORMATS[layout])
+        poison(out)
+        grad, grad_shifted, grad_unread_in, _ = _residual_ops._new_gradients(
+            *grads, grad_unread, out, unread_out, None, None, None, None, shift.encode(), to_shifted
+        )
+        given = [each for each in grads if each is not None]
+        expected = reference.residual_shift_backward(given, grad_unread, out, unread_out, shift)
+        # Added in another order; once rounded to 16 bits, which may fall to either side.
+        close = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(grad, expected, rtol=close, atol=close)
+        if to_shifted:
+            without_padding = shift if padding == "circular" else shift._replace(padding="zeros")
+            assert_same_bits(grad_shifted, reference.temporal_shift(grad, without_padding))
+            assert_same_bits(grad_unread_in, reference.unread_frames(grad, shift))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_by_channel(device, dtype):
+    shape = (random.randint(1, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(1, 9))
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def make():
+        return random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) + 3
+
+    out, grad, z, identity = torch.relu(make() - 3), make(), make(), make()
+    means = [torch.rand(shape[1], dtype=wide, device=device) + 2.5 for _ in range(2)]
+    for given in ((z, means[0], None, None), (None, None, identity, means[1]), (z, means[0], identity, means[1])):
+        masked, *_, sums = _residual_ops._new_gradients(grad, None, None, out, None, *given, NO_SHIFT, False)
+        masked, count = masked.double(), masked.numel() / masked.shape[1]
+        for k, (values, mean) in enumerate(((z, means[0]), (identity, means[1]))):
+            if given[2 * k] is None:
+                continue
+            expected = (masked * (values.double() - mean[:, None, None])).sum((0, 2, 3))
+            # Sums of `count` numbers around 10, of which kernels do not round each to 16 bits before they add it.
+            close = 10 * count**0.5 * max(torch.finfo(wide).eps * count**0.5, torch.finfo(dtype).eps)
+            torch.testing.assert_close(sums[1 + k].double(), expected, rtol=0, atol=close)
+            torch.testing.assert_close(sums[0].double(), masked.sum((0, 2, 3)), rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_statistics(device, dtype):
+    shape = (random.randint(1, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(2, 9))
+    x = random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) + 100
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    expected, actual = (nn.BatchNorm2d(shape[1], momentum=0.3, dtype=wide, device=device) for _ in range(2))
+    expected(x.to(wide))
+    if device.type == "cuda":
+        mean, variance = _residual_ops.batch_statistics(x, actual.running_mean, actual.running_var, actual.momentum)
+    else:  # has no kernel for it
+        mean, variance = _residual_ops._plain_statistics(x, actual.running_mean, actual.running_var, actual.momentum)
+    # A variance around 1 of numbers around 100 whose sums are of their distances from the first.
+    close = 1e-4 if wide is torch.float32 else 1e-9
+    torch.testing.assert_close(mean, x.to(wide).mean((0, 2, 3)), rtol=close, atol=0)
+    torch.testing.assert_close(variance, x.to(wide).var((0, 2, 3), correction=0), rtol=close, atol=close)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("norms", ["none", "of the batch", "of before"])
+@pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
+def test_gradients_are_those_of_differences(device, layout, norms, shifted):
+    shift, make = random_case(torch.float64, layout, device, random.choice(PADDINGS), largest=3)
+    z, identity = (make().requires_grad_() for _ in range(2))
+    z_weights, identity_weights = (
+        [(torch.rand(z.shape[1], dtype=torch.float64, device=device) + 0.5).requires_grad_() for _ in range(2)]
+        for _ in range(2)
+    )
+
+    def norm(x, weights) -> Norm | None:
+        if norms == "none":
+            return None
+        variance, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+        if norms == "of before":
+            mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
+        return Norm(mean, variance, *weights, 0.1, of_batch=norms == "of the batch")
+
+    def of(z, identity, *weights):
+        x, again, unread = end_of_block(
+            z, norm(z, weights[:2]), identity, norm(identity, weights[2:]), None, shift.encode(), shifted
+        )
+        return x, 2 * again, *([unread] if shifted and unread.numel() else [])
+
+    torch.autograd.gradcheck(of, (z, identity, *z_weights, *identity_weights))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
+def test_gradients_of_a_shifted_identity_are_those_of_differences(device, layout, shifted):
+    shift, make = random_case(torch.float64, layout, device, random.choice(PADDINGS), largest=3)
+    x = make()
+    unread = reference.unread_frames(x, shift).requires_grad_()
+    identity, z = reference.temporal_shift(x, shift).requires_grad_(), make().requires_grad_()
+
+    def of(z, identity, unread):
+        out = end_of_block(z, None, identity, None, unread, shift.encode(), shifted)
+        return [each for each in out if each is not None and each.numel()]
+
+    if shift.padding in ("keep", "replicate"):  # what pads is a copy that no difference may tell apart
+        shift = shift._replace(padding="zeros")
+        identity = reference.temporal_shift(x, shift).requires_grad_()
+    # Padding is 0 in any shifted form, and stays so: its own gradient is nobody's.
+    held = reference.temporal_shift(torch.ones_like(x), shift)
+    torch.autograd.gradcheck(lambda z, identity, unread: of(z, identity * held, unread), (z, identity, unread))
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def tsm(net: nn.Module, **kwargs) -> nn.Module:
+    tsm_jit.make_temporal_shift(net, 4, **kwargs)
+    return net
+
+
+def tsam(net: nn.Module, **kwargs) -> nn.Module:
+    tsm_jit.tsam.make_Shift(net, 4, 3, **({"f_div": 4, "shift_depth": 2, "n_insert": 1, "m_insert": 0} | kwargs))
+    return net
+
+
+def small(block=Bottleneck, layers=(2, 3, 2, 2), **kwargs) -> nn.Module:
+    return ResNet(block, list(layers), num_classes=5, **kwargs)
+
+
+NETWORKS = {
+    "ResNet, basic blocks": lambda: tsm(small(BasicBlock)),
+    "ResNet, bottlenecks": lambda: tsm(small()),
+    "every second block": lambda: tsm(small(BasicBlock, (1, 2, 23, 1))),
+    "chosen blocks": lambda: tsm(small(BasicBlock, (3, 3, 3, 3)), blocks=[1]),
+    "ResNeXt": lambda: tsm(small(groups=2, width_per_group=32)),
+    "Wide": lambda: tsm(small(width_per_group=128)),
+    "one direction": lambda: tsm(small(BasicBlock), direction="past"),
+    "other folds": lambda: tsm(small(BasicBlock), n_div=3),
+    "pooled": lambda: pooled(small()),
+    "TSAM": lambda: tsam(small()),
+    "TSAM, every second": lambda: tsam(small(BasicBlock), n_insert=2, m_insert=1, shift_depth=3, f_div=3),
+    "timm ResNet": lambda: tsm(timm.create_model("resnet26", num_classes=5)),
+    "timm ResNet-D": lambda: tsm(timm.create_model("resnet26d", num_classes=5)),
+    "timm, basic blocks": lambda: tsm(timm.create_model("resnet18", num_classes=5)),
+}
+
+
+def pooled(net: nn.Module) -> nn.Module:
+    tsm_jit.make_temporal_shift(net, 4, temporal_pool=True)
+    tsm_jit.make_temporal_pool(net, 4)
+    return net
+
+
+def pair(make, device, layout="channels_last", dtype=torch.float64) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A network with statistics and weights as after some training, the same fused, and clips for both."""
+    net = make()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    net = net.to(device, dtype).to(memory_format=FORMATS[layout])
+    fused = copy.deepcopy(net)
+    residual.fuse(fused)
+    x = torch.randn(8, 3, 32, 32, device=device).to(dtype).contiguous(memory_format=FORMATS[layout])
+    return net, fused, x
+
+
+def step(net: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    scores = net(x)
+    gradients = torch.autograd.grad(scores.square().sum(), list(net.parameters()))
+    return scores, list(gradients), {name.removeprefix("_orig_mod."): buffer for name, buffer in net.named_buffers()}
+
+
+def assert_same_step(net: nn.Module, fused: nn.Module, x: Tensor, close: float = 1e-9) -> None:
+    expected, actual = step(net, x), step(fused, x)
+    assert (actual[0] - expected[0]).norm() <= close * expected[0].norm()
+    for a, b in zip(actual[1], expected[1], strict=True):
+        assert (a - b).norm() <= close * b.norm() + 1e-12
+    assert actual[2].keys() == expected[2].keys()
+    for name, buffer in actual[2].items():
+        torch.testing.assert_close(buffer, expected[2][name], rtol=close, atol=close)
+
+
+@pytest.fixture(params=[False, True], ids=["as on the CPU", "as on a GPU"])
+def merged(request, monkeypatch, device):
+    """Norms are differentiated together with the block's end where kernels make sums by channel; here anywhere."""
+    if request.param:
+        monkeypatch.setattr(residual, "_is_summed_by_channel", lambda x: True)
+    return request.param
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_same_outputs_gradients_and_statistics(device, merged, name, layout, training):
+    net, fused, x = pair(NETWORKS[name], device, layout)
+    assert_same_step(net.train(training), fused.train(training), x)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_same_scores_without_gradients(device, name, layout):
+    net, fused, x = pair(NETWORKS[name], device, layout)
+    x_before = x.clone()
+    for training in (False, True):
+        with torch.no_grad():
+            expected, actual = net.train(training)(x), fused.train(training)(x)
+        assert (actual - expected).norm() <= 1e-11 * expected.norm()
+    assert_same_bits(x, x_before)
+
+
+class OtherNorm(nn.BatchNorm2d):
+    """One that is called, and not folded."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_inference_without_folding_is_the_same_to_the_bit(device, layout, dtype):
+    net, fused, x = pair(lambda: tsm(small(norm_layer=OtherNorm)), device, layout, dtype)
+    with torch.no_grad():
+        assert_same_bits(fused.eval()(x), net.eval()(x))
+
+
+def test_training_in_float32_is_the_same_to_rounding(cuda):
+    """On the CPU norms are called, so it is the same to the bit there, as float64 shows above."""
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], cuda, dtype=torch.float32)
+    with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
+        expected, actual = step(net, x), step(fused, x)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-3, atol=1e-3)
+    # A ReLU that a rounding turns changes a gradient by its whole part: so all together, and not each.
+    ours, theirs = (torch.cat([each.flatten() for each in of[1]]) for of in (actual, expected))
+    assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+def test_frozen_statistics_in_training(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for each in (net, fused):
+        each.train()
+        for module in each.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    assert_same_step(net, fused, x)
+
+
+def test_frozen_weights(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for each in (net, fused):
+        for name, parameter in each.named_parameters():
+            parameter.requires_grad_("layer3" in name and "bn" not in name)
+        scores = each(x)
+        each.zero_grad()
+        scores.sum().backward()
+    for (name, a), b in zip(net.named_parameters(), fused.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None) == ("layer3" not in name or "bn" in name)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_norms_that_average_over_all_batches(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+    for module in (*net.modules(), *fused.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    assert_same_step(net.train(), fused.train(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(device, dtype):
+    if device.type == "cpu" and dtype is torch.float16:
+        pytest.skip("no autocast to float16 on the CPU")
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device, dtype=torch.float32)
+    with torch.autocast(device.type, dtype), torch.no_grad():
+        expected, actual = net.eval()(x), fused.eval()(x)
+    assert actual.dtype == expected.dtype == dtype
+    # Some eighteen layers, each rounded to 16 bits.
+    assert (actual - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
+    with torch.autocast(device.type, dtype):
+        loss = fused.train()(x).float().square().mean()
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in fused.parameters())
+
+
+def test_checkpointing(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for name in ("layer1", "layer2"):
+        stage = getattr(fused, name)
+        stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False)
+    assert_same_step(net.eval(), fused.eval(), x)
+
+
+def test_offloading(device):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    with torch.autograd.graph.save_on_cpu():
+        actual = step(fused.eval(), x)
+    for a, b in zip(actual[1], step(net.eval(), x)[1], strict=True):
+        assert (a - b).norm() <= 1e-9 * b.norm() + 1e-12
+
+
+def test_a_second_derivative_is_refused(device):
+    _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+    (gradient,) = torch.autograd.grad(fused(x).square().sum(), fused.conv1.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_no_more_is_saved_than_without_shift(device, merged):
+    """But for the unread frames: 1/T of the channels that move, of the blocks within a stage."""
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    plain = copy.deepcopy(net)
+    tsm_jit.remove_temporal_shift(plain)
+
+    held = {}
+    for name, each in (("plain", plain), ("fused", fused)):
+        held[name] = _graph_bytes(each.train()(x)) - sum(p.numel() * p.element_size() for p in each.parameters())
+    assert held["fused"] <= 1.05 * held["plain"]
+
+
+def _graph_bytes(output: Tensor) -> int:
+    """Of all storages that the graph of ``output`` has saved."""
+    storages, seen, todo = {}, set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names = [name for name in dir(node) if name.startswith("_raw_saved")]
+        raw = [each for name in names for each in _listed(getattr(node, name))]
+        raw += _listed(getattr(node, "saved_tensors", ())) if not names else []
+        for each in raw:
+            tensor = getattr(each, "data", each)
+            if isinstance(tensor, Tensor) and tensor.numel():
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        todo += [function for function, _ in node.next_functions]
+    return sum(storages.values())
+
+
+def _listed(value) -> list:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+# --- compilers and exporters -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_one_graph(device, merged, training):
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused.train(training), backend="aot_eager", fullgraph=True)
+    assert_same_step(net.train(training), compiled, x)
+    with torch.no_grad():
+        expected = net.eval()(x)
+        fused.eval()
+        assert (compiled(x) - expected).norm() <= 1e-11 * expected.norm()
+
+
+def test_export_and_traces_hold_the_network_before():
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"), dtype=torch.float32)
+    expected = net.eval()(x)
+    exported = torch.export.export(fused.eval(), (x,))
+    assert "residual_shift" not in str(exported.graph)
+    torch.testing.assert_close(exported.module()(x), expected)
+    traced = torch.jit.trace(fused, (x,))
+    assert "tsm_jit::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), expected)
+
+
+def test_under_transforms_it_is_the_network_before():
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"))
+
+    def tangent(net: nn.Module) -> Tensor:
+        return torch.func.jvp(net.eval(), (x,), (torch.ones_like(x),))[1]
+
+    torch.testing.assert_close(tangent(fused), tangent(net))
+
+
+# --- surgery ---------------------------------------------------------------------------------------------------------
+
+
+def test_keys_stay_in_both_directions():
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], torch.device("cpu"))
+    assert list(fused.state_dict()) == list(net.state_dict())
+    other = NETWORKS["ResNet, bottlenecks"]().double()
+    residual.fuse(other)
+    other.load_state_dict(net.state_dict())
+    net.load_state_dict(other.state_dict())
+    stages = [fused.layer1, fused.layer4]
+    residual.unfuse(fused)
+    assert [fused.layer1, fused.layer4] == stages
+    assert not any(isinstance(module, residual.Stage) for module in fused.modules())
+    assert_same_bits(fused.eval()(x), net.eval()(x))
+
+
+def test_copies_and_pickles_are_fused():
+    _, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"))
+    file = io.BytesIO()
+    torch.save(fused.eval(), file)
+    file.seek(0)
+    for each in (copy.deepcopy(fused), torch.load(file, weights_only=False)):
+        assert isinstance(each.layer2, residual.Stage)
+        assert_same_bits(each(x), fused(x))
+
+
+def test_clip_lengths_and_removal_after_fusing(device):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for each in (net, fused):
+        tsm_jit.n_segment(each, 8)
+    assert_same_step(net, fused, x)
+    for each in (net, fused):
+        tsm_jit.remove_temporal_shift(each)
+    assert_same_step(net, fused, x)
+
+
+def test_plans_that_differ_from_block_to_block(device):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for each in (net, fused):
+        each.layer2[1].conv1.fold_div = 4
+        each.layer2[2].conv1.n_segment = 2
+    assert_same_step(net, fused, x)
+
+
+class SqueezeExcite(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: setattr(block, "relu", nn.GELU()), "ends in GELU, not in a ReLU"),
+        (lambda block: block.register_forward_hook(lambda *_: None), "has hooks"),
+        (lambda block: block.relu.register_forward_hook(lambda *_: None), "not in a ReLU without hooks"),
+        (lambda block: setattr(block, "se", SqueezeExcite()), "has an attention"),
+        (lambda block: setattr(block, "drop_path", nn.Dropout()), "has stochastic depth"),
+        (lambda block: setattr(block, "__class__", type("Other", (BasicBlock,), {})), "is no block that is known"),
+    ],
+)
+def test_a_block_that_is_not_understood_is_named_and_called(change, reason):
+    net = tsm(small(BasicBlock, (3, 2, 2, 2))).double().eval()
+    change(net.layer1[1])
+    fused = copy.deepcopy(net)
+    with pytest.warns(UserWarning, match=rf"layer1\.1: .*{reason}"):
+        residual.fuse(fused)
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    assert_same_step(net, fused, x)
+
+
+def test_timm_blocks_with_attention_or_stochastic_depth_are_called(device):
+    for more, reason in (
+        ({"drop_path_rate": 0.2}, "stochastic depth"),
+        ({"block_args": {"attn_layer": "se"}}, "attention"),
+    ):
+        net = tsm(timm.create_model("resnet18", num_classes=5, **more)).double().to(device)
+        fused = copy.deepcopy(net)
+        with (
+            pytest.warns(UserWarning, match=reason)
+            if reason == "stochastic depth"
+            else pytest.raises(ValueError, match=reason)
+        ):
+            residual.fuse(fused)
+        x = torch.randn(8, 3, 32, 32, dtype=torch.float64, device=device)
+        assert_same_step(net.train(), fused.train(), x)
+
+
+def test_hooks_see_what_they_saw_before():
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], torch.device("cpu"))
+    seen: dict[str, list[Tensor]] = {"net": [], "fused": []}
+    for name, each in (("net", net), ("fused", fused)):
+        each.eval()
+        for place in ("layer1.1.conv1", "layer3.1.conv1.net", "layer2.2.bn3", "layer2.1.conv3", "layer2"):
+            each.get_submodule(place).register_forward_hook(
+                lambda module, inputs, out, name=name: seen[name].extend([inputs[0].clone(), out.clone()])
+            )
+        with torch.no_grad():
+            each(x)
+    for ours, theirs in zip(seen["fused"], seen["net"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: 3, TypeError, "net must be a ResNet"),
+        (lambda: torchvision.models.vgg11(), TypeError, "net must be a ResNet"),
+        (lambda: small(BasicBlock), ValueError, "net must hold temporal shifts to be fused"),
+        (lambda: tsm(small(BasicBlock), place="block"), ValueError, "is no block that is known"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused_and_unchanged(make, error, says):
+    net = make()
+    kinds = [type(module) for module in net.modules()] if isinstance(net, nn.Module) else []
+    with pytest.raises(error, match=says):
+        residual.fuse(net)
+    assert kinds == ([type(module) for module in net.modules()] if kinds else [])
+
+
+def test_what_is_not_fused_cannot_be_unfused():
+    with pytest.raises(TypeError, match=r"net must be a torch\.nn\.Module, got int"):
+        residual.unfuse(3)
+    with pytest.raises(ValueError, match="net must be fused to be unfused, got ResNet"):
+        residual.unfuse(small())
+    net = tsm(small(BasicBlock))
+    residual.fuse(net)
+    residual.fuse(net)  # already is
+    residual.unfuse(net)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cuda_graph(cuda):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], cuda)
+    with torch.inference_mode():
+        expected = net.eval()(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            fused.eval()(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fused(x)
+        out.zero_()
+        graph.replay()
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_synchronized_batch_norm(cuda):
+    """On one process; that the statistics are those of all is SyncBatchNorm's own, which is called."""
+    import torch.distributed as dist
+
+    store = dist.HashStore()
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        net, fused, x = pair(NETWORKS["ResNet, basic blocks"], cuda)
+        net, fused = (nn.SyncBatchNorm.convert_sync_batchnorm(each) for each in (net, fused))
+        assert_same_step(net.train(), fused.train(), x)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_data_parallel(device):
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+        wrapped = nn.parallel.DistributedDataParallel(fused.train())
+        expected = step(net.train(), x)[1]
+        wrapped(x).square().sum().backward()
+        for parameter, gradient in zip(fused.parameters(), expected, strict=True):
+            assert (parameter.grad - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12
+    finally:
+        dist.destroy_process_group()
