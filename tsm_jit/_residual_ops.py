@@ -68,6 +68,11 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+def sums_are_in_kernel(x: Tensor) -> bool:
+    """Whether kernels sum up activations like ``x`` by channel: on a GPU, where channels are innermost."""
+    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 and x.numel() > 0
+
+
 def _slices(channels: int) -> int:
     """Parts in which sums by channel are made: with the blocks of 32 units that cover the channels, two for each of the
     multiprocessors of a large GPU, and some more."""
@@ -88,6 +93,7 @@ def end_of_block(
     unread: Tensor | None,
     shift: str,
     shifted: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``x = relu(z_norm(z) + identity_norm(identity))``, differentiable once.
 
@@ -97,6 +103,7 @@ def end_of_block(
         unread: the other frames of an identity in shifted form, ``[N, K, H, W]``; of a plain one None.
         shift: an encoded :class:`tsm_jit.plans.Shift`: of the identity, of the result, or of both.
         shifted: whether the result is wanted in shifted form.
+        overwrite: whether, where nothing is recorded, x may take the place of an identity of the same form.
 
     Returns:
         x twice, for two readers, so that one kernel receives both gradients and no addition comes before it; and the
@@ -107,7 +114,9 @@ def end_of_block(
     if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
         z = z.contiguous()
     if not torch.is_grad_enabled():
-        out, unread_out = _forward(z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
+        given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
+        in_place = overwrite and (unread is not None) == shifted and not is_compiling()
+        out, unread_out = _new(*given, out=_laid_out_as(identity, z)) if in_place else _forward(*given)
         return out, out, unread_out if shifted else None
     parts = [part for norm in (z_norm, identity_norm) for part in (norm[:4] if norm else (None,) * 4)]
     how = (z_norm and z_norm[4:], identity_norm and identity_norm[4:], shift, shifted)
@@ -229,8 +238,8 @@ def _through_norm(
 # --- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
-    out = torch.empty_like(z)
+def _new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted, out=None):
+    out = torch.empty_like(z) if out is None else out
     unread_out = _new_unread(z, shift) if shifted else z.new_empty(0)
     _write(
         out,
@@ -251,16 +260,17 @@ def _new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread
 def _new_gradients(
     grad_a, grad_b, grad_unread, out, unread_out, z, z_mean, identity, identity_mean, shift, shifted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad = torch.empty_like(out)
+    grads = (_laid_out_as(grad_a, out), _laid_out_as(grad_b, out), _laid_out_as(grad_unread, out))
+    # A plain gradient that had to be copied (that of a mean over pixels is one value) is ours to overwrite.
+    grad = grads[0] if grads[0] is not grad_a and unread_out is None else torch.empty_like(out)
     grad_shifted = torch.empty_like(out) if shifted else None
     grad_unread_in = _new_unread(out, shift) if shifted else None
     sums = None
     means = [mean for mean in (z_mean, identity_mean) if mean is not None]
-    in_kernel = means and out.is_cuda and out.is_contiguous(memory_format=torch.channels_last)
+    in_kernel = means and sums_are_in_kernel(out)
     if in_kernel:
         sums = means[0].new_empty((_slices(out.shape[1]), 3, out.shape[1]))
     given = (z, z_mean, _laid_out_as(identity, out), identity_mean) if in_kernel else (None,) * 4
-    grads = (_laid_out_as(grad_a, out), _laid_out_as(grad_b, out), _laid_out_as(grad_unread, out))
     _write_gradients(grad, grad_shifted, grad_unread_in, sums, *grads, out, unread_out, *given, shift)
     if in_kernel:
         sums = sums.sum(0)

@@ -28,7 +28,15 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from tsm_jit import ops, tsam, tsm
 from tsm_jit._families import resnet_stages
 from tsm_jit._networks import ClipModule, ShiftedModule
-from tsm_jit._residual_ops import NO_SHIFT, Norm, batch_statistics, end_of_block, relu_of_norm_, wide
+from tsm_jit._residual_ops import (
+    NO_SHIFT,
+    Norm,
+    batch_statistics,
+    end_of_block,
+    relu_of_norm_,
+    sums_are_in_kernel,
+    wide,
+)
 
 # Of the blocks that are understood: the residual branch, as their forward calls it, to the norm that ends it; and the
 # activation after the sum.
@@ -142,7 +150,8 @@ def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Str
     if stream.shift is not None and wanted != stream.shift:
         wanted = None  # one pass knows one shift
     shift = wanted or stream.shift or NO_SHIFT
-    x, again, unread = end_of_block(z, z_norm, identity, identity_norm, stream.unread, shift, wanted is not None)
+    ours = stream.shift is not None and _is_convolution(block.conv1.shifted_module)
+    x, again, unread = end_of_block(z, z_norm, identity, identity_norm, stream.unread, shift, wanted is not None, ours)
     return _Stream(again, x, unread, wanted)
 
 
@@ -200,7 +209,7 @@ def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
         return None
     if not torch.is_grad_enabled():
         return None if norm.training else Norm(*parts, norm.eps)
-    if not _is_summed_by_channel(x):
+    if not sums_are_in_kernel(x):  # which its gradient takes
         return None
     parts = [part.to(wide(x)) for part in parts]
     if not norm.training:
@@ -211,11 +220,6 @@ def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
         norm.num_batches_tracked.add_(1)
         mean, variance = batch_statistics(x.detach(), norm.running_mean, norm.running_var, norm.momentum)
     return Norm(mean, variance, *parts[2:], norm.eps, of_batch=True)
-
-
-def _is_summed_by_channel(x: Tensor) -> bool:
-    """Whether the pass makes the sums that a gradient takes: on a GPU, where channels are innermost."""
-    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and x.numel() > 0
 
 
 # --- what is understood ----------------------------------------------------------------------------------------------
