@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: compiled as C++, run thread by thread under sanitizers, against the CPU kernels."""
 
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,32 +9,43 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAUNCH = "kernel<<<grid, block, shared, stream_>>>(a);"
-# What only absurd sizes exceed: of a frame in one launch, of clips or of blocks of frames in one.
-MAX_BYTES, MAX_GRID = "kMaxBytes = int64_t{1} << 30", "kMaxGrid = 65535"
+LAUNCH = re.compile(r"([\w.]+)<<<(.+?)>>>", re.DOTALL)
 
 
-def replaced(text: str, old: str, new: str) -> str:
-    assert text.count(old) == 1
-    return text.replace(old, new)
+def compare(folder: Path, kernels: str, cases: int, **constants: int) -> None:
+    """Runs the program ``tests/cuda_on_cpu/{kernels}.cpp`` with these constants of the CUDA kernels replaced."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    header, source = ((ROOT / f"kernels/{kernels}.{end}").read_text() for end in ("cuh", "cu"))
+    for name, value in constants.items():
+        definition = rf"(constexpr \w+ {name} =)[^;]+;"
+        (header, in_header), (source, in_source) = (
+            re.subn(definition, rf"\1 {value};", text) for text in (header, source)
+        )
+        assert in_header + in_source == 1
+    source, launches = LAUNCH.subn(r"cuda_on_cpu::launch(\1, \2)", source)
+    assert launches > 0
+    (folder / f"{kernels}.cuh").write_text(header)
+    (folder / "kernels.cpp").write_text(source)
+    # Without contraction the same formula makes the same numbers in both kernels.
+    options = ["-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off"]
+    options += ["-g1", "-Wno-unknown-pragmas", "-Wno-attributes"]
+    folders = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_cpu", "kernels")]
+    files = [folder / "kernels.cpp", *(ROOT / f"{where}/{kernels}.cpp" for where in ("tests/cuda_on_cpu", "kernels"))]
+    subprocess.run(["g++", *options, *folders, *files, "-o", folder / "compare"], check=True)
+    seed = str(random.SystemRandom().randrange(2**32))
+    run = subprocess.run([folder / "compare", seed, str(cases)], capture_output=True, text=True)
+    assert run.returncode == 0, f"seed {seed}\n{run.stdout}{run.stderr[-3000:]}"
 
 
+# What only absurd sizes exceed: bytes of a frame in one launch, clips or blocks of frames in one.
 @pytest.mark.parametrize(
     ("max_bytes", "max_grid"), [(2**30, 65535), (640, 2)], ids=["as it is", "one launch takes little"]
 )
 def test_the_cuda_kernels_compute_what_the_cpu_kernels_do(tmp_path, max_bytes, max_grid):
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    header, source = ((ROOT / f"kernels/temporal_shift.{end}").read_text() for end in ("cuh", "cu"))
-    (tmp_path / "temporal_shift.cuh").write_text(replaced(header, MAX_BYTES, f"kMaxBytes = {max_bytes}"))
-    source = replaced(source, LAUNCH, "cuda_on_cpu::launch(kernel, grid, block, shared, a);")
-    (tmp_path / "kernels.cpp").write_text(replaced(source, MAX_GRID, f"kMaxGrid = {max_grid}"))
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
-    warnings = ["-Wno-unknown-pragmas", "-Wno-attributes"]
-    folders = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_cpu", "kernels")]
-    files = [tmp_path / "kernels.cpp", ROOT / "tests/cuda_on_cpu/compare.cpp", ROOT / "kernels/temporal_shift.cpp"]
-    program = tmp_path / "compare"
-    subprocess.run(["g++", "-std=c++17", *sanitizers, *warnings, *folders, *files, "-o", program], check=True)
-    seed = str(random.SystemRandom().randrange(2**32))
-    run = subprocess.run([program, seed, "800"], capture_output=True, text=True)
-    assert run.returncode == 0, f"seed {seed}\n{run.stdout}{run.stderr[-3000:]}"
+    compare(tmp_path, "temporal_shift", 800, kMaxBytes=max_bytes, kMaxGrid=max_grid)
+
+
+def test_the_end_of_a_residual_block_is_the_same_on_cuda(tmp_path):
+    # Small blocks, and so few that each has several tasks: what large activations meet.
+    compare(tmp_path, "residual_shift", 200, kResidualThreads=64, kBlocks=4)

@@ -1,11 +1,13 @@
 // Of CUDA what the kernels use, for a C++ compiler: blocks run one after the other, the threads of a block as
-// coroutines. A barrier lets every other thread of the block come as far before any goes on.
+// coroutines. A barrier lets every other thread of the block come as far before any goes on. Between barriers the first
+// thread begins, then the last one, by turns: what lacks a barrier meets an order that it is wrong in.
 #pragma once
 
 #include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -13,9 +15,9 @@
 
 #define __device__
 #define __global__
-#define __shared__
+#define __shared__ thread_local  // static in a function, and may be extern: there is one thread, of many coroutines
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct uint2 {
   uint32_t x, y;
@@ -31,6 +33,7 @@ struct dim3 {
 inline dim3 blockIdx, threadIdx, blockDim, gridDim;
 using std::max;
 using std::min;
+using std::sqrt;  // of a float a float
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -39,7 +42,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 namespace tsm_jit {
-inline uint4 shared[48 * 1024 / sizeof(uint4)];
+inline thread_local uint4 shared[48 * 1024 / sizeof(uint4)];
 }
 
 namespace cuda_on_cpu {
@@ -61,21 +64,21 @@ inline void start() {
   pause();
 }
 
-template <class Kernel, class Args>
-void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Args& args) {
+// Every thread of every block of the grid runs `body`.
+inline void run(dim3 grid, dim3 block, size_t shared_bytes) {
   static std::vector<Thread> threads;
-  threads.resize(std::max<size_t>(threads.size(), block.x * block.y));
+  const uint32_t n_threads = block.x * block.y;
+  threads.resize(std::max<size_t>(threads.size(), n_threads));
   gridDim = grid;
   blockDim = block;
-  body = [&] { kernel(args); };
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
         ASAN_UNPOISON_MEMORY_REGION(tsm_jit::shared, sizeof tsm_jit::shared);
-        std::memset(tsm_jit::shared, 0xA5, sizeof tsm_jit::shared);
+        std::memset(tsm_jit::shared, 0xA5, shared_bytes);
         const size_t rest = sizeof tsm_jit::shared - shared_bytes;
         ASAN_POISON_MEMORY_REGION(reinterpret_cast<char*>(tsm_jit::shared) + shared_bytes, rest);
-        for (uint32_t i = 0; i < block.x * block.y; ++i) {
+        for (uint32_t i = 0; i < n_threads; ++i) {
           Thread& thread = threads[i];
           thread.done = false;
           getcontext(&thread.context);
@@ -84,9 +87,10 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Arg
           thread.context.uc_link = nullptr;
           makecontext(&thread.context, start, 0);
         }
-        for (bool left = true; left;) {
+        for (bool left = true, forward = true; left; forward = !forward) {
           left = false;
-          for (uint32_t i = 0; i < block.x * block.y; ++i) {
+          for (uint32_t turn = 0; turn < n_threads; ++turn) {
+            const uint32_t i = forward ? turn : n_threads - 1 - turn;
             if (threads[i].done) continue;
             running = &threads[i];
             threadIdx = dim3(i % block.x, i / block.x);
@@ -97,6 +101,15 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Arg
       }
     }
   }
+}
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments) as launch(kernel, grid, ...)(arguments).
+template <class... Parameters>
+auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t) {
+  return [=](Parameters... arguments) {
+    body = [&] { kernel(arguments...); };
+    run(grid, block, shared_bytes);
+  };
 }
 
 }  // namespace cuda_on_cpu

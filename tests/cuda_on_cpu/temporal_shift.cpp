@@ -1,21 +1,16 @@
 // Random shifts by the CUDA kernels, run on the CPU, and by the CPU kernels: the same bytes everywhere, margins
 // included. Arguments: seed, cases.
+#include "temporal_shift.h"
+
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <random>
 #include <vector>
 
-#include "temporal_shift.h"
+#include "compare.h"
 
 using namespace tsm_jit;
 
 namespace {
-
-std::mt19937_64 generator;
-
-int64_t between(int64_t low, int64_t high) { return low + static_cast<int64_t>(generator() % (high - low + 1)); }
-bool one_in(int64_t n) { return between(1, n) == 1; }
 
 // Random bytes that begin at a multiple of 64.
 class Memory {
@@ -115,12 +110,4 @@ bool same_bytes() {
 
 }  // namespace
 
-int main(int, char** arguments) {
-  generator.seed(std::strtoull(arguments[1], nullptr, 10));
-  const int cases = std::atoi(arguments[2]);
-  for (int i = 0; i < cases; ++i) {
-    if (!same_bytes()) return 1;
-  }
-  std::printf("%d cases\n", cases);
-  return 0;
-}
+int main(int, char** arguments) { return run_cases(arguments, same_bytes); }
