@@ -37,12 +37,7 @@ const char* plan(const Residual& r, int64_t unit, int32_t slices, Launch& launch
   while (x > 1 && x / 2 >= units) x /= 2;
   launch.block = dim3(x, kResidualThreads / x);
   ResidualArgs& a = launch.args;
-  int64_t rows = kRowsOfThread;
-  const auto blocks = [&] {
-    return s.clips * s.frames * ceil_div(s.outer, launch.block.y * rows) * ceil_div(units, x);
-  };
-  while (rows > 1 && blocks() < kBlocks / 2) rows /= 2;
-  a.rows_of_task = static_cast<int32_t>(std::min<int64_t>(s.outer, launch.block.y * rows));
+  a.rows_of_task = static_cast<int32_t>(std::min<int64_t>(s.outer, launch.block.y * kRowsOfThread));
   a.chunks = static_cast<int32_t>(ceil_div(s.outer, a.rows_of_task));
   const int64_t tasks = s.clips * s.frames * a.chunks;
   if (s.n_groups > kResidualGroups) return "a plan of a residual stream must have at most 31 groups";

@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
     residual_forward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualForward f) {
   using Values = Pack<Element, kLanes>;
   using Wide = typename Element::Wide;
-  constexpr int kBatch = 4;  // rows whose loads are in flight at once
+  constexpr int kBatch = kLanes == 1 ? 1 : 4;  // rows whose loads are in flight at once
   const Unit<Values> unit(a);
   if (!unit.exists()) return;
   // Without a norm scale is 1 and bias 0: then this is the addition it looks like, to the bit.
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
     residual_backward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualBackward b) {
   using Values = Pack<Element, kLanes>;
   using Wide = typename Element::Wide;
-  constexpr int kBatch = 2;
+  constexpr int kBatch = kLanes == 1 ? 1 : 2;
   const Unit<Values> unit(a);
   ChannelSums<Element, kLanes, 1 + kRead> sums;
   if (unit.exists()) {
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kResidualThreads, 3)
     sum_channels(const __grid_constant__ ResidualArgs a, const __grid_constant__ ChannelStatistics c) {
   using Values = Pack<Element, kLanes>;
   using Wide = typename Element::Wide;
-  constexpr int kBatch = 4;
+  constexpr int kBatch = kLanes == 1 ? 1 : 4;
   const Unit<Values> unit(a);
   ChannelSums<Element, kLanes, 2> sums;
   if (unit.exists()) {

@@ -296,7 +296,7 @@ def merged(request, monkeypatch, device):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("layout", "merged"), [("NCHW", False), ("channels_last", True)], indirect=["merged"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_outputs_gradients_and_statistics(device, merged, name, layout, training):
     net, fused, x = pair(NETWORKS[name], device, layout)

@@ -58,10 +58,6 @@ class Norm(NamedTuple):
     epsilon: float
     of_batch: bool = False  # are mean and variance those of the values, so that gradients go through them as well?
 
-    def deviation(self) -> Tensor:
-        """1 / sqrt(variance + epsilon)."""
-        return torch.rsqrt(self.variance + self.epsilon)
-
 
 def wide(x: Tensor) -> torch.dtype:
     """The type in which activations like ``x`` are added and their norms computed."""
@@ -203,35 +199,40 @@ class _EndOfBlock(Function):
         for k, (norm, values) in enumerate(zip(norms, (saved[0], saved[4]), strict=True)):
             of_weight = of_bias = None
             if norm is not None:
+                deviation = torch.rsqrt(norm.variance + norm.epsilon)
                 if summed[k][0] is not None:
-                    of_weight, of_bias = sums[1 + k] * norm.deviation(), sums[0]
+                    of_weight, of_bias = sums[1 + k] * deviation, sums[0]
                 if ctx.needs_input_grad[k]:
                     # The last one that reads `grad`, where that is nobody's gradient itself.
                     last = ctx.identity_is_shifted if k == 0 else norms[0] is not None
-                    grads[k] = _through_norm(grad, values, norm, sums[0], sums[1 + k], overwrite=last)
+                    grads[k] = _through_norm(grad, values, norm, norm.weight * deviation, of_weight, of_bias, last)
             of_norms += [None, None, of_weight, of_bias]
         return *grads, grad_unread_in if ctx.identity_is_shifted else None, *of_norms, None
 
 
 def _through_norm(
-    grad: Tensor, values: Tensor, norm: Norm, total: Tensor, total_centered: Tensor, overwrite: bool
+    grad: Tensor,
+    values: Tensor,
+    norm: Norm,
+    scale: Tensor,
+    of_weight: Tensor | None,
+    of_bias: Tensor | None,
+    overwrite: bool,
 ) -> Tensor:
     """The gradient of ``values``, of which ``grad`` is that of their norm; ``overwrite`` allows to write it there."""
-    deviation = norm.deviation()
-    scale = norm.weight * deviation
     if not norm.of_batch:
         return (grad * scale[:, None, None]).to(grad.dtype)
-    count = values.numel() // values.shape[1]
-    slope = -scale * deviation**2 * total_centered / count
-    constant = -scale * total / count - norm.mean * slope
+    # scale * (grad - (of_weight * normalized + of_bias) / count), where the normalized values are those before weight
+    # and bias: a norm of other weights. So it is the sum that ends a block, without its ReLU.
+    factor = scale * (-values.shape[1] / values.numel())
+    weight, bias, zero = factor * of_weight, factor * of_bias, torch.zeros_like(scale)
     if is_compiling():
-        return (grad * scale[:, None, None] + values * slope[:, None, None] + constant[:, None, None]).to(grad.dtype)
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        normed = _normed(values, [norm.mean, norm.variance, weight, bias], norm.epsilon)
+        return (grad * scale[:, None, None] + normed).to(grad.dtype)
     out = grad if overwrite else torch.empty_like(grad)
-    # The sum of a block's end, in other words: each of both times a factor, and a constant.
-    _write(
-        out, None, grad, [zero, one, scale, zero], 0.0, values, [zero, one, slope, constant], 0.0, None, NO_SHIFT, False
-    )
+    grad_norm, values_norm = [zero, norm.variance, norm.weight, zero], [norm.mean, norm.variance, weight, bias]
+    values = _laid_out_as(values, grad)
+    _write(out, None, grad, grad_norm, norm.epsilon, values, values_norm, norm.epsilon, None, NO_SHIFT, False)
     return out
 
 
@@ -325,7 +326,7 @@ def _normed(values: Tensor, norm: Sequence[Tensor], epsilon: float) -> Tensor:
     if not norm:
         return values
     parts = [part.to(wide(values)) for part in norm]
-    scale = Norm(*parts, epsilon).deviation() * parts[2]
+    scale = torch.rsqrt(parts[1] + epsilon) * parts[2]
     return values.to(wide(values)) * scale[:, None, None] + (parts[3] - parts[0] * scale)[:, None, None]
 
 
