@@ -524,6 +524,18 @@ def test_plans_that_differ_from_block_to_block(device):
     assert_same_step(net, fused, x)
 
 
+def test_a_plan_of_more_groups_than_the_kernels_take(device):
+    net, fused, x = pair(lambda: tsam(small(BasicBlock), f_div=2, shift_depth=16), device)
+    assert_same_step(net, fused, x)
+
+
+def test_statistics_of_one_value_are_an_error_as_before(device, merged):
+    _, fused, x = pair(lambda: tsm(small(BasicBlock)), device)
+    tsm_jit.n_segment(fused, 1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        fused.train()(x[:1, :, :1, :1].contiguous(memory_format=torch.channels_last))
+
+
 class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * x.mean((2, 3), keepdim=True)

@@ -49,6 +49,7 @@ _BLOCKS = {
         "act3",
     ),
 }
+_MOST_GROUPS = 31  # of a plan, that the kernels take
 _NOT_UNDERSTOOD = {"se": "an attention, such as squeeze and excitation", "drop_path": "stochastic depth"}
 
 
@@ -116,7 +117,7 @@ class Stage(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (ops.eager() or is_dynamo_compiling()):  # what is exported or traced is to run without tsm_jit
+        if not (ops.eager() or is_dynamo_compiling()):  # exported, traced, transformed
             return super().forward(x)
         stream = _Stream(x, x)
         blocks = list(self)
@@ -156,7 +157,7 @@ def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Str
 
 
 def _branch(block: nn.Module, stream: _Stream) -> tuple[Tensor, Norm | None]:
-    """The residual branch without its last norm, and that norm; or None and the branch with it."""
+    """The residual branch without its last norm, and that norm; or the branch with it, and None."""
     modules = _branch_modules(block)
     conv1, modules, last = modules[0], modules[1:-1], modules[-1]
     if stream.shift is not None:
@@ -188,7 +189,8 @@ def _wanted(following: nn.Module | None, z: Tensor) -> str | None:
     """The shift in whose form the next block wants the stream; None if it wants it plain."""
     if following is None or _refusal(following) or following.downsample is not None or not _is_shifted(following.conv1):
         return None
-    return following.conv1.shift_of(z)
+    shift = following.conv1.shift_of(z)
+    return shift if shift.count(",") < _MOST_GROUPS else None
 
 
 # --- batch normalization ---------------------------------------------------------------------------------------------
@@ -214,7 +216,8 @@ def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
     parts = [part.to(wide(x)) for part in parts]
     if not norm.training:
         return Norm(*parts, norm.eps)
-    if norm.momentum is None or norm.running_mean.dtype != wide(x):
+    one_value = x.numel() == x.shape[1]  # of which there are no statistics: an error, when called
+    if norm.momentum is None or norm.running_mean.dtype != wide(x) or one_value:
         return None
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
