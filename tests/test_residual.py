@@ -459,6 +459,16 @@ def test_one_graph(device, merged, training):
         assert (compiled(x) - expected).norm() <= 1e-11 * expected.norm()
 
 
+def test_one_graph_for_every_batch_size(device):
+    net, fused, _ = pair(NETWORKS["ResNet, basic blocks"], device)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    for frames, stance in ((8, "default"), (12, "default"), (20, "fail_on_recompile")):
+        x = torch.randn(frames, 3, 32, 32, dtype=torch.float64, device=device)
+        with torch.compiler.set_stance(stance):
+            assert_same_step(net, compiled, x.contiguous(memory_format=torch.channels_last))
+
+
 def test_export_and_traces_hold_the_network_before():
     net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"), dtype=torch.float32)
     expected = net.eval()(x)
