@@ -95,7 +95,7 @@ struct Forward {
 
 template <class Element, int kLanes>
 struct Backward {
-  static constexpr auto one_norm = residual_backward < Element, kLanes, kLanes == 1 ? 2 : 1 > ;
+  static constexpr auto one_norm = residual_backward<Element, kLanes, (kLanes == 1 ? 2 : 1)>;
   static constexpr auto two_norms = residual_backward<Element, kLanes, 2>;
 };
 
