@@ -317,6 +317,7 @@ void* mutable_data(const Optional& x) { return x ? x->mutable_data_ptr() : nullp
 void describe_residual(const Tensor& x, const std::string& encoded, const std::vector<const Optional*>& like,
                        const std::vector<const Optional*>& unread, ResidualWork& work) {
   const Plan plan = plan_for(x, encoded);
+  if (plan.channel_dim != 1) fail("channel_dim must be 1, got " + std::to_string(plan.channel_dim));
   if (!is_dense(x) || !describe(x, x, plan, work)) fail("z must be contiguous, or channels_last");
   Residual& r = work.residual;
   r.type = sum_type(x.scalar_type());
@@ -350,7 +351,8 @@ void describe_residual(const Tensor& x, const std::string& encoded, const std::v
   for (const Optional* y : unread) {
     if (!*y) continue;
     const bool fits = (*y)->scalar_type() == x.scalar_type() && ((*y)->numel() == 0 || is_dense(**y)) &&
-                      (*y)->numel() * element == r.shift.clips * r.shift.outer * r.unread_run;
+                      (*y)->numel() * element == r.shift.clips * r.shift.outer * r.unread_run &&
+                      (*y)->get_device_index() == x.get_device_index();
     if (!fits) fail("unread must hold the frames that the shift does not read, without gaps");
   }
 }
@@ -404,9 +406,10 @@ void residual_shift(const Tensor& out, const Optional& unread_out, const Tensor&
 }
 
 // The gradient kernels' sums, and what they are made of, are in the type that activations are added in.
-bool is_wide(const Tensor& x, const Residual& r, int64_t count) {
-  const ScalarType wide = r.type == Sum::float64 ? ScalarType::Double : ScalarType::Float;
-  return x.is_contiguous() && x.scalar_type() == wide && x.numel() == count;
+bool is_wide(const Tensor& x, const Tensor& like, int64_t count) {
+  const ScalarType wide = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return x.is_contiguous() && x.scalar_type() == wide && x.numel() == count &&
+         x.get_device_index() == like.get_device_index();
 }
 
 int32_t slices_of(const Tensor& sums, const Tensor& x, const Residual& r) {
@@ -441,13 +444,13 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
   if (sums) {
     const int64_t channels = out.size(1);
     b.slices = slices_of(*sums, out, r);
-    if (!is_wide(*sums, r, b.slices * (1 + tsm_jit::kNorms) * channels)) fail("sums must be [slices, 3, channels]");
+    if (!is_wide(*sums, out, b.slices * (1 + tsm_jit::kNorms) * channels)) fail("sums must be [slices, 3, channels]");
     b.sums = sums->mutable_data_ptr();
     const std::pair<const Optional*, const Optional*> norms[] = {{&z, &z_mean}, {&identity, &identity_mean}};
     for (int32_t n = 0; n < tsm_jit::kNorms; ++n) {
       const auto& [normed, mean] = norms[n];
       if (normed->has_value() != mean->has_value()) fail("what had a norm must come with its mean");
-      if (*mean && !is_wide(**mean, r, channels)) fail("a mean must have one value per channel, of the type of sums");
+      if (*mean && !is_wide(**mean, out, channels)) fail("a mean must have one value per channel, of the type of sums");
       b.normed[n] = data(*normed);
       b.mean[n] = data(*mean);
     }
@@ -471,9 +474,9 @@ void channel_statistics(const Tensor& x, const Tensor& sums, const Tensor& mean,
   tsm_jit::ChannelStatistics c{};
   c.x = x.const_data_ptr();
   c.slices = slices_of(sums, x, r);
-  if (!is_wide(sums, r, 2 * c.slices * x.size(1))) fail("sums must be [slices, 2, channels]");
+  if (!is_wide(sums, x, 2 * c.slices * x.size(1))) fail("sums must be [slices, 2, channels]");
   for (const Tensor* each : {&mean, &variance, &running_mean, &running_var}) {
-    if (!is_wide(*each, r, x.size(1))) fail("statistics must have one value per channel, of the type of sums");
+    if (!is_wide(*each, x, x.size(1))) fail("statistics must have one value per channel, of the type of sums");
   }
   c.sums = sums.mutable_data_ptr();
   c.mean = mean.mutable_data_ptr();

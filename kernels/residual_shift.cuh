@@ -363,11 +363,12 @@ __global__ void __launch_bounds__(kResidualThreads)
     sums[0] += shared[0][y * blockDim.x + threadIdx.x];
     sums[1] += shared[1][y * blockDim.x + threadIdx.x];
   }
-  const Wide distance = sums[0] / count, raw = sums[1] / count - distance * distance, variance = raw > 0 ? raw : 0;
+  const Wide distance = sums[0] / count, raw = sums[1] / count - distance * distance;
+  const Wide variance = raw < 0 ? 0 : raw;  // NaN stays
   const Wide mean = Element::widen(static_cast<const typename Element::Stored*>(c.x)[channel]) + distance;
   static_cast<Wide*>(c.mean)[channel] = mean;
-  static_cast<Wide*>(c.variance)[channel] = raw != raw ? raw : variance;
-  const Wide unbiased = count > 1 ? raw * count / (count - 1) : raw, momentum = c.momentum;
+  static_cast<Wide*>(c.variance)[channel] = variance;
+  const Wide unbiased = count > 1 ? variance * count / (count - 1) : variance, momentum = c.momentum;
   Wide* const running_mean = static_cast<Wide*>(c.running_mean) + channel;
   Wide* const running_variance = static_cast<Wide*>(c.running_variance) + channel;
   *running_mean += momentum * (mean - *running_mean);

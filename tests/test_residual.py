@@ -546,6 +546,56 @@ def test_statistics_of_one_value_are_an_error_as_before(device, merged):
         fused.train()(x[:1, :, :1, :1].contiguous(memory_format=torch.channels_last))
 
 
+def test_a_forward_set_on_a_module_is_called(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+    for each in (net, fused):
+        for module in (each.layer1[1].bn2, each.layer2[1].conv1, each.layer3[1].relu):
+            module.forward = lambda x, module=module: 2 * type(module).forward(module, x)
+    assert_same_step(net, fused, x)
+
+
+def test_global_hooks_see_every_module():
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"))
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, inputs, out: seen.append(out)), torch.no_grad():
+        for each in (net, fused):
+            each.eval()(x)
+    half = len(seen) // 2
+    for theirs, ours in zip(seen[:half], seen[half:], strict=True):
+        assert_same_bits(ours, theirs)
+
+
+def test_statistics_that_are_not_tracked(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+    for each in (net, fused):
+        each.layer1[1].bn2.track_running_stats = False
+        each.layer2[1].bn2.num_batches_tracked = None
+    assert_same_step(net.train(), fused.train(), x)
+
+
+def test_the_type_of_the_branch_is_that_of_the_sum(device):
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device, dtype=torch.float32)
+    frames = x.new_ones(8, 64, 8, 8)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded), torch.autocast(device.type, torch.bfloat16):
+            assert fused.layer1(frames).dtype == net.layer1(frames).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("argument", ["channel_dim", "unread", "norm"])
+def test_operators_check_what_memory_safety_rests_on(argument):
+    z = torch.randn(4, 8, 2, 2)
+    shift = Shift(2, 2, 1, "zeros", ((4, 1),))
+    unread, norm = torch.randn(2, 4, 2, 2), [torch.ones(8)] * 4
+    if argument == "channel_dim":
+        z, shift = torch.randn(1, 2, 8, 2, 2), shift._replace(channel_dim=2)
+    if argument == "unread":
+        unread = unread[:, :3]
+    if argument == "norm":
+        norm = [torch.ones(7)] * 4
+    with pytest.raises(RuntimeError, match=argument):
+        _residual_ops._write(torch.empty_like(z), None, z, norm, 0.0, z, [], 0.0, unread, shift.encode(), True)
+
+
 class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * x.mean((2, 3), keepdim=True)
@@ -556,6 +606,8 @@ class SqueezeExcite(nn.Module):
     [
         (lambda block: setattr(block, "relu", nn.GELU()), "ends in GELU, not in a ReLU"),
         (lambda block: block.register_forward_hook(lambda *_: None), "has hooks"),
+        (lambda block: setattr(block, "forward", functools.partial(BasicBlock.forward, block)), "a forward of its own"),
+        (lambda block: setattr(block, "downsample", nn.Sequential()), "its downsample is not"),
         (lambda block: block.relu.register_forward_hook(lambda *_: None), "not in a ReLU without hooks"),
         (lambda block: setattr(block, "se", SqueezeExcite()), "has an attention"),
         (lambda block: setattr(block, "drop_path", nn.Dropout()), "has stochastic depth"),

@@ -105,8 +105,7 @@ def end_of_block(
         x twice, for two readers, so that one kernel receives both gradients and no addition comes before it; and the
         unread frames, None of a plain x.
     """
-    dtype = torch.promote_types(z.dtype, identity.dtype)
-    z, identity, unread = z.to(dtype), identity.to(dtype), None if unread is None else unread.to(dtype)
+    identity, unread = identity.to(z.dtype), None if unread is None else unread.to(z.dtype)  # as in z += identity
     if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
         z = z.contiguous()
     if not torch.is_grad_enabled():

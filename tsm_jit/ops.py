@@ -154,7 +154,7 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
     if is_compiling() or _is_tracing():
         # Graphs for ONNX and of torch.jit.trace are to run where no tsm_jit is. And under transforms a compiler would
         # drop the tangent of an operator that Python taught to differentiate.
-        plainly = torch.onnx.is_in_onnx_export() or _is_tracing() or _transforms_are_active()
+        plainly = torch.onnx.is_in_onnx_export() or _is_tracing() or transforms_are_active()
         return reference.sliced(x, Shift.decode(shift)) if plainly else _forward(x, shift)
     return _TransformableShift.apply(x, shift)
 
@@ -163,7 +163,7 @@ def temporal_shift_backward(grad: Tensor, shift: str) -> Tensor:
     """The adjoint of :func:`temporal_shift`. Never writes into ``grad``: it may be shared with another branch."""
     if is_compiling():
         return _backward(grad, shift)
-    if _transforms_are_active():
+    if transforms_are_active():
         return _TransformableAdjoint.apply(grad, shift)
     if grad.requires_grad and torch.is_grad_enabled():
         return _RecordedAdjoint.apply(grad, shift)
@@ -295,7 +295,8 @@ def _is_tracing() -> bool:
     return _tracing_state() is not None
 
 
-def _transforms_are_active() -> bool:
+def transforms_are_active() -> bool:
+    """Those of ``torch.func``, or forward-mode differentiation."""
     return functorch_is_active() or forward_ad._current_level >= 0
 
 

@@ -12,7 +12,7 @@ same pass applies the batch normalization before it. See README, "Shift for free
 Example::
 
     net = torchvision.models.resnet50()
-    tsm_jit.make_temporal_shift(net, n_segment=8)
+    tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
     tsm_jit.residual.fuse(net)  # same outputs, gradients and keys
 """
 
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn.modules import module as all_modules
 
 from tsm_jit import ops, tsam, tsm
 from tsm_jit._families import resnet_stages
@@ -62,7 +63,8 @@ def fuse(net: nn.Module) -> None:
 
     Args:
         net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision or timm, converted by
-            :func:`tsm_jit.make_temporal_shift` with ``place="blockres"`` or by :func:`tsm_jit.tsam.make_Shift`.
+            :func:`tsm_jit.make_temporal_shift` with ``place="blockres"`` or by :func:`tsm_jit.tsam.make_Shift`. With
+            ``inplace=True`` the first block of a stage takes less time and memory where nothing is recorded.
             Later changes of it, such as :func:`tsm_jit.n_segment` or :func:`tsm_jit.remove_temporal_shift`, work.
 
     Raises:
@@ -117,7 +119,8 @@ class Stage(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (ops.eager() or is_dynamo_compiling()):  # exported, traced, transformed
+        exported = is_compiling() and not is_dynamo_compiling()
+        if exported or not (ops.eager() or is_compiling()) or ops.transforms_are_active() or _has_global_hooks():
             return super().forward(x)
         stream = _Stream(x, x)
         blocks = list(self)
@@ -162,8 +165,9 @@ def _branch(block: nn.Module, stream: _Stream) -> tuple[Tensor, Norm | None]:
     conv1, modules, last = modules[0], modules[1:-1], modules[-1]
     if stream.shift is not None:
         z = conv1.shifted_module(stream.first)
-    elif _is_shifted(conv1):  # in the first block of a stage; as in place it keeps no second activation
-        z = conv1.call_shifted(stream.first, conv1.shift_of(stream.first), inplace=True)
+    elif _is_shifted(conv1):  # in the first block of a stage: recorded, as in place, it keeps no second activation
+        recorded = True if torch.is_grad_enabled() else None
+        z = conv1.call_shifted(stream.first, conv1.shift_of(stream.first), inplace=recorded)
     else:
         z = conv1(stream.first)
     before = conv1.shifted_module if _is_shifted(conv1) else conv1
@@ -217,7 +221,9 @@ def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
     if not norm.training:
         return Norm(*parts, norm.eps)
     one_value = x.numel() == x.shape[1]  # of which there are no statistics: an error, when called
-    if norm.momentum is None or norm.running_mean.dtype != wide(x) or one_value:
+    if one_value or norm.running_mean.dtype != wide(x) or norm.num_batches_tracked is None:
+        return None
+    if norm.momentum is None or not norm.track_running_stats:
         return None
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
@@ -234,15 +240,16 @@ def _refusal(block: nn.Module) -> str | None:
     if kind not in _BLOCKS:
         return f"{kind} is no block that is known"
     if _has_hooks(block):
-        return "it has hooks"
+        return "it has hooks, or a forward of its own"
     for name, what in _NOT_UNDERSTOOD.items():
         if getattr(block, name, None) is not None:
             return f"it has {what}"
     activation = getattr(block, _BLOCKS[kind][1])
     if not _is_relu(activation):
         return f"it ends in {type(activation).__name__}, not in a ReLU without hooks"
-    if block.downsample is not None and (type(block.downsample) is not nn.Sequential or _has_hooks(block.downsample)):
-        return "its downsample is not a torch.nn.Sequential without hooks"
+    downsample = block.downsample
+    if downsample is not None and (type(downsample) is not nn.Sequential or _has_hooks(downsample) or not downsample):
+        return "its downsample is not a torch.nn.Sequential of modules without hooks"
     return None
 
 
@@ -264,6 +271,23 @@ def _is_convolution(module: nn.Module) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    """Or a ``forward`` set on this one module, as what wraps or offloads modules does."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in module.__dict__
+
+
+def _has_global_hooks() -> bool:
+    """Those of all modules, which would miss what is not called."""
+    return any(
+        (
+            all_modules._global_forward_hooks,
+            all_modules._global_forward_pre_hooks,
+            all_modules._global_backward_hooks,
+            all_modules._global_backward_pre_hooks,
+        )
     )

@@ -82,7 +82,7 @@ def networks(case: Case, device: torch.device) -> dict[str, nn.Module]:
     made = {"no shift": plain}
     for name in ("stock", "drop-in", "fused"):
         net = made[name] = copy.deepcopy(plain)
-        FAMILIES[case.family](net, inplace=name == "drop-in")
+        FAMILIES[case.family](net, inplace=name != "stock")
         if name == "stock":
             for module in net.modules():
                 if isinstance(module, ShiftedModule):
