@@ -106,7 +106,8 @@ struct Dimension {
 // If so returns its size, else -1.
 int64_t merged_size(const Dimension* tail, const Dimension* end, Dimension unit) {
   int64_t size = 1;
-  for (const Dimension* d = end; d-- != tail;) {
+  for (const Dimension* d = end; d != tail;) {
+    --d;
     if (d->src != unit.src * size || d->dst != unit.dst * size) return -1;
     size *= d->size;
   }
