@@ -140,7 +140,7 @@ def remove_temporal_shift(net: nn.Module) -> None:
     if not places:
         raise ValueError(f"net must hold temporal shifts or pools to remove, got {type(net).__name__}")
     for parent, name in reversed(places):  # the innermost first: each then holds what is left of its module
-        parent._modules[name] = _unwrapped(parent._modules[name])
+        parent._modules[name] = unwrapped(parent._modules[name])
 
 
 def shift_before(net: nn.Module, places: Mapping[str, Callable[[nn.Module], nn.Module]]) -> None:
@@ -213,5 +213,6 @@ def refuse_converted(net: nn.Module) -> None:
         raise ValueError("net must not hold temporal shifts already, but it was converted before")
 
 
-def _unwrapped(module: nn.Module | None) -> nn.Module | None:
+def unwrapped(module: nn.Module | None) -> nn.Module | None:
+    """The module inside a :class:`ClipModule`; any other is itself."""
     return next(module.children()) if isinstance(module, ClipModule) else module

@@ -126,12 +126,18 @@ def unread_frames(x: Tensor, shift: Shift) -> Tensor:
 def unshifted(shifted: Tensor, unread: Tensor, shift: Shift) -> Tensor:
     """The ``x`` that both came from."""
     x = temporal_shift(shifted, shift.inverse())
+    for frames, values in _unread_pairs(x, unread, shift):
+        frames.copy_(values)
+    return x
+
+
+def _unread_pairs(x: Tensor, unread: Tensor, shift: Shift) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each of :func:`unread_views` of ``x``, and what :func:`unread_frames` holds of it."""
     begin = 0
     for frames in unread_views(x, shift):
         width = frames.shape[1] * frames.shape[2]
-        frames.copy_(unread.narrow(1, begin, width).unflatten(1, frames.shape[1:3]))
+        yield frames, unread.narrow(1, begin, width).unflatten(1, frames.shape[1:3])
         begin += width
-    return x
 
 
 def unread_views(x: Tensor, shift: Shift) -> Iterator[Tensor]:
@@ -165,12 +171,9 @@ def residual_shift_backward(
     grad = sum([each.to(wide) for each in grads], torch.zeros_like(out, dtype=wide))
     if unread_out is not None:
         grad = temporal_shift_backward(grad, shift)
-        begin = 0
-        for frames in unread_views(grad, shift):
-            width = frames.shape[1] * frames.shape[2]
-            if grad_unread is not None:
-                frames += grad_unread.narrow(1, begin, width).unflatten(1, frames.shape[1:3]).to(wide)
-            begin += width
+        if grad_unread is not None:
+            for frames, values in _unread_pairs(grad, grad_unread, shift):
+                frames += values.to(wide)
         out = unshifted(out, unread_out, shift)
     return torch.where(out <= 0, 0, grad).to(out.dtype)
 

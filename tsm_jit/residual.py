@@ -28,7 +28,7 @@ from torch.nn.modules import module as all_modules
 
 from tsm_jit import ops, tsam, tsm
 from tsm_jit._families import resnet_stages
-from tsm_jit._networks import ClipModule, ShiftedModule
+from tsm_jit._networks import ShiftedModule, unwrapped
 from tsm_jit._residual_ops import (
     NO_SHIFT,
     Norm,
@@ -104,9 +104,7 @@ def unfuse(net: nn.Module) -> None:
 
 
 def _stage(net: nn.Module, name: str) -> nn.Module:
-    stage = net.get_submodule(name)
-    if isinstance(stage, ClipModule):  # a TemporalPool
-        stage = next(stage.children())
+    stage = unwrapped(net.get_submodule(name))  # of a TemporalPool
     if type(stage) not in (nn.Sequential, Stage):
         raise TypeError(f"net must hold its stages as torch.nn.Sequential, got {type(stage).__name__} for {name}")
     return stage
@@ -119,13 +117,14 @@ class Stage(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        exported = is_compiling() and not is_dynamo_compiling()
-        if exported or not (ops.eager() or is_compiling()) or ops.transforms_are_active() or _has_global_hooks():
+        compiled = is_dynamo_compiling() and not ops.transforms_are_active()
+        if not (ops.eager() or compiled) or _has_global_hooks():  # exported, traced, transformed, watched
             return super().forward(x)
         stream = _Stream(x, x)
         blocks = list(self)
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            if _refusal(block) is None:
+        understood = [block if _refusal(block) is None else None for block in blocks]
+        for block, same, following in zip(blocks, understood, [*understood[1:], None], strict=True):
+            if same is not None:
                 stream = _run(block, following, stream)
             else:
                 x = block(stream.identity)
@@ -190,8 +189,8 @@ def _branch_modules(block: nn.Module) -> list[nn.Module]:
 
 
 def _wanted(following: nn.Module | None, z: Tensor) -> str | None:
-    """The shift in whose form the next block wants the stream; None if it wants it plain."""
-    if following is None or _refusal(following) or following.downsample is not None or not _is_shifted(following.conv1):
+    """The shift in whose form the next block, if understood, wants the stream; None if it wants it plain."""
+    if following is None or following.downsample is not None or not _is_shifted(following.conv1):
         return None
     shift = following.conv1.shift_of(z)
     return shift if shift.count(",") < _MOST_GROUPS else None
