@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "driver.h"
 #include "residual_shift.h"
 
 namespace {
@@ -222,7 +223,12 @@ void on_stream(const Tensor& x, Launch launch) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+#ifdef TSM_JIT_NVRTC
+  const char* error = tsm_jit::use_device(device);
+  if (error == nullptr) error = launch(stream);
+#else
   const char* error = launch(stream);
+#endif
   if (error != nullptr) fail(std::string("the launch of a temporal shift failed: ") + error);
 }
 #endif

@@ -2,11 +2,9 @@
 // but for the payload of a NaN that a sum makes.
 #pragma once
 
-#include "temporal_shift.h"
-
-#if !defined(__CUDACC_RTC__)
 #include <cstring>
-#endif
+
+#include "temporal_shift.h"
 
 namespace tsm_jit {
 

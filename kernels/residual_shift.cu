@@ -1,8 +1,7 @@
 // The end of a residual block on CUDA, host side: units, what a block covers, launches. No torch headers.
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
+#include "launch.h"
 #include "residual_shift.cuh"
 
 namespace tsm_jit {
@@ -68,50 +67,49 @@ const char* plan(const Residual& r, int64_t unit, int32_t slices, Launch& launch
 template <class Element>
 constexpr int kVector = sizeof(typename Element::Stored) == 8 ? 1 : 16 / sizeof(typename Element::Stored);
 
-// `start(plan, kernels of one type and unit)` with those of the activations.
+// `start(plan, kernels of one type and unit)` with those of the activations; what it returns.
 template <template <class, int> class Kernels, class Start>
 const char* with_kernels(const Residual& r, int32_t slices, std::initializer_list<const void*> pointers, Start start) {
   const bool aligned = r.type != Sum::float64 && is_aligned(r, pointers);
   Launch launch;
   if (const char* error = plan(r, aligned ? 16 : element_bytes(r.type), slices, launch)) return error;
-  const auto of_type = [&](auto element) {
+  const auto of_type = [&](auto element) -> const char* {
     using Element = decltype(element);
-    aligned ? start(launch, Kernels<Element, kVector<Element>>{}) : start(launch, Kernels<Element, 1>{});
+    return aligned ? start(launch, Kernels<Element, kVector<Element>>{}) : start(launch, Kernels<Element, 1>{});
   };
   switch (r.type) {
-    case Sum::float16: of_type(Float16{}); break;
-    case Sum::bfloat16: of_type(BFloat16{}); break;
-    case Sum::float32: of_type(Native<float>{}); break;
-    default: of_type(Native<double>{});
+    case Sum::float16: return of_type(Float16{});
+    case Sum::bfloat16: return of_type(BFloat16{});
+    case Sum::float32: return of_type(Native<float>{});
+    default: return of_type(Native<double>{});
   }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Functions, not constants: out of a constant NVRTC makes other code, with more registers.
 template <class Element, int kLanes>
 struct Forward {
-  static constexpr auto kernel = residual_forward<Element, kLanes>;
+  static auto kernel() { return residual_forward<Element, kLanes>; }
 };
 
 template <class Element, int kLanes>
 struct Backward {
-  static constexpr auto one_norm = residual_backward<Element, kLanes, (kLanes == 1 ? 2 : 1)>;
-  static constexpr auto two_norms = residual_backward<Element, kLanes, 2>;
+  static auto one_norm() { return residual_backward<Element, kLanes, (kLanes == 1 ? 2 : 1)>; }
+  static auto two_norms() { return residual_backward<Element, kLanes, 2>; }
 };
 
 template <class Element, int kLanes>
 struct Statistics {
-  static constexpr auto sum = sum_channels<Element, kLanes>;
-  static constexpr auto finish = finish_statistics<Element>;
+  static auto sum() { return sum_channels<Element, kLanes>; }
+  static auto finish() { return finish_statistics<Element>; }
 };
 
 }  // namespace
 
 const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream) {
-  return with_kernels<Forward>(
-      r, 0, {f.z, f.identity, f.unread, f.out, f.unread_out}, [&](const Launch& on, auto kernels) {
-        kernels.kernel<<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(on.args, f);
-      });
+  return with_kernels<Forward>(r, 0, {f.z, f.identity, f.unread, f.out, f.unread_out},
+                               [&](const Launch& on, auto kernels) {
+                                 return launch(kernels.kernel(), on.grid, on.block, 0, stream, on.args, f);
+                               });
 }
 
 const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b, void* stream) {
@@ -119,8 +117,8 @@ const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b,
                                 {b.out, b.unread_out, b.grad_a, b.grad_b, b.grad_unread, b.grad, b.grad_shifted,
                                  b.grad_unread_in, b.normed[0], b.normed[1]},
                                 [&](const Launch& on, auto kernels) {
-                                  const auto kernel = b.normed[1] == nullptr ? kernels.one_norm : kernels.two_norms;
-                                  kernel<<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(on.args, b);
+                                  const auto kernel = b.normed[1] == nullptr ? kernels.one_norm() : kernels.two_norms();
+                                  return launch(kernel, on.grid, on.block, 0, stream, on.args, b);
                                 });
 }
 
@@ -128,9 +126,9 @@ const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& 
   return with_kernels<Statistics>(r, c.slices, {c.x}, [&](const Launch& on, auto kernels) {
     const auto channels = static_cast<int32_t>(r.shift.run / element_bytes(r.type));
     const dim3 block(32, kResidualThreads / 32), grid(static_cast<unsigned>(ceil_div(channels, block.x)));
-    kernels.sum<<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(on.args, c);
-    kernels.finish<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(
-        c, channels, r.shift.clips * r.shift.frames * r.shift.outer);
+    if (const char* error = launch(kernels.sum(), on.grid, on.block, 0, stream, on.args, c)) return error;
+    const int64_t count = r.shift.clips * r.shift.frames * r.shift.outer;
+    return launch(kernels.finish(), grid, block, 0, stream, c, channels, count);
   });
 }
 

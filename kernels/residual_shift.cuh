@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "element.h"
+#include "launch.h"
 #include "residual_shift.h"
 
 namespace tsm_jit {
@@ -29,6 +30,18 @@ struct ResidualArgs {
   int32_t group_offset[kResidualGroups];
   int32_t unread_begin[kResidualGroups];
 };
+
+// The kernels; host code that is compiled without nvcc sees no more of them.
+template <class Element, int kLanes>
+__global__ void residual_forward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualForward f);
+template <class Element, int kLanes, int kRead>
+__global__ void residual_backward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualBackward b);
+template <class Element, int kLanes>
+__global__ void sum_channels(const __grid_constant__ ResidualArgs a, const __grid_constant__ ChannelStatistics c);
+template <class Element>
+__global__ void finish_statistics(const __grid_constant__ ChannelStatistics c, int32_t channels, int64_t count);
+
+#if !defined(TSM_JIT_NVRTC)
 
 // A unit of activations as it lies in memory: words, out of which lanes are taken only where they are computed with, so
 // that 16-bit lanes do not take a register each while loads are on their way.
@@ -374,5 +387,7 @@ __global__ void __launch_bounds__(kResidualThreads)
   *running_mean += momentum * (mean - *running_mean);
   *running_variance += momentum * (unbiased - *running_variance);
 }
+
+#endif
 
 }  // namespace tsm_jit

@@ -1,9 +1,8 @@
 // Temporal shift on CUDA, host side: the widest unit, what a launch and a block cover. No torch headers.
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cstdlib>
 
+#include "launch.h"
 #include "temporal_shift.cuh"
 
 namespace tsm_jit {
@@ -20,7 +19,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // One launch covers some groups, up to kMaxBytes of the run, some rows, some clips. All but absurd sizes need one.
 class Launcher {
  public:
-  Launcher(const Shift& s, const void* src, void* dst, cudaStream_t stream)
+  Launcher(const Shift& s, const void* src, void* dst, void* stream)
       : s_(s),
         src_(static_cast<const char*>(src)),
         dst_(static_cast<char*>(dst)),
@@ -42,13 +41,14 @@ class Launcher {
     if (whole_runs && whole_rows) unit_ = std::max(unit_, mixed);
   }
 
-  cudaError_t run() const {
+  // Null, or what was wrong.
+  const char* run() const {
     int64_t begin = 0, end = s_.run;
     if (in_place_) {  // only what moves is read and written
       int32_t first = 0, last = s_.n_groups;
       while (first < last && s_.groups[first].offset == 0) ++first;
       while (last > first && s_.groups[last - 1].offset == 0) --last;
-      if (first == last) return cudaSuccess;
+      if (first == last) return nullptr;
       begin = s_.groups[first].begin / unit_ * unit_;
       end = ceil_div(s_.groups[last - 1].end, unit_) * unit_;
     }
@@ -56,10 +56,10 @@ class Launcher {
       const int32_t n_groups = std::min(s_.n_groups - first, kMaxGroups);
       const int64_t last_end = std::min(end, s_.groups[first + n_groups - 1].end);
       for (int64_t at = std::max(begin, s_.groups[first].begin); at < last_end; at += kMaxBytes) {
-        if (cudaError_t error = rows(first, n_groups, at, std::min(at + kMaxBytes, last_end))) return error;
+        if (const char* error = rows(first, n_groups, at, std::min(at + kMaxBytes, last_end))) return error;
       }
     }
-    return cudaSuccess;
+    return nullptr;
   }
 
  private:
@@ -83,7 +83,7 @@ class Launcher {
     }
   }
 
-  cudaError_t rows(int32_t first_group, int32_t n_groups, int64_t begin, int64_t end) const {
+  const char* rows(int32_t first_group, int32_t n_groups, int64_t begin, int64_t end) const {
     Args a{};
     a.src_strides = s_.src;
     a.dst_strides = s_.dst;
@@ -105,40 +105,40 @@ class Launcher {
       a.src = src_ + row * s_.src.outer + begin;
       a.dst = dst_ + row * s_.dst.outer + begin;
       a.bytes = static_cast<int32_t>(std::min(rows, s_.outer - row) * a.run);
-      if (cudaError_t error = launch(a)) return error;
+      if (const char* error = start(a)) return error;
     }
-    return cudaSuccess;
+    return nullptr;
   }
 
-  cudaError_t launch(const Args& a) const {
+  const char* start(const Args& a) const {
     switch (s_.sum) {
       case Sum::none: break;
-      case Sum::float16: return launch_sum<Float16>(a);
-      case Sum::bfloat16: return launch_sum<BFloat16>(a);
-      case Sum::float32: return launch_sum<Native<float>>(a);
-      case Sum::float64: return launch_sum<Native<double>>(a);
+      case Sum::float16: return start_sum<Float16>(a);
+      case Sum::bfloat16: return start_sum<BFloat16>(a);
+      case Sum::float32: return start_sum<Native<float>>(a);
+      case Sum::float64: return start_sum<Native<double>>(a);
     }
     switch (unit_) {
-      case 16: return launch_units<uint4, Move>(a);
-      case 8: return launch_units<uint2, Move>(a);
-      case 4: return launch_units<uint32_t, Move>(a);
-      case 2: return launch_units<uint16_t, Move>(a);
-      default: return launch_units<uint8_t, Move>(a);
+      case 16: return start_units<uint4, Move>(a);
+      case 8: return start_units<uint2, Move>(a);
+      case 4: return start_units<uint32_t, Move>(a);
+      case 2: return start_units<uint16_t, Move>(a);
+      default: return start_units<uint8_t, Move>(a);
     }
   }
 
   template <class Element>
-  cudaError_t launch_sum(const Args& a) const {
-    if (unit_ == 16) return launch_units<uint4, Add<Element>>(a);
-    return launch_units<typename Element::Stored, Add<Element>>(a);
+  const char* start_sum(const Args& a) const {
+    if (unit_ == 16) return start_units<uint4, Add<Element>>(a);
+    return start_units<typename Element::Stored, Add<Element>>(a);
   }
 
   template <class Unit, class Value>
-  cudaError_t launch_units(const Args& a) const {
+  const char* start_units(const Args& a) const {
     dim3 block(kThreads), grid;
     if (!tiled_) {
       grid.y = static_cast<unsigned>(in_place_ ? 1 : std::min(frames_, kMaxGrid));
-      return start<Unit>(shift_stream<Unit, Value>, a, block, grid, 0);
+      return start_clips<Unit>(shift_stream<Unit, Value>, a, block, grid, 0);
     }
     const size_t column = tile_frames_ * sizeof(Unit);
     const auto rows = static_cast<unsigned>(ceil_div(frames_of_block_, kFramesOfThread));
@@ -147,27 +147,26 @@ class Launcher {
       block.x /= 2;
     }
     grid.y = static_cast<unsigned>(ceil_div(frames_, frames_of_block_));
-    return start<Unit>(shift_tile<Unit, Value>, a, block, grid, block.x * column);
+    return start_clips<Unit>(shift_tile<Unit, Value>, a, block, grid, block.x * column);
   }
 
   // One launch, or several when there are more clips than a grid has blocks.
   template <class Unit>
-  cudaError_t start(void (*kernel)(Args), Args a, dim3 block, dim3 grid, size_t shared) const {
+  const char* start_clips(void (*kernel)(Args), Args a, dim3 block, dim3 grid, size_t shared) const {
     grid.x = static_cast<unsigned>(ceil_div(a.bytes, block.x * sizeof(Unit)));
     for (int64_t clip = 0; clip < s_.clips; clip += kMaxGrid) {
       grid.z = static_cast<unsigned>(std::min<int64_t>(kMaxGrid, s_.clips - clip));
-      kernel<<<grid, block, shared, stream_>>>(a);
-      if (cudaError_t error = cudaGetLastError()) return error;
+      if (const char* error = launch(kernel, grid, block, shared, stream_, a)) return error;
       a.src += kMaxGrid * s_.src.clip;
       a.dst += kMaxGrid * s_.dst.clip;
     }
-    return cudaSuccess;
+    return nullptr;
   }
 
   const Shift& s_;
   const char* const src_;
   char* const dst_;
-  const cudaStream_t stream_;
+  void* const stream_;
   const bool in_place_;
   const int32_t frames_;     // to write: in place those that take part, else all
   int32_t frames_of_block_;  // all of them, or a few
@@ -180,8 +179,7 @@ class Launcher {
 }  // namespace
 
 const char* shift_cuda(const Shift& shift, const void* src, void* dst, void* stream) {
-  const cudaError_t error = Launcher(shift, src, dst, static_cast<cudaStream_t>(stream)).run();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return Launcher(shift, src, dst, stream).run();
 }
 
 }  // namespace tsm_jit

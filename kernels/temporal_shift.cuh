@@ -14,6 +14,7 @@
 #pragma once
 
 #include "element.h"
+#include "launch.h"
 #include "temporal_shift.h"
 
 namespace tsm_jit {
@@ -37,6 +38,17 @@ struct Args {
   int32_t group_end[kMaxGroups];  // in bytes of the run; the last is `run`
   int32_t group_offset[kMaxGroups];
 };
+
+// The kernels; host code that is compiled without nvcc sees no more of them.
+struct Move;
+template <class Element>
+struct Add;
+template <class Unit, class Value>
+__global__ void shift_tile(const __grid_constant__ Args a);
+template <class Unit, class Value>
+__global__ void shift_stream(const __grid_constant__ Args a);
+
+#if !defined(TSM_JIT_NVRTC)
 
 // The column of one thread.
 template <class Unit>
@@ -268,5 +280,7 @@ __global__ void __launch_bounds__(kThreads) shift_stream(const __grid_constant__
     }
   }
 }
+
+#endif
 
 }  // namespace tsm_jit

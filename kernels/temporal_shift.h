@@ -15,17 +15,7 @@
 // read twice receives a sum; there the element type matters, and `Shift::sum` names it.
 #pragma once
 
-#if defined(__CUDACC_RTC__)  // NVRTC has no standard headers
-using int8_t = signed char;
-using uint8_t = unsigned char;
-using uint16_t = unsigned short;
-using int32_t = int;
-using uint32_t = unsigned int;
-using int64_t = long long;
-using uint64_t = unsigned long long;
-#else
 #include <cstdint>
-#endif
 
 #if defined(__CUDACC__)
 #define TSM_HOST_DEVICE __host__ __device__

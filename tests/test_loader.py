@@ -1,6 +1,7 @@
 """The first import: really compiled, really broken, in processes of their own.
 
-What is not about compilers takes stand-ins for them, since they need most of the time; most scenarios hide nvcc.
+What is not about compilers takes stand-ins for them, since they need most of the time; most scenarios hide
+nvcc and NVRTC.
 """
 
 import fcntl
@@ -23,7 +24,7 @@ import torch
 from tsm_jit import _build, _loader, _toolchain, cli
 
 ROOT = Path(_loader.__file__).resolve().parent.parent
-WITHOUT_NVCC = Path(__file__).parent / "without_nvcc"
+CPU_ALONE = Path(__file__).parent / "cpu_alone"
 # What every scenario must still compute, whatever serves it, and what it says of itself.
 SCRIPT = """
 import json, sys, warnings
@@ -58,10 +59,10 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give th
 
 
 def environment(cache: Path, cuda: bool = False, **changes) -> dict:
-    """Ours with another cache, without nvcc unless ``cuda``; a value of None removes a variable."""
-    path = [str(ROOT), *sys.path] if cuda else [str(WITHOUT_NVCC), str(ROOT), *sys.path]
+    """Ours with another cache, without nvcc and NVRTC unless ``cuda``; a value of None removes a variable."""
+    path = [str(ROOT), *sys.path] if cuda else [str(CPU_ALONE), str(ROOT), *sys.path]
     result = dict(os.environ, TSM_JIT_CACHE=str(cache), PYTHONPATH=os.pathsep.join(path), OMP_NUM_THREADS="1")
-    for name in ("TSM_JIT_REQUIRE", "TORCH_CUDA_ARCH_LIST"):
+    for name in ("TSM_JIT_REQUIRE", "TSM_JIT_NVRTC", "TORCH_CUDA_ARCH_LIST"):
         result.pop(name, None)
     for name, value in changes.items():
         result.pop(name, None)
@@ -602,7 +603,7 @@ def test_a_compiler_that_makes_nothing_is_named(tmp_path):
     assert "c++ reported success and made no bindings.cpp.o" in facts["devices"]["cpu"]
 
 
-def test_without_nvcc_only_the_cpu_part_is_there(built):
+def test_without_nvcc_and_nvrtc_only_the_cpu_part_is_there(built):
     """And no word is said of CUDA on a machine without a GPU."""
     facts, _ = import_it(built)
     if torch.version.cuda is None:
@@ -711,21 +712,19 @@ def test_an_nvcc_of_another_version_is_told(tmp_path, cxx, toolkit, major, minor
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
-        (None, ["PTX 75"]),
-        ("native", ["PTX 75"]),
-        ("9.0", ["sm_90", "PTX 75"]),
-        ("7.5;9.0+PTX", ["sm_75", "sm_90", "PTX 75", "PTX 90"]),
-        ("7.5, 9.0a", ["sm_75", "sm_90a", "PTX 75"]),
-        ("Hopper", ["sm_90", "PTX 75", "PTX 90"]),
-        (_build.EVERY_GENERATION, ["sm_75", "sm_90", "PTX 75"]),
+        (None, ["compute_75"]),
+        ("native", ["compute_75"]),
+        ("9.0", ["sm_90", "compute_75"]),
+        ("7.5;9.0+PTX", ["sm_75", "sm_90", "compute_75", "compute_90"]),
+        ("7.5, 9.0a", ["sm_75", "sm_90a", "compute_75"]),
+        ("Hopper", ["sm_90", "compute_75", "compute_90"]),
+        (_build.EVERY_GENERATION, ["sm_75", "sm_90", "compute_75"]),
     ],
 )
 def test_the_list_of_architectures(toolkit, monkeypatch, chosen, expected):
     monkeypatch.setattr(_toolchain, "gpu_architectures", lambda: ["61"])
-    flags, names = _build.gpu_code(toolkit / "bin" / "nvcc", chosen)
-    assert names == expected
-    assert len(flags) == len(names)
-    assert flags[-1].startswith("-gencode=arch=compute_")
+    nvcc = toolkit / "bin" / "nvcc"
+    assert _build.gpu_code(nvcc, _toolchain.nvcc_architectures(nvcc), chosen) == expected
 
 
 @needs_cuda_torch
@@ -737,7 +736,7 @@ def test_an_absurd_list_of_architectures_leaves_the_cpu_part(tmp_path, cxx, tool
     assert facts["devices"]["cuda"].endswith("got 'banana'")
     for absurd in ("12", "3.5", "sm_90", ";", "9.0+PTX+PTX"):
         with pytest.raises(_toolchain.BuildError, match="--arch take GPU architectures"):
-            _build.gpu_code(toolkit / "bin" / "nvcc", absurd)
+            _build.gpu_code(toolkit / "bin" / "nvcc", ["75", "90"], absurd)
 
 
 @needs_cuda_torch
@@ -945,12 +944,12 @@ def test_build_for_others_leaves_a_cache_that_just_works(tmp_path, cxx, toolkit)
 
 
 @needs_cuda_torch
-def test_build_without_nvcc_says_that_it_is_for_the_cpu_alone(tmp_path, cxx):
+def test_build_without_nvcc_and_nvrtc_says_that_it_is_for_the_cpu_alone(tmp_path, cxx):
     done = command(tmp_path / "cache", "build", CXX=cxx)
     (entry,) = entries(tmp_path / "cache")
     assert done.returncode == 0
     assert done.stdout == f"compiled {entry} for CPU\n"
-    assert done.stderr.endswith(f"no kernels for CUDA: {_loader.NO_NVCC}\n")
+    assert done.stderr.endswith(f"no kernels for CUDA: {_loader.no_cuda_compiler()}\n")
 
 
 def test_clean(warm, monkeypatch, capsys):

@@ -18,7 +18,7 @@ pytest.importorskip("editables", reason="hatchling makes editable installs with 
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.name for path in (ROOT / "kernels").iterdir()}
-WITHOUT_NVCC = Path(__file__).parent / "without_nvcc"
+CPU_ALONE = Path(__file__).parent / "cpu_alone"
 
 
 def run(*command, **arguments) -> str:
@@ -92,7 +92,7 @@ def test_install(kind, request, source, cache, tmp_path):
     )
     elsewhere = [path for path in sys.path if path and not Path(path, "tsm_jit").is_dir()]
     variables = dict(
-        os.environ, TSM_JIT_CACHE=str(cache), PYTHONPATH=os.pathsep.join([str(WITHOUT_NVCC), str(site), *elsewhere])
+        os.environ, TSM_JIT_CACHE=str(cache), PYTHONPATH=os.pathsep.join([str(CPU_ALONE), str(site), *elsewhere])
     )
     package, kernels, info = json.loads(run(sys.executable, "-c", script, env=variables, cwd=tmp_path))
     home = source if kind == "editable" else site

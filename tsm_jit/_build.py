@@ -51,47 +51,75 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
     """
     (folder / "kernels").symlink_to(recipe.kernels)  # short relative names: nvcc, too, hands names to a shell
     package = Path(torch.__file__).parent
-    compile_cpp = [*recipe.cxx, *recipe.cflags, "-std=c++17", "-fPIC", "-isystem", str(package / "include")]
+    cpp = [*recipe.cxx, *recipe.cflags, "-std=c++17", "-fPIC", "-isystem", str(package / "include")]
     libraries = [f"-L{package / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
-    names, compile_cuda, architectures = recipe.cpp_sources, [], []
-    facts: dict[str, Any] = {}
-    if recipe.nvcc is not None:
-        flags, architectures = gpu_code(recipe.nvcc, chosen)
+    codes, facts, compile_cuda = [], {}, None
+    if recipe.nvcc or recipe.nvrtc:
+        cpp += recipe.cuda_defines
+        libraries += ["-lc10_cuda", "-ltorch_cuda"]
+    if recipe.nvcc:
+        codes = gpu_code(recipe.nvcc, _toolchain.nvcc_architectures(recipe.nvcc), chosen)
         toolkit, version = _toolchain.toolkit_root(recipe.nvcc), _toolchain.nvcc_version(recipe.nvcc)
         facts["toolkit"] = f"{toolkit} (CUDA {version})"
         if version != torch.version.cuda:
             say(f"warning: {_mismatch(version)}")
+        flags = [f"-gencode=arch=compute_{code.partition('_')[2]},code={code}" for code in codes]
         host = [] if shutil.which("gcc") else ["-ccbin", recipe.cxx[0]]  # gcc is all that nvcc looks for
         compile_cuda = [str(recipe.nvcc), *recipe.cuda_cflags, *flags, *host, "-std=c++17", "-Xcompiler=-fPIC"]
-        compile_cpp += recipe.cuda_defines
         if toolkit != Path("/usr"):  # whose headers g++ must find by itself
-            compile_cpp += ["-isystem", str(toolkit / "include")]
-        libraries += ["-lc10_cuda", "-ltorch_cuda", *_toolchain.cudart(toolkit)]
-        names += recipe.cuda_sources
+            cpp += ["-isystem", str(toolkit / "include")]
+        libraries += _toolchain.cudart(toolkit)
+    elif recipe.nvrtc:
+        version, known = _toolchain.nvrtc_can(recipe.nvrtc)
+        codes = gpu_code(recipe.nvrtc, known, chosen)
+        facts["toolkit"] = f"{recipe.nvrtc} (CUDA {version})"
+        cpp += recipe.nvrtc_defines
+        libraries += ["-ldl", "-Wl,--no-undefined"]  # all that is launched is there
+    architectures = [code.replace("compute_", "PTX ") for code in codes]
 
-    def commands(*more_for_cuda: str) -> list[list[str]]:
-        cuda = [*compile_cuda, *more_for_cuda]
-        compilers = {name: cuda if name in recipe.cuda_sources else compile_cpp for name in names}
-        return [[*compiler, "-c", f"kernels/{name}", "-o", f"{name}.o"] for name, compiler in compilers.items()]
+    def compile_cpp(name: str, *options: str) -> list[str]:
+        return [*cpp, *options, "-c", f"kernels/{name}", "-o", f"{name}.o"]
 
+    def with_nvcc(*more: str) -> list[list[str]]:
+        return [[*compile_cuda, *more, "-c", f"kernels/{name}", "-o", f"{name}.o"] for name in recipe.cuda_sources]
+
+    def with_nvrtc(name: str, code: str) -> list[str]:
+        command = _toolchain.nvrtc_command(recipe.nvrtc)
+        return [*command, f"kernels/{name}", code, "-o", f"{name}.{code}", *recipe.nvrtc_flags]
+
+    names = [*recipe.cpp_sources]
+    commands = [compile_cpp(name) for name in recipe.cpp_sources]
     with _Progress(["CPU", *architectures]) as progress, open(log, "ab") as output:
-        try:
-            _run(commands(), folder, output, progress)
-        except BuildError:
-            older = _older_gxx(log.read_text(errors="replace"))
-            if older is None:
-                raise
-            output.truncate(0)
-            _run(commands("-ccbin", older), folder, output, progress)
+        if recipe.nvcc:
+            names += recipe.cuda_sources
+            try:
+                _run([*with_nvcc(), *commands], folder, output, progress)
+            except BuildError:
+                older = _older_gxx(log.read_text(errors="replace"))
+                if older is None:
+                    raise
+                output.truncate(0)
+                _run([*with_nvcc("-ccbin", older), *commands], folder, output, progress)
+        elif recipe.nvrtc:
+            from tsm_jit._nvrtc import assembly
+
+            names += [*recipe.cuda_sources, *recipe.nvrtc_sources, "images"]
+            commands += [compile_cpp(name, "-x", "c++") for name in recipe.cuda_sources]
+            commands += [compile_cpp(name) for name in recipe.nvrtc_sources]
+            images = [with_nvrtc(name, code) for code in codes for name in recipe.cuda_sources]
+            _run([*images, *commands], folder, output, progress)
+            (folder / "images.s").write_text(assembly(folder, recipe.cuda_sources, codes))
+            _run([[*recipe.cxx, "-c", "images.s", "-o", "images.o"]], folder, output, progress)
+        else:
+            _run(commands, folder, output, progress)
         objects = [f"{name}.o" for name in names]
         _run([[*recipe.cxx, "-shared", "-o", library, *objects, *libraries]], folder, output, progress)
     return {**facts, "architectures": architectures, "seconds": round(progress.seconds(), 1)}
 
 
-def gpu_code(nvcc: Path, chosen: str | None) -> tuple[list[str], list[str]]:
-    """nvcc's flags, and what they are for: what ``chosen`` lists in the words of ``TORCH_CUDA_ARCH_LIST``, else the
-    GPUs of this machine as far as nvcc knows them; and PTX for all others."""
-    known = _toolchain.nvcc_architectures(nvcc)
+def gpu_code(compiler: Path, known: list[str], chosen: str | None) -> list[str]:
+    """What to compile for, as ``["sm_90", "compute_75"]``: what ``chosen`` lists in the words of
+    ``TORCH_CUDA_ARCH_LIST``, else the GPUs of this machine as far as they are ``known``; and PTX for all others."""
     portable = {_toolchain.PORTABLE_ARCHITECTURE}
     if chosen == EVERY_GENERATION:  # code for the first GPU of a generation runs on the others
         native = set({arch[:-1]: arch for arch in sorted(known, key=int, reverse=True)}.values())
@@ -105,17 +133,16 @@ def gpu_code(nvcc: Path, chosen: str | None) -> tuple[list[str], list[str]]:
             match = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", word)
             if not match or match[1] + match[2] not in known:
                 raise BuildError(
-                    "TORCH_CUDA_ARCH_LIST and --arch take GPU architectures that nvcc knows, such as '8.0;9.0+PTX' "
-                    f"({nvcc} knows {' '.join(f'{arch[:-1]}.{arch[-1]}' for arch in known)}), got {word!r}"
+                    "TORCH_CUDA_ARCH_LIST and --arch take GPU architectures that the compiler knows, such as "
+                    f"'8.0;9.0+PTX' ({compiler} knows {' '.join(f'{arch[:-1]}.{arch[-1]}' for arch in known)}), "
+                    f"got {word!r}"
                 )
             native.add("".join(match.group(1, 2, 3)))
             if match[4]:
                 portable.add("".join(match.group(1, 2, 3)))
-    codes = [
-        (kind, arch) for kind, archs in (("sm", native), ("compute", portable)) for arch in sorted(archs, key=_age)
+    return [
+        f"{kind}_{arch}" for kind, archs in (("sm", native), ("compute", portable)) for arch in sorted(archs, key=_age)
     ]
-    flags = [f"-gencode=arch=compute_{arch},code={kind}_{arch}" for kind, arch in codes]
-    return flags, [f"sm_{arch}" if kind == "sm" else f"PTX {arch}" for kind, arch in codes]
 
 
 def _age(architecture: str) -> int:

@@ -17,12 +17,13 @@ def info() -> dict[str, Any]:
 
     - ``devices``: for ``cpu`` and ``cuda`` what their tensors take, compiled kernels or plain torch, and why;
     - ``versions``: of tsm_jit, torch, torch's CUDA, Python and the platform;
-    - ``tools``: the C++ compiler and nvcc that a compilation would use, ``None`` if there is none;
-    - ``cache``: its folder, the key of this build, its size in bytes, the GPU architectures and the CUDA toolkit it was
-      compiled with, how long that took in seconds.
+    - ``tools``: the C++ compiler, nvcc and, for want of it, NVRTC that a compilation would use, or ``None``;
+    - ``cache``: its folder, the key of this build, its size in bytes, the GPU architectures and the CUDA toolkit or
+      NVRTC it was compiled with, how long that took in seconds.
     """
     status = _loader.status()
     cxx, nvcc = _toolchain.find_cxx(), _toolchain.find_nvcc()
+    nvrtc = _toolchain.find_nvrtc() if _toolchain.torch_has_cuda() else None
     return {
         "devices": dict(status.devices),
         "versions": {
@@ -32,7 +33,11 @@ def info() -> dict[str, Any]:
             "python": platform.python_version(),
             "platform": platform.platform(),
         },
-        "tools": {"cxx": " ".join(cxx) if cxx else None, "nvcc": str(nvcc) if nvcc else None},
+        "tools": {
+            "cxx": " ".join(cxx) if cxx else None,
+            "nvcc": str(nvcc) if nvcc else None,
+            "nvrtc": str(nvrtc) if nvrtc else None,
+        },
         "cache": {
             "folder": status.cache,
             "key": status.key,

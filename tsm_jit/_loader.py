@@ -3,6 +3,7 @@
     key      sha256 of the sources, the flags, torch and the platform, and of each compiler's path, size and date
     warm     <cache>/<key>/ is there, is ours, its checksum holds: load it. No lock, no write, no compiler is asked.
              A compiler that is not here is not compared: what it made elsewhere, or before it was removed, is as good
+    without nvcc: NVRTC, the library that torch brings, compiles the same sources
     cold     lock; build in <cache>/tmp-<uuid>; write the manifest; rename to <cache>/<key>
     failed   a compiler's error is published as well, so that the next import does not compile in vain; the step below
              is taken: kernels for CPU and CUDA -> for the CPU alone -> plain torch. One warning says why
@@ -43,13 +44,21 @@ LOG = "build.log"
 
 _CPU_SOURCES = ("bindings.cpp", "temporal_shift.cpp", "residual_shift.cpp")
 _CUDA_SOURCES = ("temporal_shift.cu", "residual_shift.cu")
-_HEADERS = ("temporal_shift.h", "residual_shift.h", "element.h", "temporal_shift.cuh", "residual_shift.cuh")
+_NVRTC_SOURCES = ("driver.cpp",)
+_HEADERS = (
+    *("temporal_shift.h", "residual_shift.h", "element.h", "temporal_shift.cuh", "residual_shift.cuh"),
+    *("launch.h", "driver.h", "nvrtc_std.h"),
+)
 # The stable ABI of the oldest torch we support: what is built runs on every later one.
 _CFLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 _CUDA_CFLAGS = ("--threads=2",)  # one architecture each
 _CUDA_DEFINES = ("-DTSM_JIT_CUDA", "-DUSE_CUDA")
+_NVRTC_DEFINES = ("-DTSM_JIT_NVRTC",)
+# Host code must be taken for device code to be read at all; none of it is in what is made.
+_NVRTC_FLAGS = ("--std=c++17", "--device-as-default-execution-space", "-Ikernels")
 _CHOICES = ("TORCH_CUDA_ARCH_LIST", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 NO_NVCC = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to it"
+_NO_NVRTC = "NVRTC was not found and TSM_JIT_NVRTC is set: pip install nvidia-cuda-nvrtc, or unset it"
 _OWN_FOLDER = "set TSM_JIT_CACHE to a folder of your own"
 _NAME_HOLDER_AFTER_SECONDS = 2
 _LOCK_SECONDS = 600  # longer than a build may take, its second try with another C++ compiler included
@@ -64,6 +73,7 @@ class Status:
     cache: str | None = None
     key: str | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
+    instead_of_nvcc: Path | None = None  # NVRTC, if this import had it compile
 
 
 def kernel_folder() -> Path:
@@ -92,26 +102,53 @@ class Recipe:
 
     kernels: Path
     cxx: list[str] | None
-    nvcc: Path | None  # None: build for the CPU alone
-    key: str  # with a * for each compiler that is not here
+    nvcc: Path | None
+    nvrtc: Path | None  # in place of nvcc; without both: build for the CPU alone
+    key: str  # of entries that will do: with a * for each compiler that is not here
+    entry: str  # the one that a build makes
     cpp_sources: tuple[str, ...] = _CPU_SOURCES
     cuda_sources: tuple[str, ...] = _CUDA_SOURCES
     cflags: tuple[str, ...] = _CFLAGS
     cuda_cflags: tuple[str, ...] = _CUDA_CFLAGS
     cuda_defines: tuple[str, ...] = _CUDA_DEFINES
+    nvrtc_sources: tuple[str, ...] = _NVRTC_SOURCES
+    nvrtc_defines: tuple[str, ...] = _NVRTC_DEFINES
+    nvrtc_flags: tuple[str, ...] = _NVRTC_FLAGS
+
+    @property
+    def cuda(self) -> bool:
+        return self.nvcc is not None or self.nvrtc is not None
 
     @staticmethod
     def here(cuda: bool = True) -> Recipe:
         kernels = kernel_folder()
         cxx = _toolchain.find_cxx()
         cuda = cuda and _toolchain.torch_has_cuda()
-        nvcc = _toolchain.find_nvcc() if cuda else None
-        sources = {name: _digest((kernels / name).read_bytes()) for name in (*_CPU_SOURCES, *_CUDA_SOURCES, *_HEADERS)}
-        flags = (_CFLAGS, _CUDA_CFLAGS, _CUDA_DEFINES, [os.environ.get(name) for name in _CHOICES])
+        nvcc = _toolchain.find_nvcc() if cuda and not nvrtc_is_chosen() else None
+        nvrtc = _toolchain.find_nvrtc() if cuda and nvcc is None else None
+        names = (*_CPU_SOURCES, *_CUDA_SOURCES, *_NVRTC_SOURCES, *_HEADERS)
+        sources = {name: _digest((kernels / name).read_bytes()) for name in names}
+        choices = [os.environ.get(name) for name in _CHOICES]
+        flags = (_CFLAGS, _CUDA_CFLAGS, _CUDA_DEFINES, _NVRTC_DEFINES, _NVRTC_FLAGS, choices)
         versions = (torch.__version__, torch.version.cuda, platform.system(), platform.machine())
-        cxx_part = _digest(_identity(Path(cxx[0])), cxx)[:8] if cxx else "*"
-        nvcc_part = _digest(_identity(nvcc))[:8] if nvcc else "*" if cuda else "none"
-        return Recipe(kernels, cxx, nvcc, f"{_digest(sources, flags, versions)[:32]}-{cxx_part}-{nvcc_part}")
+        base = _digest(sources, flags, versions)[:32]
+        cxx_part = _digest(_identity(Path(cxx[0])), cxx)[:8] if cxx else None
+        cuda_part = _digest(_identity(nvcc))[:8] if nvcc else f"r{_digest(_identity(nvrtc))[:7]}" if nvrtc else None
+        if nvrtc_is_chosen():
+            will_do = cuda_part or "r*"
+        else:
+            will_do = cuda_part if nvcc else "*"
+        key = f"{base}-{cxx_part or '*'}-{will_do if cuda else 'none'}"
+        return Recipe(kernels, cxx, nvcc, nvrtc, key, f"{base}-{cxx_part or 'none'}-{cuda_part or 'none'}")
+
+
+def no_cuda_compiler() -> str:
+    return _NO_NVRTC if nvrtc_is_chosen() else f"{NO_NVCC} (there is no NVRTC either, which comes with most torches)"
+
+
+def nvrtc_is_chosen() -> bool:
+    """Whether NVRTC is to compile the kernels even where nvcc is."""
+    return os.environ.get("TSM_JIT_NVRTC", "") not in ("", "0")
 
 
 def _digest(*facts: Any) -> str:
@@ -175,13 +212,17 @@ def _read(entry: Path) -> dict[str, Any] | None:
 def _look_up(recipe: Recipe) -> tuple[Path, dict[str, Any]] | None:
     """The entry that the compilers here made; of what others made, if they are not here, the best and newest."""
     cache = cache_folder()
-    built = cache / recipe.key.replace("*", "none")  # the entry that a build would make
+    built = cache / recipe.entry
     if "*" not in recipe.key:
         manifest = _read(built)
         return (built, manifest) if manifest else None
-    entries = sorted(cache.glob(recipe.key), key=_date, reverse=True)
+    entries = sorted({built, *cache.glob(recipe.key)}, key=_date, reverse=True)
     whole = [(entry, manifest) for entry in entries if (manifest := _read(entry))]
-    usable = [(entry, manifest) for entry, manifest in whole if "error" not in manifest or entry == built]
+    usable = [
+        (entry, manifest)
+        for entry, manifest in whole
+        if entry == built or ("error" not in manifest and manifest["cuda"] >= recipe.cuda)
+    ]
     return max(usable, key=lambda found: ("error" not in found[1], found[1]["cuda"]), default=None)
 
 
@@ -226,9 +267,9 @@ def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, 
     except OSError as error:
         raise PermissionError(f"{cache} cannot be made ({error.strerror}): {_OWN_FOLDER}") from None
     if not os.access(cache, os.W_OK):
-        raise PermissionError(f"{cache} is read-only and has no kernels for {recipe.key}: {_OWN_FOLDER}")
+        raise PermissionError(f"{cache} is read-only and has no kernels for {recipe.entry}: {_OWN_FOLDER}")
     _refuse_foreign(cache)
-    entry = cache / recipe.key.replace("*", "none")
+    entry = cache / recipe.entry
     path = cache / f"lock-{entry.name}"
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -280,8 +321,8 @@ def _date(path: Path) -> float:
 
 
 def _outdated(recipe: Recipe, manifest: dict[str, Any]) -> bool:
-    """True where there are a GPU and an nvcc, and an nvcc that saw no GPU compiled for none."""
-    return recipe.nvcc is not None and manifest.get("gpu") is False and _toolchain.gpu_is_visible()
+    """True where there are a GPU and a compiler for it, and one that saw no GPU compiled for none."""
+    return recipe.cuda and manifest.get("gpu") is False and _toolchain.gpu_is_visible()
 
 
 def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> dict[str, Any]:
@@ -289,7 +330,8 @@ def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> di
 
     folder = entry.with_name(f"tmp-{uuid.uuid4().hex}")
     folder.mkdir(mode=0o700)
-    manifest: dict[str, Any] = {"sha256": None, "cuda": recipe.nvcc is not None, "torch": torch.__version__}
+    manifest: dict[str, Any] = {"sha256": None, "cuda": recipe.cuda, "nvrtc": recipe.nvrtc is not None}
+    manifest["torch"] = torch.__version__
     try:
         try:
             manifest |= build(recipe, folder, LIBRARY, folder / LOG, chosen)
@@ -315,13 +357,13 @@ def _load(status: Status) -> None:
     status.cache = str(cache_folder())
     if _toolchain.torch_has_cuda():
         recipe = Recipe.here()
-        reason = NO_NVCC
+        reason = no_cuda_compiler()
         try:
             _load_entry(recipe, status)
         except Exception as error:  # whatever stops CUDA must not cost the CPU its kernels
             said = f"{type(error).__name__}: {error}"
-            if recipe.nvcc is not None:
-                reason = said
+            if recipe.cuda:
+                reason = said if recipe.nvcc or nvrtc_is_chosen() else f"{said}. NVRTC was tried as {NO_NVCC}"
             elif status.key is None:  # the kernels for the CPU alone could not be built
                 status.missing["cpu"] = said
         if "cuda" not in status.devices:
@@ -338,7 +380,10 @@ def _load_entry(recipe: Recipe, status: Status) -> None:
     found = _look_up(recipe)
     if found is None or _outdated(recipe, found[1]):
         try:
-            found = _build_under_lock(recipe)
+            built = _build_under_lock(recipe)
+            status.instead_of_nvcc = None if found or nvrtc_is_chosen() else recipe.nvrtc
+            if found is None or "error" not in built[1]:
+                found = built
         except (OSError, BuildError):
             if found is None:
                 raise
@@ -351,7 +396,8 @@ def _load_entry(recipe: Recipe, status: Status) -> None:
     torch.ops.load_library(str(entry / LIBRARY))
     status.devices["cpu"] = "compiled kernels"
     if manifest["cuda"]:
-        status.devices["cuda"] = f"compiled kernels ({', '.join(manifest['architectures'])})"
+        by = "NVRTC: " if manifest.get("nvrtc") else ""
+        status.devices["cuda"] = f"compiled kernels ({by}{', '.join(manifest['architectures'])})"
 
 
 _status = Status()
@@ -392,6 +438,13 @@ def _report(status: Status) -> None:
     for device in needed.get(required, ()):
         if not status.devices[device].startswith("compiled"):
             raise ImportError(f"TSM_JIT_REQUIRE={required}, but {device} tensors would take {status.devices[device]}")
+    if status.instead_of_nvcc and "cuda" not in status.missing and _toolchain.gpu_is_visible():
+        warnings.warn(
+            f"tsm_jit: nvcc was not found, so NVRTC ({status.instead_of_nvcc}) compiled the CUDA kernels; they are as "
+            "fast. For nvcc, install the CUDA toolkit or set CUDA_HOME to it; TSM_JIT_NVRTC=1 chooses NVRTC.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if status.missing and (status.missing.keys() != {"cuda"} or _toolchain.gpu_is_visible()):
         devices: dict[str, list[str]] = {}
         for device, reason in status.missing.items():
@@ -439,7 +492,10 @@ def clean(everything: bool = False, older_than: float | None = None) -> int:
     made = "[0-9a-f]{32}" if everything or older_than is not None else Recipe.here().key.partition("-")[0]
     before = math.inf if older_than is None else time.time() - older_than * 86400
     for entry in cache.iterdir():
-        if re.fullmatch(made + "(-([0-9a-f]{8}|none)){2}", entry.name) and _date(entry) < before:
+        if (
+            re.fullmatch(made + "-([0-9a-f]{8}|none)-(r[0-9a-f]{7}|[0-9a-f]{8}|none)", entry.name)
+            and _date(entry) < before
+        ):
             freed += _remove(entry)
             entry.with_name(f"lock-{entry.name}").unlink(missing_ok=True)
     return freed

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,29 @@ def _nvcc_candidates() -> Iterator[Path]:
         yield from sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)
 
 
+def find_nvrtc() -> Path | None:
+    """The NVRTC library of torch's CUDA version: of pip's wheels, of torch's own folder, where the system has it."""
+    major = torch.version.cuda.partition(".")[0]
+    name = re.compile(rf"libnvrtc(-[0-9a-f]{{8}})?\.so\.{major}(\.[0-9.]+)?")
+    for folder in _nvrtc_folders():
+        found = sorted(path for path in folder.glob("libnvrtc*") if name.fullmatch(path.name) and path.is_file())
+        if found:
+            return found[0].absolute()
+    return None
+
+
+def _nvrtc_folders() -> Iterator[Path]:
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        yield from sorted(Path(folder).glob("cu*/lib"), reverse=True)  # of CUDA 13 and later, or cuda_nvrtc
+    yield Path(torch.__file__).parent / "lib"
+    yield from (Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder)
+    yield Path(sys.prefix, "lib")
+    yield Path("/usr/local/cuda/lib64")
+    yield Path(f"/usr/lib/{platform.machine()}-linux-gnu")
+    yield Path("/usr/lib64")
+
+
 def toolkit_root(nvcc: Path) -> Path:
     """The toolkit of ``nvcc`` in nvcc's own opinion: the nvcc on the path may be a script that calls another."""
     # A dry run prints its settings and compiles nothing; the source need not exist.
@@ -83,6 +107,20 @@ def nvcc_architectures(nvcc: Path) -> list[str]:
     if known := re.findall(r"^compute_(\d+)\s*$", said, re.MULTILINE):
         return known
     raise BuildError(f"{nvcc} --list-gpu-arch must list GPU architectures, got {said[:200]!r}")
+
+
+def nvrtc_command(nvrtc: Path) -> list[str]:
+    """What asks the library what it can, or, with more arguments, to compile: a process of its own, as it may crash."""
+    return [sys.executable, "-I", "-S", str(Path(__file__).with_name("_nvrtc.py")), str(nvrtc)]
+
+
+def nvrtc_can(nvrtc: Path) -> tuple[str, list[str]]:
+    """Its version, as ``13.0``, and what it can compile for, as ``["75", "80", ...]``."""
+    said = _output(nvrtc_command(nvrtc))
+    version, known = re.search(r"release (\d+\.\d+)", said), re.findall(r"^compute_(\d+)\s*$", said, re.MULTILINE)
+    if version and known:
+        return version[1], known
+    raise BuildError(f"NVRTC ({nvrtc}) must tell its version and GPU architectures, got {said[:500]!r}")
 
 
 def nvcc_version(nvcc: Path) -> str:

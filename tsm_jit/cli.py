@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     build = add(
         "build",
-        "compile now instead of on the first import, for images and clusters: for every GPU generation that nvcc knows",
+        "compile now instead of on the first import, for images and clusters: for every GPU generation there is",
         "Later imports load it from the cache (TSM_JIT_CACHE), which may be read-only then, without compilers.",
     )
     build.add_argument("--arch", metavar="LIST", help="for these GPUs, such as '8.0;9.0', and slower to load on others")
@@ -96,7 +96,7 @@ def _build(chosen: str) -> int:
         return 1
     _print(f"compiled {entry} for {', '.join(['CPU', *manifest['architectures']])}")
     if torch.version.cuda is not None and not manifest["cuda"]:
-        sys.stderr.write(f"no kernels for CUDA: {_loader.NO_NVCC}\n")
+        sys.stderr.write(f"no kernels for CUDA: {_loader.no_cuda_compiler()}\n")
     return 0
 
 

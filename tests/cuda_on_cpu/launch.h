@@ -1,6 +1,7 @@
-// Of CUDA what the kernels use, for a C++ compiler: blocks run one after the other, the threads of a block as
-// coroutines. A barrier lets every other thread of the block come as far before any goes on. Between barriers the first
-// thread begins, then the last one, by turns: what lacks a barrier meets an order that it is wrong in.
+// In place of kernels/launch.h, which it includes: launches on the CPU, and what the kernels use. Blocks run one after
+// the other, the threads of a block as coroutines. A barrier lets every other thread of the block come as far before
+// any goes on. Between barriers the first thread begins, then the last one, by turns: what lacks a barrier meets an
+// order that it is wrong in.
 #pragma once
 
 #include <sanitizer/asan_interface.h>
@@ -13,33 +14,16 @@
 #include <functional>
 #include <vector>
 
-#define __device__
-#define __global__
-#define __shared__ thread_local  // static in a function, and may be extern: there is one thread, of many coroutines
-#define __grid_constant__
-#define __launch_bounds__(...)
+#include "../../kernels/launch.h"
 
-struct uint2 {
-  uint32_t x, y;
-};
-struct uint4 {
-  uint32_t x, y, z, w;
-};
-struct dim3 {
-  uint32_t x = 1, y = 1, z = 1;
-  dim3(uint32_t x = 1, uint32_t y = 1, uint32_t z = 1) : x(x), y(y), z(z) {}
-};
+#define __device__
+#define __shared__ thread_local  // static in a function, and may be extern: there is one thread, of many coroutines
+#define __launch_bounds__(...)
 
 inline dim3 blockIdx, threadIdx, blockDim, gridDim;
 using std::max;
 using std::min;
 using std::sqrt;  // of a float a float
-
-using cudaError_t = int;
-using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0;
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 namespace tsm_jit {
 inline thread_local uint4 shared[48 * 1024 / sizeof(uint4)];
@@ -103,15 +87,18 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes) {
   }
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments) as launch(kernel, grid, ...)(arguments).
-template <class... Parameters>
-auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t) {
-  return [=](Parameters... arguments) {
-    body = [&] { kernel(arguments...); };
-    run(grid, block, shared_bytes);
-  };
-}
-
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::pause(); }
+
+namespace tsm_jit {
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+                   const Arguments&... arguments) {
+  cuda_on_cpu::body = [&] { kernel(arguments...); };
+  cuda_on_cpu::run(grid, block, shared_bytes);
+  return nullptr;
+}
+
+}  // namespace tsm_jit
