@@ -77,6 +77,7 @@ thread_local Device here;
 Result load(const Kernel& kernel, int64_t i) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
+  if (kernel.handles[i] != nullptr) return kSuccess;  // another thread was first
   const Driver& d = driver();
   Image& image = kernel.images[i];
   int mode = kRelaxed;

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsm_jit import _build, _loader, _toolchain, cli
+from tsm_jit import _build, _loader, _nvrtc, _toolchain, cli
 
 ROOT = Path(_loader.__file__).resolve().parent.parent
 CPU_ALONE = Path(__file__).parent / "cpu_alone"
@@ -51,6 +51,31 @@ PATCHED = """
     {}
     _loader.load()
 """
+# In a process that has no nvcc, but a GPU.
+WITHOUT_NVCC = "_toolchain.find_nvcc = lambda: None; _toolchain.gpu_is_visible = lambda: True"
+# What stands in for NVRTC, and needs none of its time.
+NVRTC = """
+#include <cstring>
+extern "C" {
+int nvrtcVersion(int *major, int *minor) { *major = 13; *minor = 0; return 0; }
+int nvrtcGetNumSupportedArchs(int *count) { *count = 2; return 0; }
+int nvrtcGetSupportedArchs(int *known) { known[0] = 75; known[1] = 90; return 0; }
+int nvrtcCreateProgram(void **program, const char *, const char *, int, const char **, const char **) { return 0; }
+int nvrtcCompileProgram(void *, int, const char **) { return 0; }
+const char *nvrtcGetErrorString(int) { return "no error"; }
+int nvrtcGetProgramLogSize(void *, size_t *size) { *size = 1; return 0; }
+int nvrtcGetProgramLog(void *, char *log) { *log = 0; return 0; }
+int nvrtcGetPTXSize(void *, size_t *size) { *size = 1; return 0; }
+int nvrtcGetPTX(void *, char *image) { *image = 0; return 0; }
+int nvrtcGetCUBINSize(void *, size_t *size) { *size = 1; return 0; }
+int nvrtcGetCUBIN(void *, char *image) { *image = 0; return 0; }
+}
+"""
+FAILING_NVRTC = NVRTC.replace("const char **) { return 0; }\nconst", "const char **) { return 6; }\nconst").replace(
+    "*size = 1; return 0; }\nint nvrtcGetProgramLog(void *, char *log) { *log = 0;",
+    '*size = 20; return 0; }\nint nvrtcGetProgramLog(void *, char *log) { std::strcpy(log, "a.cu(1): error: no");',
+)
+assert FAILING_NVRTC.count("return 6") == FAILING_NVRTC.count("strcpy") == 1
 needs_nvcc = pytest.mark.skipif(
     torch.version.cuda is None or _toolchain.find_nvcc() is None, reason="needs nvcc and a torch with CUDA"
 )
@@ -157,6 +182,16 @@ def toolkit(tmp_path) -> Path:
     )
     (home / "version").write_text(f"Cuda compilation tools, release {torch.version.cuda}, V{torch.version.cuda}.1\n")
     return home
+
+
+@pytest.fixture
+def nvrtc(tmp_path) -> Path:
+    """An NVRTC that knows two GPUs and makes empty images."""
+    source, library = tmp_path / "nvrtc.cpp", tmp_path / "nvrtc" / "libnvrtc.so.99"
+    source.write_text(NVRTC)
+    library.parent.mkdir()
+    subprocess.run([*_toolchain.find_cxx(), "-shared", "-fPIC", source, "-o", library], check=True)
+    return library
 
 
 def compilations(cxx: Path) -> int:
@@ -797,6 +832,259 @@ def test_required_kernels_that_are_there(built, monkeypatch):
     monkeypatch.setenv("TSM_JIT_REQUIRE", "gpu")
     with pytest.raises(ValueError, match="TSM_JIT_REQUIRE must be 1, cpu or cuda, got 'gpu'"):
         _loader._report(_loader.Status())
+
+
+# --- NVRTC -----------------------------------------------------------------------------------------------------------
+
+
+def kernels_of(image: bytes) -> set[str]:
+    return {name.decode() for name in re.findall(rb"(?:\.text\.|\.entry )(_Z\w+)", image)}
+
+
+@pytest.fixture(scope="session")
+def by_nvrtc(tmp_path_factory) -> tuple[Path, dict, str]:
+    """A cache that an import without nvcc has filled, for sm_90 and everything else; what it said."""
+    if torch.version.cuda is None or _toolchain.find_nvrtc() is None or _toolchain.find_cxx() is None:
+        pytest.skip("needs a C++ compiler and a torch with CUDA and NVRTC")
+    cache = tmp_path_factory.mktemp("nvrtc") / "cache"
+    return cache, *import_it(cache, patch=WITHOUT_NVCC, cuda=True, TORCH_CUDA_ARCH_LIST="9.0")
+
+
+def test_without_nvcc_nvrtc_compiles_the_kernels(by_nvrtc):
+    """Really; it is told once."""
+    cache, facts, err = by_nvrtc
+    assert err == "tsm_jit: compiling the kernels (only once) for CPU, sm_90, PTX 75\n"
+    assert facts["devices"] == {"cpu": "compiled kernels", "cuda": "compiled kernels (NVRTC: sm_90, PTX 75)"}
+    assert facts["cache"]["toolkit"].startswith(f"{_toolchain.find_nvrtc()} (CUDA ")
+    (warning,) = facts["warnings"]
+    assert "nvcc was not found, so NVRTC" in warning
+    assert "TSM_JIT_NVRTC=1" in warning
+    (entry,) = entries(cache)
+    assert re.fullmatch("[0-9a-f]{32}-[0-9a-f]{8}-r[0-9a-f]{7}", entry.name)
+    needed = subprocess.run(["readelf", "-d", entry / _loader.LIBRARY], capture_output=True, text=True).stdout
+    assert "libtorch_cuda" in needed
+    assert not re.search("libcudart|libcuda\\.|libnvrtc", needed)
+    for changes in ({"patch": WITHOUT_NVCC}, {"TSM_JIT_NVRTC": "1"}, {"patch": WITHOUT_NVCC, "CXX": "/nowhere/c++"}):
+        again, err = import_it(cache, cuda=True, TORCH_CUDA_ARCH_LIST="9.0", **changes)
+        assert err == ""
+        assert again["warnings"] == []
+        assert again["devices"] == facts["devices"]
+
+
+DRIVE = """
+import ctypes, json, os, sys
+import torch, tsm_jit
+assert "NVRTC" in tsm_jit.info()["devices"]["cuda"]
+assert not os.path.exists(os.environ["STUB"] + "/calls"), "an import must not touch the driver"
+launches = ctypes.CDLL(os.environ["STUB"] + "/launches.so")
+for name in ("use", "one", "all"):
+    getattr(launches, name).restype = ctypes.c_char_p
+print(json.dumps(eval(sys.argv[1], {"launches": launches}), default=bytes.decode))
+"""
+
+
+@pytest.fixture(scope="session")
+def stub(by_nvrtc, tmp_path_factory) -> Path:
+    """A folder with a driver that notes what is asked of it, and a program that launches every kernel."""
+    folder, here = tmp_path_factory.mktemp("stub"), Path(__file__).parent / "driver"
+    compiler = [*_toolchain.find_cxx(), "-std=c++17", "-shared", "-fPIC", "-pthread", "-o"]
+    subprocess.run([*compiler, folder / "libcuda.so.1", here / "libcuda.cpp"], check=True)
+    (entry,) = entries(by_nvrtc[0])
+    library, kernels = entry / _loader.LIBRARY, f"-I{_loader.kernel_folder()}"
+    subprocess.run([*compiler, folder / "launches.so", here / "launches.cpp", kernels, library], check=True)
+    return folder
+
+
+def drive(cache: Path, stub: Path, what: str, **changes) -> tuple[object, list[str]]:
+    """The value of an expression of ``launches``, and what the driver noted of it."""
+    (stub / "calls").unlink(missing_ok=True)
+    libraries = os.pathsep.join([str(stub), os.environ.get("LD_LIBRARY_PATH", "")])
+    settings = {"TSM_JIT_NVRTC": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "LD_LIBRARY_PATH": libraries, "STUB": stub}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVE, what],
+        env=environment(cache, cuda=True, **{**settings, **changes}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    calls = (stub / "calls").read_text().splitlines() if (stub / "calls").exists() else []
+    return json.loads(done.stdout), calls
+
+
+LAUNCH = (
+    r"launch (?P<name>\w+) grid (?P<sizes>\d+ \d+ \d+ block \d+ \d+ \d+) shared (?P<shared>\d+) stream 7 mode 0 "
+    r"argument (?P<argument>\d+) extra \(nil\) device (?P<device>\d)"
+)
+
+
+def test_every_kernel_that_is_launched_is_in_the_images_and_no_other(by_nvrtc, stub):
+    """By a driver without a GPU; on its second device, which the machine code is not for, out of the PTX."""
+    told, calls = drive(by_nvrtc[0], stub, "[launches.use(0), launches.all(), launches.use(1), launches.all()]")
+    assert told == [None] * 4
+    loads = [call for call in calls if call.startswith("load")]
+    assert loads == [
+        f"load {number} {kind} captured 2 options 0"  # 2: also while a graph is captured
+        for number, kind in enumerate(["cubin", "cubin", "PTX", "PTX"])
+    ]
+    launches = [re.fullmatch(LAUNCH, call) for call in calls if call.startswith("launch")]
+    assert all(launches)
+    for device, images in [("0", (0, 1)), ("1", (2, 3))]:
+        launched = {launch["name"] for launch in launches if launch["device"] == device}
+        in_images = [kernels_of((stub / f"image{number}").read_bytes()) for number in images]
+        assert launched == in_images[0] | in_images[1]
+        assert len(launched) > 50
+    for launch in launches:
+        sizes = [int(size) for size in re.findall(r"\d+", launch["sizes"])]
+        assert min(sizes) > 0
+        assert sizes[3] * sizes[4] * sizes[5] <= 1024
+        assert int(launch["shared"]) <= 48 * 1024
+    got = [call for call in calls if call.startswith("get")]
+    assert len(got) == len(set(got)) < len(launches), "each kernel is looked up once in an image"
+    with_data = [launch for launch in launches if "shift_tile" in launch["name"]]
+    assert {int(launch["argument"]) - 2**20 for launch in with_data} == {1, 2, 4, 8, 16}
+
+
+def test_a_thread_without_a_context_takes_that_of_torch(by_nvrtc, stub):
+    """As threads of autograd are, and all at once."""
+    told, calls = drive(by_nvrtc[0], stub, "launches.at_once(8)")
+    assert told == 8
+    assert calls.count("retain 0") == calls.count("current 0") == 8
+    assert sum(call.startswith("load") for call in calls) == 1
+    assert sum(call.startswith("get") for call in calls) == 1
+    assert sum(call.startswith("launch") for call in calls) == 8
+    _, calls = drive(by_nvrtc[0], stub, "[launches.use(device) for device in (1, 1, 0, 0)]")
+    assert calls == ["retain 1", "current 1", "retain 0", "current 0"]
+
+
+@pytest.mark.parametrize("fails", ["cuDevicePrimaryCtxRetain", "cuLibraryLoadData", "cuLaunchKernel"])
+def test_what_the_driver_says_is_told(by_nvrtc, stub, fails):
+    told, _ = drive(by_nvrtc[0], stub, "launches.use(0) or launches.one()", STUB_FAILS=fails)
+    assert told == "out of memory"
+
+
+def test_no_driver_or_an_old_one_is_told(by_nvrtc, stub, tmp_path):
+    old, none = tmp_path / "old", tmp_path / "none"
+    for folder in (old, none):
+        folder.mkdir()
+        (folder / "launches.so").symlink_to(stub / "launches.so")
+    (none / "libcuda.so.1").write_text("no library")
+    source = Path(__file__).parent / "driver" / "libcuda.cpp"
+    compiler = [*_toolchain.find_cxx(), "-std=c++17", "-shared", "-fPIC", "-DOLD", "-o"]
+    subprocess.run([*compiler, old / "libcuda.so.1", source], check=True)
+    assert drive(by_nvrtc[0], old, "launches.use(0)")[0] == "the driver is older than CUDA 12"
+    if not _toolchain.gpu_is_visible():
+        assert drive(by_nvrtc[0], none, "launches.use(0)")[0] == "libcuda.so.1, the driver, cannot be loaded"
+
+
+def test_a_kernel_that_is_not_in_the_images_does_not_link(tmp_path, nvrtc):
+    """NVRTC made images, without a kernel in them; the compiler and the linker are real."""
+    patch = f"{WITHOUT_NVCC}; _toolchain.find_nvrtc = lambda: __import__('pathlib').Path({str(nvrtc)!r})"
+    facts, _ = import_it(tmp_path / "cache", patch=patch, cuda=True)
+    assert facts["devices"]["cpu"] == "compiled kernels"
+    assert facts["devices"]["cuda"].startswith("plain torch: BuildError: ")
+    assert "nvcc was not found: install the CUDA toolkit" in facts["devices"]["cuda"]
+    (log,) = (entry / _loader.LOG for entry in entries(tmp_path / "cache") if "-r" in entry.name)
+    assert "undefined reference to `void tsm_jit::shift_tile<" in log.read_text()
+
+
+def test_the_images_of_a_gpu():
+    """By compute capability: machine code of its generation, then PTX; of several the newest."""
+    known = ["sm_80", "sm_86", "sm_90a", "sm_90", "sm_100f", "compute_75", "compute_90", "compute_100a"]
+
+    table = re.findall(r"\.quad \.L(\w+)_x\.cu\n\.long (\d+), (\d+)", "\n".join(_nvrtc.images("x.cu", known)))
+    assert {name for name, _, _ in table} == set(known)
+    expected = {75: "compute_75", 80: "sm_80", 87: "sm_86", 89: "sm_86", 90: "sm_90a", 91: "sm_90", 120: "compute_90"}
+    for capability, image in {**expected, 100: "sm_100f", 103: "sm_100f", 110: "compute_90"}.items():
+        assert next(name for name, low, high in table if int(low) <= capability <= int(high)) == image
+
+
+@needs_cuda_torch
+def test_the_switch_chooses_nvrtc_and_both_builds_stay(tmp_path, cxx, toolkit, nvrtc):
+    cache, found = tmp_path / "cache", f"_toolchain.find_nvrtc = lambda: __import__('pathlib').Path({str(nvrtc)!r})"
+    sees = f"{found}; _toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
+    arguments = {"patch": sees, "cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+    for _ in range(2):
+        for switch, served in [("1", "NVRTC: sm_90, PTX 75"), ("0", "sm_90, PTX 75"), (None, "sm_90, PTX 75")]:
+            facts, _ = import_it(cache, TSM_JIT_NVRTC=switch, **arguments)
+            assert facts["devices"]["cuda"] == f"compiled kernels ({served})"
+            assert facts["warnings"] == []
+    assert len(entries(cache)) == 2
+    assert compilations(cxx) == 2
+    done = command(cache, "clean", "--all", CXX=cxx)
+    assert done.returncode == 0
+    assert entries(cache) == []
+
+
+@needs_cuda_torch
+def test_what_nvcc_made_is_taken_before_nvrtc_is_asked(tmp_path, cxx, toolkit, nvrtc):
+    """And NVRTC is asked where all that was made is for the CPU alone."""
+    cache, found = tmp_path / "cache", f"_toolchain.find_nvrtc = lambda: __import__('pathlib').Path({str(nvrtc)!r})"
+    arguments = {"cuda": True, "CXX": cxx, "TORCH_CUDA_ARCH_LIST": "9.0"}
+    import_it(cache, patch="_toolchain.find_nvcc = _toolchain.find_nvrtc = lambda: None", **arguments)
+    facts, _ = import_it(cache, patch=f"{WITHOUT_NVCC}; {found}", **arguments)
+    assert facts["devices"]["cuda"] == "compiled kernels (NVRTC: sm_90, PTX 75)"
+    shutil.rmtree(cache / facts["cache"]["key"])
+    import_it(cache, CUDA_HOME=toolkit, **arguments)
+    for compiler in (cxx, "/nowhere/c++"):
+        facts, err = import_it(cache, patch=f"{WITHOUT_NVCC}; {found}", **{**arguments, "CXX": compiler})
+        assert facts["devices"]["cuda"] == "compiled kernels (sm_90, PTX 75)"
+        assert facts["warnings"] == []
+        assert err == ""
+
+
+@needs_cuda_torch
+@pytest.mark.parametrize(
+    ("library", "told"),
+    [
+        (None, "was not found"),
+        ("", "file too short"),
+        ("int nvrtcVersion(...) { __builtin_trap(); }", "must tell its version and GPU architectures"),
+        (FAILING_NVRTC, "a.cu(1): error: no"),
+    ],
+    ids=["missing", "empty", "crashes", "fails"],
+)
+def test_without_nvcc_and_a_working_nvrtc_the_cpu_part_is_left(tmp_path, cxx, library, told):
+    made = tmp_path / "libnvrtc.so"
+    if library:
+        source = tmp_path / "nvrtc.cpp"
+        source.write_text(library if library.startswith("\n") else f'extern "C" {library}')
+        subprocess.run([*_toolchain.find_cxx(), "-shared", "-fPIC", source, "-o", made], check=True)
+    elif library == "":
+        made.touch()
+    found = "None" if library is None else f"__import__('pathlib').Path({str(made)!r})"
+    arguments = {"patch": f"{WITHOUT_NVCC}; _toolchain.find_nvrtc = lambda: {found}", "cuda": True, "CXX": cxx}
+    for switch in (None, "1"):
+        facts, err = import_it(tmp_path / "cache", TSM_JIT_NVRTC=switch, **arguments)
+        assert facts["devices"]["cpu"] == "compiled kernels"
+        assert facts["devices"]["cuda"].startswith("plain torch: ")
+        (warning,) = facts["warnings"]
+        assert told in warning
+        assert ("nvcc was not found: install" in warning) == (switch is None)
+    assert err == "", "what failed is not tried again"
+
+
+@needs_cuda_torch
+def test_nvrtc_is_looked_for_in_order(tmp_path, monkeypatch):
+    major = torch.version.cuda.partition(".")[0]
+    wheels, torch_folder, system = (tmp_path / name for name in ("wheels", "torch", "system"))
+    found = [
+        wheels / "nvidia" / "cu99" / "lib" / f"libnvrtc.so.{major}",
+        torch_folder / "lib" / f"libnvrtc-0a1b2c3d.so.{major}.0",
+        system / f"libnvrtc.so.{major}.1.2",
+    ]
+    for path in found:
+        path.parent.mkdir(parents=True)
+        for name in (f"libnvrtc-builtins.so.{major}.0", f"libnvrtc.alt.so.{major}", "libnvrtc.so.1", path.name):
+            (path.parent / name).touch()
+    monkeypatch.setattr(sys, "path", [str(wheels)])
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(torch, "__file__", str(torch_folder / "__init__.py"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(system))
+    for path in found:
+        assert _toolchain.find_nvrtc() == path
+        path.unlink()
+    assert _toolchain.find_nvrtc() not in found
 
 
 # --- security --------------------------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def _sweep(cache: Path) -> int:
 def _date(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # another process has removed it in this moment
+    except (FileNotFoundError, NotADirectoryError):  # another process may have removed it in this moment
         return math.inf
 
 

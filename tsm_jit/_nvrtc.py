@@ -71,23 +71,29 @@ class _Nvrtc:
 
 def assembly(folder: Path, sources: Sequence[str], architectures: Sequence[str]) -> str:
     """What defines the kernels, for ``kernels/driver.h``, out of the images ``folder/SOURCE.ARCHITECTURE``."""
-    # A GPU takes the newest machine code that it runs, else the newest PTX.
+    lines = ['.section .note.GNU-stack,"",%progbits']
+    portable = next(name for name in architectures if name.startswith("compute_"))
+    for source in sources:
+        lines += images(source, architectures)
+        for kernel in re.findall(r"\.entry\s+(\w+)", (folder / f"{source}.{portable}").read_text(errors="replace")):
+            lines += [f".Lname_{kernel}:", f'.asciz "{kernel}"', ".balign 8"]
+            lines += [f".globl {kernel}", f".hidden {kernel}", f".type {kernel}, %object", f"{kernel}:"]
+            lines += [f".quad .Lname_{kernel}, .Limages_{source}, {len(architectures)}, .Lhandles_{kernel}"]
+            lines += [f".Lhandles_{kernel}:", f".fill {len(architectures)}, 8, 0"]
+    return "\n".join([*lines, ""])
+
+
+def images(source: str, architectures: Sequence[str]) -> list[str]:
+    """Their table, of which a GPU takes the first that it runs: the newest machine code, else the newest PTX."""
     best_first = sorted(architectures, key=lambda name: (name.startswith("sm_"), *_preference(name)), reverse=True)
-    code = ['.section .note.GNU-stack,"",%progbits', ".section .rodata"]
-    data = [".data", ".balign 8"]
-    for index, source in enumerate(sources):
-        data.append(f".Limages{index}:")
-        for architecture in best_first:
-            label, (lowest, highest) = f".L{architecture}_{index}", _runs_on(architecture)
-            code += [".balign 64", f"{label}:", f'.incbin "{source}.{architecture}"']
-            data += [f".quad {label}", f".long {lowest}, {highest}", ".quad 0"]
-        portable = (folder / f"{source}.{best_first[-1]}").read_text(errors="replace")
-        for kernel in re.findall(r"\.entry\s+(\w+)", portable):
-            code += [f".Lname_{kernel}:", f'.asciz "{kernel}"']
-            data += [f".globl {kernel}", f".hidden {kernel}", f".type {kernel}, %object", f"{kernel}:"]
-            data += [f".quad .Lname_{kernel}, .Limages{index}, {len(best_first)}, .Lhandles_{kernel}"]
-            data += [f".Lhandles_{kernel}:", f".fill {len(best_first)}, 8, 0"]
-    return "\n".join([*code, *data, ""])
+    lines = [".section .rodata"]
+    for name in best_first:
+        lines += [".balign 64", f".L{name}_{source}:", f'.incbin "{source}.{name}"']
+    lines += [".data", ".balign 8", f".Limages_{source}:"]
+    for name in best_first:
+        lowest, highest = _runs_on(name)
+        lines += [f".quad .L{name}_{source}", f".long {lowest}, {highest}", ".quad 0"]
+    return lines
 
 
 def _runs_on(architecture: str) -> tuple[int, int]:
