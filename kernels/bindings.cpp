@@ -404,6 +404,9 @@ void residual_shift(const Tensor& out, const Optional& unread_out, const Tensor&
   f.identity_is_shifted = unread.has_value();
   f.out_is_shifted = unread_out.has_value();
   f.relu = relu;
+  if (tsm_jit::shifts_z_in_place(f) && (!z.is_cuda() || work.residual.shift.padding == Padding::circular)) {
+    fail("out must not be z if it is shifted, but on CUDA and by no circular shift");
+  }
 #ifdef TSM_JIT_CUDA
   if (z.is_cuda()) {
     return on_stream(z, [&](void* stream) { return tsm_jit::residual_forward_cuda(work.residual, f, stream); });

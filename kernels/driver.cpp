@@ -10,8 +10,9 @@ namespace {
 
 using Result = int;  // CUresult
 constexpr Result kSuccess = 0;
-constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_
-constexpr int kRelaxed = 2;              // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr int kMajor = 75, kMinor = 76;   // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_
+constexpr int kMultiprocessorCount = 16;  // CU_DEVICE_ATTRIBUTE_
+constexpr int kRelaxed = 2;               // CU_STREAM_CAPTURE_MODE_RELAXED
 
 // Opened at the first launch, when torch has started it: an import must not.
 struct Driver {
@@ -69,6 +70,7 @@ struct Device {
   int32_t ordinal = -1;
   int device = 0;  // as the driver calls it
   int capability = 0;
+  int multiprocessors = 0;
 };
 thread_local Device here;
 
@@ -106,6 +108,7 @@ const char* use_device(int32_t ordinal) {
     result = d.get_device(&found.device, ordinal);
     if (result == kSuccess) result = d.get_attribute(&found.capability, kMajor, found.device);
     if (result == kSuccess) result = d.get_attribute(&minor, kMinor, found.device);
+    if (result == kSuccess) result = d.get_attribute(&found.multiprocessors, kMultiprocessorCount, found.device);
     if (result != kSuccess) return d.said(result);
     found.ordinal = ordinal;
     found.capability = 10 * found.capability + minor;
@@ -120,6 +123,8 @@ const char* use_device(int32_t ordinal) {
   result = d.retain_primary(&context, here.device);
   return d.said(result == kSuccess ? d.set_current(context) : result);
 }
+
+int32_t multiprocessors_by_driver() { return here.multiprocessors; }
 
 const char* launch_by_driver(Kernel* kernel, const uint32_t (&sizes)[7], void* stream, const void** arguments) {
   const Driver& d = driver();

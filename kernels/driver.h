@@ -27,6 +27,9 @@ struct Kernel {
 // wrong.
 const char* use_device(int32_t device);
 
+// Of the device that this thread uses.
+int32_t multiprocessors_by_driver();
+
 // sizes: grid x, y, z, block x, y, z, bytes of shared memory. Null, or what is wrong.
 const char* launch_by_driver(Kernel* kernel, const uint32_t (&sizes)[7], void* stream, const void** arguments);
 

@@ -57,5 +57,18 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 #endif
 }
 
+// Of the current device.
+inline int32_t multiprocessors() {
+#if defined(__CUDACC_RTC__)
+  return 0;
+#elif defined(__CUDACC__)
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+#else
+  return multiprocessors_by_driver();
+#endif
+}
+
 }  // namespace tsm_jit
 #endif

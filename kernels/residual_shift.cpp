@@ -75,7 +75,7 @@ struct Affine {
       return Element::widen(static_cast<const typename Element::Stored*>(data)[channel]);
     };
     for (int64_t c = 0; c < channels; ++c) {
-      scale[c] = load(norm.weight, c) / std::sqrt(load(norm.variance, c) + static_cast<Wide>(norm.epsilon));
+      scale[c] = load(norm.weight, c) * (1 / std::sqrt(load(norm.variance, c) + static_cast<Wide>(norm.epsilon)));
       bias[c] += load(norm.bias, c) - load(norm.mean, c) * scale[c];
     }
   }

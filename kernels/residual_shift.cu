@@ -8,8 +8,8 @@ namespace tsm_jit {
 namespace {
 
 constexpr int32_t kMaxGridY = 65535;
-constexpr int32_t kRowsOfThread = 8;  // of one task
-constexpr int64_t kBlocks = 2048;     // enough to fill a GPU some times over; more would only read norms more often
+constexpr int64_t kVisits = 4;          // of a thread in one task: rows, or frames of the only one
+constexpr int64_t kResidentBlocks = 2;  // of a multiprocessor
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,23 +28,29 @@ struct Launch {
   dim3 grid, block;
 };
 
-// `slices`: how many blocks share the tasks, 0 for one each.
-const char* plan(const Residual& r, int64_t unit, int32_t slices, Launch& launch) {
+// `slices`: how many blocks share the tasks, 0 for one each. `in_order`: whether one thread visits all frames.
+const char* plan(const Residual& r, int64_t unit, int32_t slices, bool in_order, Launch& launch) {
   const Shift& s = r.shift;
   const int64_t units = s.run / unit, largest = int64_t{1} << 31;
   unsigned x = s.outer == 1 ? kResidualThreads : 32;
   while (x > 1 && x / 2 >= units) x /= 2;
   launch.block = dim3(x, kResidualThreads / x);
   ResidualArgs& a = launch.args;
-  a.rows_of_task = static_cast<int32_t>(std::min<int64_t>(s.outer, launch.block.y * kRowsOfThread));
+  const bool is_still = s.n_groups == 1 && s.groups[0].offset == 0;  // then all frames may be those of one clip
+  in_order &= !is_still;
+  const int64_t clips = is_still ? 1 : s.clips, frames = is_still ? s.clips * s.frames : s.frames;
+  const int64_t frames_of_task = in_order ? frames : s.outer == 1 ? std::min<int64_t>(frames, kVisits) : 1;
+  const int64_t rows_of_thread = in_order ? 1 : kVisits;
+  a.rows_of_task = static_cast<int32_t>(std::min<int64_t>(s.outer, launch.block.y * rows_of_thread));
   a.chunks = static_cast<int32_t>(ceil_div(s.outer, a.rows_of_task));
-  const int64_t tasks = s.clips * s.frames * a.chunks;
+  const int64_t tasks = clips * ceil_div(frames, frames_of_task) * a.chunks;
   if (s.n_groups > kResidualGroups) return "a plan of a residual stream must have at most 31 groups";
   if (s.run + 16 * kResidualThreads >= largest || tasks >= largest || s.outer >= largest || r.unread_run >= largest) {
     return "a frame of a residual stream must have less than 2^31 bytes";
   }
-  a.frames = static_cast<int32_t>(s.frames);
-  a.n_segment_shifted = s.n_segment_shifted;
+  a.frames = static_cast<int32_t>(frames);
+  a.frames_of_task = static_cast<int32_t>(frames_of_task);
+  a.n_segment_shifted = is_still ? a.frames : s.n_segment_shifted;
   a.padding = s.padding;
   a.rows = static_cast<int32_t>(s.outer);
   a.run = static_cast<int32_t>(s.run);
@@ -58,7 +64,11 @@ const char* plan(const Residual& r, int64_t unit, int32_t slices, Launch& launch
     a.unread_begin[g] = static_cast<int32_t>(r.unread_begin[g]);
   }
   const int64_t x_blocks = ceil_div(units, x);
-  const int64_t columns = slices != 0 ? slices : std::min({tasks, ceil_div(kBlocks, x_blocks), int64_t{kMaxGridY}});
+  // Blocks that stay until all is done read their norms once. Where few of them share a column the last would come to
+  // less than all that can run: there many small ones.
+  const int64_t resident = kResidentBlocks * std::max(multiprocessors(), 1);
+  const int64_t fill = 8 * x_blocks <= resident ? resident / x_blocks : ceil_div(8 * resident, x_blocks);
+  const int64_t columns = slices != 0 ? slices : std::min({tasks, fill, int64_t{kMaxGridY}});
   launch.grid = dim3(static_cast<unsigned>(x_blocks), static_cast<unsigned>(columns));
   return nullptr;
 }
@@ -69,10 +79,11 @@ constexpr int kVector = sizeof(typename Element::Stored) == 8 ? 1 : 16 / sizeof(
 
 // `start(plan, kernels of one type and unit)` with those of the activations; what it returns.
 template <template <class, int> class Kernels, class Start>
-const char* with_kernels(const Residual& r, int32_t slices, std::initializer_list<const void*> pointers, Start start) {
+const char* with_kernels(const Residual& r, int32_t slices, bool in_order, std::initializer_list<const void*> pointers,
+                         Start start) {
   const bool aligned = r.type != Sum::float64 && is_aligned(r, pointers);
   Launch launch;
-  if (const char* error = plan(r, aligned ? 16 : element_bytes(r.type), slices, launch)) return error;
+  if (const char* error = plan(r, aligned ? 16 : element_bytes(r.type), slices, in_order, launch)) return error;
   const auto of_type = [&](auto element) -> const char* {
     using Element = decltype(element);
     return aligned ? start(launch, Kernels<Element, kVector<Element>>{}) : start(launch, Kernels<Element, 1>{});
@@ -106,14 +117,14 @@ struct Statistics {
 }  // namespace
 
 const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream) {
-  return with_kernels<Forward>(r, 0, {f.z, f.identity, f.unread, f.out, f.unread_out},
+  return with_kernels<Forward>(r, 0, shifts_z_in_place(f), {f.z, f.identity, f.unread, f.out, f.unread_out},
                                [&](const Launch& on, auto kernels) {
                                  return launch(kernels.kernel(), on.grid, on.block, 0, stream, on.args, f);
                                });
 }
 
 const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b, void* stream) {
-  return with_kernels<Backward>(r, b.sums == nullptr ? 0 : b.slices,
+  return with_kernels<Backward>(r, b.sums == nullptr ? 0 : b.slices, false,
                                 {b.out, b.unread_out, b.grad_a, b.grad_b, b.grad_unread, b.grad, b.grad_shifted,
                                  b.grad_unread_in, b.normed[0], b.normed[1]},
                                 [&](const Launch& on, auto kernels) {
@@ -123,7 +134,7 @@ const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b,
 }
 
 const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream) {
-  return with_kernels<Statistics>(r, c.slices, {c.x}, [&](const Launch& on, auto kernels) {
+  return with_kernels<Statistics>(r, c.slices, false, {c.x}, [&](const Launch& on, auto kernels) {
     const auto channels = static_cast<int32_t>(r.shift.run / element_bytes(r.type));
     const dim3 block(32, kResidualThreads / 32), grid(static_cast<unsigned>(ceil_div(channels, block.x)));
     if (const char* error = launch(kernels.sum(), on.grid, on.block, 0, stream, on.args, c)) return error;

@@ -3,7 +3,7 @@
 // A thread has one unit of the run (16 bytes, or one element where groups or rows do not begin at 16), so its channels,
 // group and norms are the same for every row and frame it visits. It works on frame s of the plain side and on wherever
 // the shifted side holds that frame; what it reads there it also writes there, and nobody else does: outputs may
-// replace inputs of the same form.
+// replace inputs of the same form, and a thread that visits all frames in order may replace plain ones by shifted ones.
 #pragma once
 
 #include <type_traits>
@@ -22,8 +22,8 @@ struct ResidualArgs {
   Padding padding;
   int32_t rows, run, unread_run;  // of a frame, in bytes
   int32_t inner;
-  int32_t rows_of_task;
-  int32_t chunks;  // tasks of a frame
+  int32_t rows_of_task, frames_of_task;
+  int32_t chunks;  // tasks of as many frames
   int32_t tasks;
   int32_t n_groups;
   int32_t group_end[kResidualGroups];  // in bytes of the run
@@ -91,7 +91,7 @@ struct Spot {
   }
 };
 
-// The unit of this thread, and the tasks that its block visits: some rows of one frame each.
+// The unit of this thread, and the tasks that its block visits: some rows, of one frame or of all of a clip.
 template <class Values>
 struct Unit {
   const ResidualArgs& a;
@@ -108,15 +108,24 @@ struct Unit {
     unread_frame = a.group_end[group] - group_begin;
   }
   __device__ bool exists() const { return begin < a.run; }
+  __device__ int32_t first_element() const { return begin / static_cast<int32_t>(sizeof(typename Values::Stored)); }
 
-  // visit(clip, frame, first row, last row)
+  // visit(clip, frames, first row, last row)
   template <class Visit>
   __device__ void for_each_task(Visit visit) const {
+    const int32_t parts = (a.frames + a.frames_of_task - 1) / a.frames_of_task;  // of a clip
     for (int32_t task = blockIdx.y; task < a.tasks; task += gridDim.y) {
-      const int32_t frame = task / a.chunks, chunk = task - frame * a.chunks;
-      const int32_t clip = frame / a.frames, first = chunk * a.rows_of_task;
-      visit(clip, frame - clip * a.frames, first, min(first + a.rows_of_task, a.rows));
+      const int32_t part = task / a.chunks, row = (task - part * a.chunks) * a.rows_of_task;
+      const int32_t clip = part / parts, s = (part - clip * parts) * a.frames_of_task;
+      visit(clip, FrameRange{s, min(s + a.frames_of_task, a.frames)}, row, min(row + a.rows_of_task, a.rows));
     }
+  }
+  // visit(clip, frame, first row, last row)
+  template <class Visit>
+  __device__ void for_each_frame(Visit visit) const {
+    for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+      for (int32_t s = frames.begin; s < frames.end; ++s) visit(clip, s, first, last);
+    });
   }
   __device__ Spot plain(int32_t clip, int32_t s) const {
     const int64_t frame = int64_t{clip} * a.frames + s;
@@ -128,24 +137,33 @@ struct Unit {
   }
 };
 
-// Calls visit(k, row) for kRows rows of a task from `first` on, as far as there are any.
-template <int kRows, class Visit>
-__device__ void for_each_row(int32_t first, int32_t last, Visit visit) {
+// Calls visit(k, start + k * step) for k < kCount as far as that is before `last`: what loads are in flight of at once.
+template <int kCount, class Visit>
+__device__ void for_each_of(int32_t start, int32_t step, int32_t last, Visit visit) {
 #pragma unroll
-  for (int k = 0; k < kRows; ++k) {
-    const int32_t row = first + k * blockDim.y;
-    if (row < last) visit(k, row);
+  for (int k = 0; k < kCount; ++k) {
+    const int32_t i = start + k * step;
+    if (i < last) visit(k, i);
   }
 }
 
-// Calls visit(lane, its channel) for the unit that begins at byte `begin` of the run.
-template <class Element, int kLanes, class Visit>
-__device__ void for_each_channel(const ResidualArgs& a, int32_t begin, Visit visit) {
-  const int32_t first = begin / static_cast<int32_t>(sizeof(typename Element::Stored));
-  int32_t channel = a.inner == 1 ? first : first / a.inner, within = first - channel * a.inner;
+// What `data`, one number for each channel, has for the channels of a unit. As a vector where that is possible: all
+// threads do this before their first access, and one by one takes as long as the rows of a small frame.
+template <class Element, int kLanes, class Wide>
+__device__ void read_channels(const ResidualArgs& a, const void* data, int32_t first, Wide* to) {
+  using Stored = typename Element::Stored;
+  using Values = Pack<Element, kLanes>;
+  const auto* const from = static_cast<const Stored*>(data);
+  if (a.inner == 1 && reinterpret_cast<uintptr_t>(from + first) % sizeof(Values) == 0) {
+    const Values values = *reinterpret_cast<const Values*>(from + first);
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k) to[k] = values[k];
+    return;
+  }
+  int32_t channel = first / a.inner, within = first - channel * a.inner;
 #pragma unroll
   for (int k = 0; k < kLanes; ++k) {
-    visit(k, channel);
+    to[k] = Element::widen(from[channel]);
     if (++within == a.inner) {
       within = 0;
       ++channel;
@@ -153,22 +171,32 @@ __device__ void for_each_channel(const ResidualArgs& a, int32_t begin, Visit vis
   }
 }
 
-// A norm as scale * value + bias, for the channels of one unit; `bias` is added to.
+// A norm as scale * value + bias, for the channels of the unit whose first element of the run is `first`; `bias` is
+// added to.
 template <class Element, int kLanes>
-__device__ void read_norm(const ResidualArgs& a, const Norm& norm, int32_t begin, typename Element::Wide* scale,
+__device__ void read_norm(const ResidualArgs& a, const Norm& norm, int32_t first, typename Element::Wide* scale,
                           typename Element::Wide* bias) {
   using Wide = typename Element::Wide;
-  const auto load = [&](const void* data, int32_t channel) -> Wide {
-    if (norm.in_float) return static_cast<const float*>(data)[channel];
-    return Element::widen(static_cast<const typename Element::Stored*>(data)[channel]);
-  };
 #pragma unroll
   for (int k = 0; k < kLanes; ++k) scale[k] = 1;
   if (norm.mean == nullptr) return;
-  for_each_channel<Element, kLanes>(a, begin, [&](int k, int32_t channel) {
-    scale[k] = load(norm.weight, channel) / sqrt(load(norm.variance, channel) + static_cast<Wide>(norm.epsilon));
-    bias[k] += load(norm.bias, channel) - load(norm.mean, channel) * scale[k];
-  });
+  const auto read = [&](const void* data, Wide* to) {
+    if (norm.in_float) {
+      read_channels<Native<float>, kLanes>(a, data, first, to);
+    } else {
+      read_channels<Element, kLanes>(a, data, first, to);
+    }
+  };
+  Wide mean[kLanes], variance[kLanes], shift[kLanes];
+  read(norm.mean, mean);
+  read(norm.variance, variance);
+  read(norm.weight, scale);
+  read(norm.bias, shift);
+#pragma unroll
+  for (int k = 0; k < kLanes; ++k) {
+    scale[k] *= rsqrt(variance[k] + static_cast<Wide>(norm.epsilon));
+    bias[k] += shift[k] - mean[k] * scale[k];
+  }
 }
 
 // What a block sums up by channel: each thread in registers, then the threads of a column through shared memory.
@@ -212,37 +240,70 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
     residual_forward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualForward f) {
   using Values = Pack<Element, kLanes>;
   using Wide = typename Element::Wide;
-  constexpr int kBatch = kLanes == 1 ? 1 : 4;  // rows whose loads are in flight at once
+  constexpr int kBatch = kLanes == 1 ? 1 : 4;  // rows, or frames of one, whose loads are in flight at once
   const Unit<Values> unit(a);
   if (!unit.exists()) return;
   // Without a norm scale is 1 and bias 0: then this is the addition it looks like, to the bit.
   Wide z_scale[kLanes], identity_scale[kLanes], bias[kLanes] = {};
-  read_norm<Element, kLanes>(a, f.z_norm, unit.begin, z_scale, bias);
-  read_norm<Element, kLanes>(a, f.identity_norm, unit.begin, identity_scale, bias);
-  unit.for_each_task([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
-    const Place place = place_of(s, unit.offset, a.n_segment_shifted, a.padding);
-    const Spot plain = unit.plain(clip, s), shifted = unit.at(place, clip);
-    const Spot in = f.identity_is_shifted ? shifted : plain, out = f.out_is_shifted ? shifted : plain;
-    for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
-      Values z[kBatch], identity[kBatch];
-      for_each_row<kBatch>(start, last, [&](int k, int32_t row) {
-        z[k] = plain.load<Values>(f.z, nullptr, row);
-        identity[k] = in.load<Values>(f.identity, f.unread, row);
-      });
-      for_each_row<kBatch>(start, last, [&](int k, int32_t row) {
-        Values x;
+  read_norm<Element, kLanes>(a, f.z_norm, unit.first_element(), z_scale, bias);
+  read_norm<Element, kLanes>(a, f.identity_norm, unit.first_element(), identity_scale, bias);
+  const auto end_of_block = [&](Values z, Values identity) {
+    Values x;
 #pragma unroll
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const Wide sum = z[k][lane] * z_scale[lane] + (identity[k][lane] * identity_scale[lane] + bias[lane]);
-          x.set(lane, f.relu && sum <= 0 ? 0 : sum);  // NaN stays
-        }
-        out.store(f.out, f.unread_out, row, x);
-        if (!f.out_is_shifted) return;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Wide sum = z[lane] * z_scale[lane] + (identity[lane] * identity_scale[lane] + bias[lane]);
+      x.set(lane, f.relu && sum <= 0 ? 0 : sum);  // NaN stays
+    }
+    return x;
+  };
+  const auto pad = [&](const Place& place, int32_t clip, int32_t row, Values x) {
 #pragma unroll 1
-        for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
-          unit.plain(clip, t).store(f.out, nullptr, row, a.padding == Padding::zeros ? Values{} : x);
-        }
-      });
+    for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
+      unit.plain(clip, t).store(f.out, nullptr, row, a.padding == Padding::zeros ? Values{} : x);
+    }
+  };
+  const auto place_of_frame = [&](int32_t s) { return place_of(s, unit.offset, a.n_segment_shifted, a.padding); };
+  unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+    if (a.frames_of_task == 1) {
+      const int32_t s = frames.begin;
+      const Place place = place_of_frame(s);
+      const Spot plain = unit.plain(clip, s), shifted = unit.at(place, clip);
+      const Spot in = f.identity_is_shifted ? shifted : plain, out = f.out_is_shifted ? shifted : plain;
+      for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
+        Values z[kBatch], identity[kBatch];
+        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t row) {
+          z[k] = plain.load<Values>(f.z, nullptr, row);
+          identity[k] = in.load<Values>(f.identity, f.unread, row);
+        });
+        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t row) {
+          const Values x = end_of_block(z[k], identity[k]);
+          out.store(f.out, f.unread_out, row, x);
+          if (f.out_is_shifted) pad(place, clip, row, x);
+        });
+      }
+      return;
+    }
+    // In the order in which a frame may be written where the group reads it.
+    const bool up = unit.offset > 0;
+    const auto frame = [&](int32_t i) { return up ? i : frames.begin + frames.end - 1 - i; };
+    for (int32_t row = first + threadIdx.y; row < last; row += blockDim.y) {
+#pragma unroll 1
+      for (int32_t start = frames.begin; start < frames.end; start += kBatch) {
+        Values z[kBatch], identity[kBatch];
+        for_each_of<kBatch>(start, 1, frames.end, [&](int k, int32_t i) {
+          const Spot plain = unit.plain(clip, frame(i));
+          const Spot in = f.identity_is_shifted ? unit.at(place_of_frame(frame(i)), clip) : plain;
+          z[k] = plain.load<Values>(f.z, nullptr, row);
+          identity[k] = in.load<Values>(f.identity, f.unread, row);
+        });
+        for_each_of<kBatch>(start, 1, frames.end, [&](int k, int32_t i) {
+          const Values x = end_of_block(z[k], identity[k]);
+          const Place place = place_of_frame(frame(i));
+          const Spot out = f.out_is_shifted ? unit.at(place, clip) : unit.plain(clip, frame(i));
+          out.store(f.out, f.unread_out, row, x);
+          if (f.out_is_shifted) pad(place, clip, row, x);
+        });
+      }
     }
   });
 }
@@ -258,26 +319,24 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
   ChannelSums<Element, kLanes, 1 + kRead> sums;
   if (unit.exists()) {
     Wide mean[kRead][kLanes] = {};
-    for_each_channel<Element, kLanes>(a, unit.begin, [&](int lane, int32_t channel) {
 #pragma unroll
-      for (int n = 0; n < kRead; ++n) {
-        if (b.normed[n] != nullptr) mean[n][lane] = static_cast<const Wide*>(b.mean[n])[channel];
-      }
-    });
-    unit.for_each_task([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
+    for (int n = 0; n < kRead; ++n) {
+      if (b.normed[n] != nullptr) read_channels<Native<Wide>, kLanes>(a, b.mean[n], unit.first_element(), mean[n]);
+    }
+    unit.for_each_frame([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
       const Place place = place_of(s, unit.offset, a.n_segment_shifted, a.padding);
       const Spot plain = unit.plain(clip, s), shifted = unit.at(place, clip), out = b.out_is_shifted ? shifted : plain;
       const bool read_by_padding = b.out_is_shifted && a.padding != Padding::zeros;
       for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
         Values mask[kBatch], of_a[kBatch], of_b[kBatch], normed[kRead][kBatch];
-        for_each_row<kBatch>(start, last, [&](int k, int32_t row) {
+        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t row) {
           mask[k] = out.load<Values>(b.out, b.unread_out, row);
           of_a[k] = out.load<Values>(b.grad_a, b.grad_unread, row);
           of_b[k] = out.load<Values>(b.grad_b, nullptr, row);
 #pragma unroll
           for (int n = 0; n < kRead; ++n) normed[n][k] = plain.load<Values>(b.normed[n], nullptr, row);
         });
-        for_each_row<kBatch>(start, last, [&](int k, int32_t row) {
+        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t row) {
           Wide total[kLanes];
 #pragma unroll
           for (int lane = 0; lane < kLanes; ++lane) total[lane] = of_a[k][lane] + of_b[k][lane];
@@ -329,12 +388,13 @@ __global__ void __launch_bounds__(kResidualThreads, 3)
   ChannelSums<Element, kLanes, 2> sums;
   if (unit.exists()) {
     const Values origin = unit.plain(0, 0).template load<Values>(c.x, nullptr, 0);
-    unit.for_each_task([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
+    unit.for_each_frame([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
       const Spot plain = unit.plain(clip, s);
       for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
         Values x[kBatch];
-        for_each_row<kBatch>(start, last, [&](int k, int32_t row) { x[k] = plain.load<Values>(c.x, nullptr, row); });
-        for_each_row<kBatch>(start, last, [&](int k, int32_t) {
+        for_each_of<kBatch>(start, blockDim.y, last,
+                            [&](int k, int32_t row) { x[k] = plain.load<Values>(c.x, nullptr, row); });
+        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t) {
 #pragma unroll
           for (int lane = 0; lane < kLanes; ++lane) {
             const Wide distance = x[k][lane] - origin[lane];

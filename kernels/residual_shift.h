@@ -39,11 +39,16 @@ struct ResidualForward {
   const void* identity;  // may be null: nothing is added
   Norm identity_norm;    // of a plain identity
   const void* unread;
-  void* out;  // may be `z` or `identity` if it is in the same form
+  void* out;  // may be `identity` in the same form, or `z`: see shifts_z_in_place
   void* unread_out;
   bool identity_is_shifted, out_is_shifted;
   bool relu;  // or else the sum as it is
 };
+
+// Is a plain `z` overwritten by a shifted stream? Then a frame is written where a later one is read: all frames of a
+// unit have to be visited by one thread, from the first on if they read later ones, else from the last. A rotation
+// knows no such order. By CUDA alone.
+inline bool shifts_z_in_place(const ResidualForward& f) { return f.out_is_shifted && f.out == f.z; }
 
 constexpr int32_t kNorms = 2;  // of z, and of the identity
 

@@ -184,7 +184,7 @@ def test_gradients_are_those_of_differences(device, layout, norms, shifted):
         return Norm(mean, variance, *weights, 0.1, of_batch=norms == "of the batch")
 
     def of(z, identity, *weights):
-        x, again, unread = end_of_block(
+        (x, again), unread = end_of_block(
             z, norm(z, weights[:2]), identity, norm(identity, weights[2:]), None, shift.encode(), shifted
         )
         return x, 2 * again, *([unread] if shifted and unread.numel() else [])
@@ -201,8 +201,8 @@ def test_gradients_of_a_shifted_identity_are_those_of_differences(device, layout
     identity, z = reference.temporal_shift(x, shift).requires_grad_(), make().requires_grad_()
 
     def of(z, identity, unread):
-        out = end_of_block(z, None, identity, None, unread, shift.encode(), shifted)
-        return [each for each in out if each is not None and each.numel()]
+        out, unread = end_of_block(z, None, identity, None, unread, shift.encode(), shifted)
+        return [each for each in (*out, unread) if each is not None and each.numel()]
 
     if shift.padding in ("keep", "replicate"):  # what pads is a copy that no difference may tell apart
         shift = shift._replace(padding="zeros")

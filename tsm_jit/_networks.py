@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from tsm_jit import ops
 from tsm_jit._checks import integer
@@ -38,26 +39,51 @@ class ShiftedModule(ClipModule):
     def call_shifted(self, x: Tensor, shift: str, still: int = 0, *, inplace: bool | None = None) -> Tensor:
         """The module of the shifted ``x``, which holds the same bits afterwards; its first ``still`` tokens stay."""
         net = self.shifted_module
+        eager = ops.eager()
+        only_reads = eager and only_reads_its_input(net)
+        temporal_shift = ops.temporal_shift_for_reader if only_reads else ops.temporal_shift
 
         def shifted(x: Tensor) -> Tensor:
-            moved = ops.temporal_shift(x[:, still:] if still else x, shift)
+            moved = temporal_shift(x[:, still:] if still else x, shift)
             return torch.cat([x[:, :still], moved], 1) if still else moved
 
-        if not (self.inplace if inplace is None else inplace) or not ops.eager():
+        if not (self.inplace if inplace is None else inplace) or not eager:
             return net(shifted(x))
         if torch.is_grad_enabled():
             with ops.shifting_again(x, shifted) as copy:
                 return net(copy)
-        if _only_reads_its_input(net) and ops.elements_are_apart(x):
+        if only_reads and ops.elements_are_apart(x):
             with ops.shift_undone(x[:, still:] if still else x, shift):
                 return net(x)
         return net(shifted(x))
 
 
-def _only_reads_its_input(net: nn.Module) -> bool:
-    """Nor may a hook see the input: one that keeps it would find it unshifted afterwards."""
-    hooks = (net._forward_hooks, net._forward_pre_hooks)
-    return type(net) in _READ_ONLY_MODULES and not any(hooks)
+def only_reads_its_input(net: nn.Module) -> bool:
+    """Nor does anyone see what it reads, or the gradient of that: a hook that keeps either would find it changed."""
+    return type(net) in _READ_ONLY_MODULES and not has_hooks(net) and not has_global_hooks()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Or a ``forward`` set on this one module, as what wraps or offloads modules does."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in module.__dict__
+
+
+def has_global_hooks() -> bool:
+    """Those of all modules."""
+    return any(
+        (
+            all_modules._global_forward_hooks,
+            all_modules._global_forward_pre_hooks,
+            all_modules._global_backward_hooks,
+            all_modules._global_backward_pre_hooks,
+        )
+    )
 
 
 class n_segment:

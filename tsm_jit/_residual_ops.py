@@ -69,10 +69,11 @@ def sums_are_in_kernel(x: Tensor) -> bool:
     return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 and x.numel() > 0
 
 
-def _slices(channels: int) -> int:
-    """Parts in which sums by channel are made: with the blocks of 32 units that cover the channels, two for each of the
-    multiprocessors of a large GPU, and some more."""
-    return min(max(2**17 // channels, 16), 1024)
+def _slices(x: Tensor, blocks: int) -> int:
+    """Parts in which sums by channel of activations like ``x`` are made: with the blocks of 32 units of 16 bytes that
+    cover the channels as many as run at once, which is ``blocks`` on each multiprocessor of the GPU."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return max(processors * blocks // -(-x.shape[1] * x.element_size() // 512), 1)
 
 
 NO_SHIFT = Shift(1, 1, 1, "zeros", ()).encode()  # of clips of any length
@@ -89,8 +90,11 @@ def end_of_block(
     unread: Tensor | None,
     shift: str,
     shifted: bool,
-    overwrite: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    *,
+    readers: int = 2,
+    own_z: bool = False,
+    own_identity: bool = False,
+) -> tuple[list[Tensor], Tensor | None]:
     """``x = relu(z_norm(z) + identity_norm(identity))``, differentiable once.
 
     Args:
@@ -99,24 +103,33 @@ def end_of_block(
         unread: the other frames of an identity in shifted form, ``[N, K, H, W]``; of a plain one None.
         shift: an encoded :class:`tsm_jit.plans.Shift`: of the identity, of the result, or of both.
         shifted: whether the result is wanted in shifted form.
-        overwrite: whether, where nothing is recorded, x may take the place of an identity of the same form.
+        readers: how many there will be of x, 1 or 2.
+        own_z, own_identity: whether x may take their place, where nothing is recorded.
 
     Returns:
-        x twice, for two readers, so that one kernel receives both gradients and no addition comes before it; and the
+        x for each of its readers, so that one kernel receives both gradients and no addition comes before it; and the
         unread frames, None of a plain x.
     """
     identity, unread = identity.to(z.dtype), None if unread is None else unread.to(z.dtype)  # as in z += identity
     if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
         z = z.contiguous()
     if not torch.is_grad_enabled():
-        given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
-        in_place = overwrite and (unread is not None) == shifted and not is_compiling()
-        out, unread_out = _new(*given, out=_laid_out_as(identity, z)) if in_place else _forward(*given)
-        return out, out, unread_out if shifted else None
+        identity, unread = _laid_out_as(identity, z), _laid_out_as(unread, z)
+        given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
+        if own_identity and shifted and unread is not None:
+            out, unread_out = identity, unread
+        elif own_z and (not shifted or (z.is_cuda and "=circular" not in shift)):
+            out, unread_out = z, _new_unread(z, shift) if shifted else None
+        else:
+            out, unread_out = _forward(*given, shifted)
+            return [out] * readers, unread_out if shifted else None
+        write = torch.ops.tsm_jit.residual_shift_.default if is_compiling() else _write
+        write(out, unread_out, *given, True)
+        return [out] * readers, unread_out
     parts = [part for norm in (z_norm, identity_norm) for part in (norm[:4] if norm else (None,) * 4)]
     how = (z_norm and z_norm[4:], identity_norm and identity_norm[4:], shift, shifted)
-    out, again, unread_out = _EndOfBlock.apply(z, identity, unread, *parts, how)
-    return out, again, unread_out if shifted else None
+    unread_out, *out = _EndOfBlock.apply(z, identity, unread, *parts, how, readers)
+    return out, unread_out if shifted else None
 
 
 def _forward(*given) -> tuple[Tensor, Tensor]:
@@ -133,7 +146,7 @@ def batch_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momen
     if is_compiling():
         return _plain_statistics(x, running_mean, running_var, momentum)
     mean, variance = torch.empty((2, x.shape[1]), dtype=wide(x), device=x.device)
-    sums = mean.new_empty((_slices(x.shape[1]), 2, x.shape[1]))
+    sums = mean.new_empty((_slices(x, 3), 2, x.shape[1]))
     torch.ops.tsm_jit.channel_statistics_(x, sums, mean, variance, running_mean, running_var, momentum, NO_SHIFT)
     return mean, variance
 
@@ -155,10 +168,11 @@ def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
 class _EndOfBlock(Function):
     @staticmethod
     def forward(ctx, z, identity, unread, *rest):
-        *parts, (z_how, identity_how, shift, shifted) = rest
+        *parts, how, readers = rest
+        z_how, identity_how, shift, shifted = how
         z_norm, identity_norm = z_how and Norm(*parts[:4], *z_how), identity_how and Norm(*parts[4:], *identity_how)
         out, unread_out = _forward(z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
-        ctx.how = rest[-1]
+        ctx.how = how
         ctx.identity_is_shifted = unread is not None
         # Without a norm the values are not needed, and a norm's bias is not.
         saved = [
@@ -166,11 +180,12 @@ class _EndOfBlock(Function):
         ]
         ctx.save_for_backward(out, unread_out if shifted else None, *saved[0], *saved[1])
         ctx.set_materialize_grads(False)
-        return out, out.view_as(out), unread_out
+        # No output that nobody reads: a compiler fills its gradient with zeros.
+        return unread_out, out, *(out.view_as(out) for _ in range(readers - 1))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_a, grad_b, grad_unread):
+    def backward(ctx, grad_unread, grad_a, grad_b=None):
         out, unread_out, *saved = ctx.saved_tensors
         *hows, shift, shifted = ctx.how
         norms = [how and Norm(*part[1:], None, *how) for how, part in zip(hows, (saved[:4], saved[4:]), strict=True)]
@@ -206,7 +221,7 @@ class _EndOfBlock(Function):
                     last = ctx.identity_is_shifted if k == 0 else norms[0] is not None
                     grads[k] = _through_norm(grad, values, norm, norm.weight * deviation, of_weight, of_bias, last)
             of_norms += [None, None, of_weight, of_bias]
-        return *grads, grad_unread_in if ctx.identity_is_shifted else None, *of_norms, None
+        return *grads, grad_unread_in if ctx.identity_is_shifted else None, *of_norms, None, None
 
 
 def _through_norm(
@@ -238,23 +253,12 @@ def _through_norm(
 # --- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted, out=None):
-    out = torch.empty_like(z) if out is None else out
-    unread_out = _new_unread(z, shift) if shifted else z.new_empty(0)
-    _write(
-        out,
-        unread_out if shifted else None,
-        z,
-        z_norm,
-        z_epsilon,
-        _laid_out_as(identity, z),
-        identity_norm,
-        identity_epsilon,
-        _laid_out_as(unread, z),
-        shift,
-        True,
-    )
-    return out, unread_out
+def _new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
+    identity, unread = _laid_out_as(identity, z), _laid_out_as(unread, z)
+    out = torch.empty_like(z)
+    unread_out = _new_unread(z, shift) if shifted else None
+    _write(out, unread_out, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, True)
+    return out, z.new_empty(0) if unread_out is None else unread_out
 
 
 def _new_gradients(
@@ -269,7 +273,7 @@ def _new_gradients(
     means = [mean for mean in (z_mean, identity_mean) if mean is not None]
     in_kernel = means and sums_are_in_kernel(out)
     if in_kernel:
-        sums = means[0].new_empty((_slices(out.shape[1]), 3, out.shape[1]))
+        sums = means[0].new_empty((_slices(out, 2), 3, out.shape[1]))
     given = (z, z_mean, _laid_out_as(identity, out), identity_mean) if in_kernel else (None,) * 4
     _write_gradients(grad, grad_shifted, grad_unread_in, sums, *grads, out, unread_out, *given, shift)
     if in_kernel:

@@ -47,6 +47,7 @@ _forward_kernel = torch.ops.tsm_jit.temporal_shift.kernel._op  # _op: without th
 _forward_in_place = torch.ops.tsm_jit.temporal_shift_.default._op
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
 _backward_kernel = torch.ops.tsm_jit.temporal_shift_backward.kernel._op
+_backward_in_place = torch.ops.tsm_jit.temporal_shift_backward_.default._op
 
 decoded = functools.lru_cache(maxsize=4096)(Shift.decode)
 
@@ -112,6 +113,23 @@ def _adjoint_kernel(grad: Tensor, shift: str) -> Tensor:
 _ADDED = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
+class _ShiftForReader(Function):
+    """Of a copy that a single operation reads, whose gradient nobody else has: the adjoint overwrites it."""
+
+    @staticmethod
+    def forward(ctx, x, shift):
+        ctx.shift = shift
+        return _forward_kernel(x, shift)
+
+    @staticmethod
+    def backward(ctx, grad):
+        differentiated = grad.requires_grad and torch.is_grad_enabled()
+        if differentiated or not eager() or type(grad) is not Tensor or not elements_are_apart(grad):
+            return temporal_shift_backward(grad, ctx.shift), None
+        _backward_in_place(grad, ctx.shift)
+        return grad, None
+
+
 class _InPlace(Function):
     @staticmethod
     def forward(ctx, x, shift):
@@ -157,6 +175,13 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
         plainly = torch.onnx.is_in_onnx_export() or _is_tracing() or transforms_are_active()
         return reference.sliced(x, Shift.decode(shift)) if plainly else _forward(x, shift)
     return _TransformableShift.apply(x, shift)
+
+
+def temporal_shift_for_reader(x: Tensor, shift: str) -> Tensor:
+    """:func:`temporal_shift` for a module that returns a new tensor and is all that reads this one."""
+    if eager() and x.requires_grad and torch.is_grad_enabled() and x.dtype in _ADDED:
+        return _ShiftForReader.apply(x, shift)
+    return temporal_shift(x, shift)
 
 
 def temporal_shift_backward(grad: Tensor, shift: str) -> Tensor:

@@ -24,11 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
-from torch.nn.modules import module as all_modules
 
 from tsm_jit import ops, tsam, tsm
 from tsm_jit._families import resnet_stages
-from tsm_jit._networks import ShiftedModule, unwrapped
+from tsm_jit._networks import ShiftedModule, has_global_hooks, has_hooks, unwrapped
 from tsm_jit._residual_ops import (
     NO_SHIFT,
     Norm,
@@ -118,7 +117,7 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         compiled = is_dynamo_compiling() and not ops.transforms_are_active()
-        if not (ops.eager() or compiled) or _has_global_hooks():  # exported, traced, transformed, watched
+        if not (ops.eager() or compiled) or has_global_hooks():  # exported, traced, transformed, watched
             return super().forward(x)
         stream = _Stream(x, x)
         blocks = list(self)
@@ -152,10 +151,22 @@ def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Str
     wanted = _wanted(following, z)
     if stream.shift is not None and wanted != stream.shift:
         wanted = None  # one pass knows one shift
-    shift = wanted or stream.shift or NO_SHIFT
-    ours = stream.shift is not None and _is_convolution(block.conv1.shifted_module)
-    x, again, unread = end_of_block(z, z_norm, identity, identity_norm, stream.unread, shift, wanted is not None, ours)
-    return _Stream(again, x, unread, wanted)
+    # A shifted stream is nobody else's, unless a module before kept it; a convolution keeps and returns nothing of its.
+    own_identity = stream.shift is not None and _is_convolution(block.conv1.shifted_module)
+    own_z = z_norm is not None and _is_convolution(_branch_modules(block)[-2])
+    x, unread = end_of_block(
+        z,
+        z_norm,
+        identity,
+        identity_norm,
+        stream.unread,
+        wanted or stream.shift or NO_SHIFT,
+        wanted is not None,
+        readers=1 if following is None else 2,
+        own_z=own_z,
+        own_identity=own_identity,
+    )
+    return _Stream(x[-1], x[0], unread, wanted)
 
 
 def _branch(block: nn.Module, stream: _Stream) -> tuple[Tensor, Norm | None]:
@@ -207,7 +218,7 @@ def _deferred(norm: nn.Module, x: Tensor) -> tuple[Tensor, Norm | None]:
 
 def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
     """The batch normalization ``norm`` of ``x``, its running statistics updated; None if it has to be called."""
-    if type(norm) is not nn.BatchNorm2d or _has_hooks(norm) or not norm.affine or norm.running_mean is None:
+    if type(norm) is not nn.BatchNorm2d or has_hooks(norm) or not norm.affine or norm.running_mean is None:
         return None
     parts = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     if {part.dtype for part in parts} not in ({torch.float32}, {x.dtype}):
@@ -238,7 +249,7 @@ def _refusal(block: nn.Module) -> str | None:
     kind = _kind(block)
     if kind not in _BLOCKS:
         return f"{kind} is no block that is known"
-    if _has_hooks(block):
+    if has_hooks(block):
         return "it has hooks, or a forward of its own"
     for name, what in _NOT_UNDERSTOOD.items():
         if getattr(block, name, None) is not None:
@@ -247,7 +258,7 @@ def _refusal(block: nn.Module) -> str | None:
     if not _is_relu(activation):
         return f"it ends in {type(activation).__name__}, not in a ReLU without hooks"
     downsample = block.downsample
-    if downsample is not None and (type(downsample) is not nn.Sequential or _has_hooks(downsample) or not downsample):
+    if downsample is not None and (type(downsample) is not nn.Sequential or has_hooks(downsample) or not downsample):
         return "its downsample is not a torch.nn.Sequential of modules without hooks"
     return None
 
@@ -257,36 +268,13 @@ def _kind(block: nn.Module) -> str:
 
 
 def _is_shifted(module: nn.Module) -> bool:
-    return type(module) in (tsm.TemporalShift, tsam.TemporalShift) and not _has_hooks(module)
+    return type(module) in (tsm.TemporalShift, tsam.TemporalShift) and not has_hooks(module)
 
 
 def _is_relu(module: nn.Module) -> bool:
-    return type(module) is nn.ReLU and not _has_hooks(module)
+    return type(module) is nn.ReLU and not has_hooks(module)
 
 
 def _is_convolution(module: nn.Module) -> bool:
     """One whose input and output nobody else sees."""
-    return type(module) is nn.Conv2d and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Or a ``forward`` set on this one module, as what wraps or offloads modules does."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in module.__dict__
-
-
-def _has_global_hooks() -> bool:
-    """Those of all modules, which would miss what is not called."""
-    return any(
-        (
-            all_modules._global_forward_hooks,
-            all_modules._global_forward_pre_hooks,
-            all_modules._global_backward_hooks,
-            all_modules._global_backward_pre_hooks,
-        )
-    )
+    return type(module) is nn.Conv2d and not has_hooks(module)

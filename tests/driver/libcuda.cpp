@@ -69,7 +69,7 @@ int cuDeviceGet(int* device, int ordinal) {
 
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   const int capability = device == 0 ? 90 : 86;
-  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : -1;
+  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 16 ? 132 : -1;
   return 0;
 }
 
