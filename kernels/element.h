@@ -40,6 +40,15 @@ struct BFloat16 {
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
+  // Two as they lie in memory.
+  TSM_HOST_DEVICE static uint32_t narrow(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#endif
+    return narrow(low) | static_cast<uint32_t>(narrow(high)) << 16;
+  }
 };
 
 struct Float16 {
@@ -74,6 +83,14 @@ struct Float16 {
       half = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
     }
     return static_cast<uint16_t>(sign | half);
+  }
+  TSM_HOST_DEVICE static uint32_t narrow(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#endif
+    return narrow(low) | static_cast<uint32_t>(narrow(high)) << 16;
   }
 };
 

@@ -57,13 +57,14 @@ struct alignas(sizeof(typename Element::Stored) * kLanes) Pack {
     if constexpr (kPairs) return Element::widen(static_cast<Stored>(word[k / 2] >> 16 * (k % 2)));
     if constexpr (!kPairs) return Element::widen(word[k]);
   }
-  __device__ void set(int k, Wide value) {
-    if constexpr (kPairs) {
-      const uint32_t narrow = Element::narrow(value);
-      word[k / 2] = k % 2 == 0 ? narrow : word[k / 2] | narrow << 16;
-    } else {
-      word[k] = Element::narrow(value);
+  static __device__ Pack of(const Wide (&values)[kLanes]) {
+    Pack pack;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (kPairs) pack.word[w] = Element::narrow(values[2 * w], values[2 * w + 1]);
+      if constexpr (!kPairs) pack.word[w] = Element::narrow(values[w]);
     }
+    return pack;
   }
 };
 
@@ -199,6 +200,18 @@ __device__ void read_norm(const ResidualArgs& a, const Norm& norm, int32_t first
   }
 }
 
+// The greater one; NaN stays.
+template <class Wide>
+__device__ Wide at_least(Wide lowest, Wide x) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(Wide) == sizeof(float)) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(lowest));
+    return x;
+  }
+#endif
+  return x <= lowest ? lowest : x;
+}
+
 // What a block sums up by channel: each thread in registers, then the threads of a column through shared memory.
 template <class Element, int kLanes, int kSums>
 struct ChannelSums {
@@ -247,14 +260,14 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
   Wide z_scale[kLanes], identity_scale[kLanes], bias[kLanes] = {};
   read_norm<Element, kLanes>(a, f.z_norm, unit.first_element(), z_scale, bias);
   read_norm<Element, kLanes>(a, f.identity_norm, unit.first_element(), identity_scale, bias);
+  const Wide lowest = f.relu ? 0 : -bits_as<float>(0x7f800000u);
   const auto end_of_block = [&](Values z, Values identity) {
-    Values x;
+    Wide x[kLanes];
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      const Wide sum = z[lane] * z_scale[lane] + (identity[lane] * identity_scale[lane] + bias[lane]);
-      x.set(lane, f.relu && sum <= 0 ? 0 : sum);  // NaN stays
+      x[lane] = at_least(lowest, z[lane] * z_scale[lane] + (identity[lane] * identity_scale[lane] + bias[lane]));
     }
-    return x;
+    return Values::of(x);
   };
   const auto pad = [&](const Place& place, int32_t clip, int32_t row, Values x) {
 #pragma unroll 1
@@ -347,15 +360,14 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
 #pragma unroll
             for (int lane = 0; lane < kLanes; ++lane) total[lane] += more_a[lane] + more_b[lane];
           }
-          Values grad;
 #pragma unroll
           for (int lane = 0; lane < kLanes; ++lane) {
-            const Wide masked = mask[k][lane] <= 0 ? 0 : total[lane];
-            grad.set(lane, masked);
-            sums.of[0][lane] += masked;
+            if (mask[k][lane] <= 0) total[lane] = 0;
+            sums.of[0][lane] += total[lane];
 #pragma unroll
-            for (int n = 0; n < kRead; ++n) sums.of[1 + n][lane] += masked * (normed[n][k][lane] - mean[n][lane]);
+            for (int n = 0; n < kRead; ++n) sums.of[1 + n][lane] += total[lane] * (normed[n][k][lane] - mean[n][lane]);
           }
+          const Values grad = Values::of(total);
           plain.store(b.grad, nullptr, row, grad);
           if (b.grad_shifted == nullptr) return;
           shifted.store(b.grad_shifted, b.grad_unread_in, row, grad);
