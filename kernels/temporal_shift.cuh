@@ -245,39 +245,42 @@ __global__ void __launch_bounds__(kThreads) shift_tile(const __grid_constant__ A
 }
 
 // Grid: blocks that cover the bytes of a frame x any number that share the frames, in place one x clips. Every unit
-// belongs to one group.
+// belongs to one group. Loops are not unrolled: a write might change what is read next, so nothing would overlap.
 template <class Unit, class Value>
 __global__ void __launch_bounds__(kThreads) shift_stream(const __grid_constant__ Args a) {
   Column<Unit> column;
   if (!find_column(a, column)) return;
   const int32_t n = a.n_segment_shifted, offset = column.offset;
-  if (a.src != a.dst) {
-    for (int32_t t = blockIdx.y; t < a.frames; t += gridDim.y) {
-      column.set(t, Value::template sum<Unit>(column, Value::terms(a, t, offset)));
-    }
-  } else if (offset != 0 && a.padding == Padding::circular) {
-    // A rotation is a set of cycles t -> t + offset; their number is gcd(offset, n).
-    int32_t cycles = n, rest = offset > 0 ? offset : -offset;
-    while (rest != 0) {
-      const int32_t next = cycles % rest;
-      cycles = rest;
-      rest = next;
-    }
-    for (int32_t start = 0; start < cycles; ++start) {
-      const Unit first = column[start];
-      int32_t t = start;
-      for (int32_t from; (from = source_frame(t, offset, n, a.padding)) != start; t = from) {
-        column.set(t, column[from]);
+  const bool in_place = a.src == a.dst;
+  if (in_place && offset == 0) return;
+  if constexpr (Value::kSign > 0) {  // sums have other paddings
+    if (in_place && a.padding == Padding::circular) {
+      // A rotation is a set of cycles t -> t + offset; their number is gcd(offset, n).
+      int32_t cycles = n, rest = offset > 0 ? offset : -offset;
+      while (rest != 0) {
+        const int32_t next = cycles % rest;
+        cycles = rest;
+        rest = next;
       }
-      column.set(t, first);
+#pragma unroll 1
+      for (int32_t start = 0; start < cycles; ++start) {
+        const Unit first = column[start];
+        int32_t t = start;
+#pragma unroll 1
+        for (int32_t from; (from = source_frame(t, offset, n, a.padding)) != start; t = from) {
+          column.set(t, column[from]);
+        }
+        column.set(t, first);
+      }
+      return;
     }
-  } else if (offset != 0) {
-    const bool back = Value::kSign * offset < 0;
-    for (int32_t done = 0; done < n; ++done) {
-      const int32_t t = back ? n - 1 - done : done;
-      const Terms terms = Value::terms(a, t, offset);
-      if (!terms.are_only(t)) column.set(t, Value::template sum<Unit>(column, terms));
-    }
+  }
+  const bool back = in_place && Value::kSign * offset < 0;
+#pragma unroll 1
+  for (int32_t done = blockIdx.y; done < a.frames; done += gridDim.y) {
+    const int32_t t = back ? a.frames - 1 - done : done;
+    const Terms terms = Value::terms(a, t, offset);
+    if (!in_place || !terms.are_only(t)) column.set(t, Value::template sum<Unit>(column, terms));
   }
 }
 

@@ -78,7 +78,7 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
     architectures = [code.replace("compute_", "PTX ") for code in codes]
 
     def compile_cpp(name: str, *options: str) -> list[str]:
-        return [*cpp, *options, "-c", f"kernels/{name}", "-o", f"{name}.o"]
+        return [*cpp, *recipe.cflags_of.get(name, ()), *options, "-c", f"kernels/{name}", "-o", f"{name}.o"]
 
     def with_nvcc(*more: str) -> list[list[str]]:
         return [[*compile_cuda, *more, "-c", f"kernels/{name}", "-o", f"{name}.o"] for name in recipe.cuda_sources]

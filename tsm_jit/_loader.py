@@ -51,6 +51,7 @@ _HEADERS = (
 )
 # The stable ABI of the oldest torch we support: what is built runs on every later one.
 _CFLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+_CFLAGS_OF = {"bindings.cpp": ("-O1",)}  # a call is as fast; optimizing takes most of the time -O3 needs for it
 _CUDA_CFLAGS = ("--threads=2",)  # one architecture each
 _CUDA_DEFINES = ("-DTSM_JIT_CUDA", "-DUSE_CUDA")
 _NVRTC_DEFINES = ("-DTSM_JIT_NVRTC",)
@@ -109,6 +110,7 @@ class Recipe:
     cpp_sources: tuple[str, ...] = _CPU_SOURCES
     cuda_sources: tuple[str, ...] = _CUDA_SOURCES
     cflags: tuple[str, ...] = _CFLAGS
+    cflags_of: dict[str, tuple[str, ...]] = field(default_factory=_CFLAGS_OF.copy)
     cuda_cflags: tuple[str, ...] = _CUDA_CFLAGS
     cuda_defines: tuple[str, ...] = _CUDA_DEFINES
     nvrtc_sources: tuple[str, ...] = _NVRTC_SOURCES
@@ -129,7 +131,7 @@ class Recipe:
         names = (*_CPU_SOURCES, *_CUDA_SOURCES, *_NVRTC_SOURCES, *_HEADERS)
         sources = {name: _digest((kernels / name).read_bytes()) for name in names}
         choices = [os.environ.get(name) for name in _CHOICES]
-        flags = (_CFLAGS, _CUDA_CFLAGS, _CUDA_DEFINES, _NVRTC_DEFINES, _NVRTC_FLAGS, choices)
+        flags = (_CFLAGS, _CFLAGS_OF, _CUDA_CFLAGS, _CUDA_DEFINES, _NVRTC_DEFINES, _NVRTC_FLAGS, choices)
         versions = (torch.__version__, torch.version.cuda, platform.system(), platform.machine())
         base = _digest(sources, flags, versions)[:32]
         cxx_part = _digest(_identity(Path(cxx[0])), cxx)[:8] if cxx else None
