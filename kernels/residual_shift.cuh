@@ -148,44 +148,47 @@ __device__ void for_each_of(int32_t start, int32_t step, int32_t last, Visit vis
   }
 }
 
-// What `data`, one number for each channel, has for the channels of a unit. As a vector where that is possible: all
-// threads do this before their first access, and one by one takes as long as the rows of a small frame.
-template <class Element, int kLanes, class Wide>
-__device__ void read_channels(const ResidualArgs& a, const void* data, int32_t first, Wide* to) {
-  using Stored = typename Element::Stored;
-  using Values = Pack<Element, kLanes>;
-  const auto* const from = static_cast<const Stored*>(data);
-  if (a.inner == 1 && reinterpret_cast<uintptr_t>(from + first) % sizeof(Values) == 0) {
-    const Values values = *reinterpret_cast<const Values*>(from + first);
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k) to[k] = values[k];
-    return;
+// The channels of a unit: one each, or two, of which the first has `rest` elements here.
+template <int kLanes>
+struct Channels {
+  int32_t first, second, rest;
+
+  __device__ Channels(const ResidualArgs& a, int32_t first_element) {
+    first = first_element / a.inner;
+    rest = a.inner - (first_element - first * a.inner);
+    second = first + (rest < kLanes);
   }
-  int32_t channel = first / a.inner, within = first - channel * a.inner;
+  // What `data`, one number for each channel, has for them. As a vector where that is possible: all threads do this
+  // before their first access, and one by one takes as long as the rows of a small frame.
+  template <class Element, class Wide>
+  __device__ void read(const ResidualArgs& a, const void* data, Wide* to) const {
+    using Values = Pack<Element, kLanes>;
+    const auto* const from = static_cast<const typename Element::Stored*>(data);
+    if (a.inner == 1) {
+      const Values values = *reinterpret_cast<const Values*>(from + first);
 #pragma unroll
-  for (int k = 0; k < kLanes; ++k) {
-    to[k] = Element::widen(from[channel]);
-    if (++within == a.inner) {
-      within = 0;
-      ++channel;
+      for (int k = 0; k < kLanes; ++k) to[k] = values[k];
+    } else {
+      const Wide here = Element::widen(from[first]), next = Element::widen(from[second]);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) to[k] = k < rest ? here : next;
     }
   }
-}
+};
 
-// A norm as scale * value + bias, for the channels of the unit whose first element of the run is `first`; `bias` is
-// added to.
+// A norm as scale * value + bias, for the channels of one unit; `bias` is added to.
 template <class Element, int kLanes>
-__device__ void read_norm(const ResidualArgs& a, const Norm& norm, int32_t first, typename Element::Wide* scale,
-                          typename Element::Wide* bias) {
+__device__ void read_norm(const ResidualArgs& a, const Norm& norm, const Channels<kLanes>& channels,
+                          typename Element::Wide* scale, typename Element::Wide* bias) {
   using Wide = typename Element::Wide;
 #pragma unroll
   for (int k = 0; k < kLanes; ++k) scale[k] = 1;
   if (norm.mean == nullptr) return;
   const auto read = [&](const void* data, Wide* to) {
     if (norm.in_float) {
-      read_channels<Native<float>, kLanes>(a, data, first, to);
+      channels.template read<Native<float>>(a, data, to);
     } else {
-      read_channels<Element, kLanes>(a, data, first, to);
+      channels.template read<Element>(a, data, to);
     }
   };
   Wide mean[kLanes], variance[kLanes], shift[kLanes];
@@ -253,13 +256,15 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
     residual_forward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualForward f) {
   using Values = Pack<Element, kLanes>;
   using Wide = typename Element::Wide;
-  constexpr int kBatch = kLanes == 1 ? 1 : 4;  // rows, or frames of one, whose loads are in flight at once
+  // Rows, or frames of one, whose loads are in flight at once.
+  constexpr int kBatch = kLanes == 1 ? 1 : 4, kFrames = kLanes == 1 ? 1 : 2;
   const Unit<Values> unit(a);
   if (!unit.exists()) return;
   // Without a norm scale is 1 and bias 0: then this is the addition it looks like, to the bit.
   Wide z_scale[kLanes], identity_scale[kLanes], bias[kLanes] = {};
-  read_norm<Element, kLanes>(a, f.z_norm, unit.first_element(), z_scale, bias);
-  read_norm<Element, kLanes>(a, f.identity_norm, unit.first_element(), identity_scale, bias);
+  const Channels<kLanes> channels(a, unit.first_element());
+  read_norm<Element>(a, f.z_norm, channels, z_scale, bias);
+  read_norm<Element>(a, f.identity_norm, channels, identity_scale, bias);
   const Wide lowest = f.relu ? 0 : -bits_as<float>(0x7f800000u);
   const auto end_of_block = [&](Values z, Values identity) {
     Wide x[kLanes];
@@ -269,13 +274,23 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
     }
     return Values::of(x);
   };
-  const auto pad = [&](const Place& place, int32_t clip, int32_t row, Values x) {
+  const auto place_of_frame = [&](int32_t s) { return place_of(s, unit.offset, a.n_segment_shifted, a.padding); };
+  // What these frames, which are written, pad.
+  const auto pad = [&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
 #pragma unroll 1
-    for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
-      unit.plain(clip, t).store(f.out, nullptr, row, a.padding == Padding::zeros ? Values{} : x);
+    for (int32_t s = frames.begin; f.out_is_shifted && s < frames.end; ++s) {
+      const Place place = place_of_frame(s);
+#pragma unroll 1
+      for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
+#pragma unroll 1
+        for (int32_t row = first + threadIdx.y; row < last; row += blockDim.y) {
+          Values x{};
+          if (a.padding != Padding::zeros) x = unit.at(place, clip).template load<Values>(f.out, f.unread_out, row);
+          unit.plain(clip, t).store(f.out, nullptr, row, x);
+        }
+      }
     }
   };
-  const auto place_of_frame = [&](int32_t s) { return place_of(s, unit.offset, a.n_segment_shifted, a.padding); };
   unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
     if (a.frames_of_task == 1) {
       const int32_t s = frames.begin;
@@ -289,11 +304,10 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
           identity[k] = in.load<Values>(f.identity, f.unread, row);
         });
         for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t row) {
-          const Values x = end_of_block(z[k], identity[k]);
-          out.store(f.out, f.unread_out, row, x);
-          if (f.out_is_shifted) pad(place, clip, row, x);
+          out.store(f.out, f.unread_out, row, end_of_block(z[k], identity[k]));
         });
       }
+      pad(clip, frames, first, last);
       return;
     }
     // In the order in which a frame may be written where the group reads it.
@@ -301,23 +315,21 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
     const auto frame = [&](int32_t i) { return up ? i : frames.begin + frames.end - 1 - i; };
     for (int32_t row = first + threadIdx.y; row < last; row += blockDim.y) {
 #pragma unroll 1
-      for (int32_t start = frames.begin; start < frames.end; start += kBatch) {
-        Values z[kBatch], identity[kBatch];
-        for_each_of<kBatch>(start, 1, frames.end, [&](int k, int32_t i) {
+      for (int32_t start = frames.begin; start < frames.end; start += kFrames) {
+        Values z[kFrames], identity[kFrames];
+        for_each_of<kFrames>(start, 1, frames.end, [&](int k, int32_t i) {
           const Spot plain = unit.plain(clip, frame(i));
           const Spot in = f.identity_is_shifted ? unit.at(place_of_frame(frame(i)), clip) : plain;
           z[k] = plain.load<Values>(f.z, nullptr, row);
           identity[k] = in.load<Values>(f.identity, f.unread, row);
         });
-        for_each_of<kBatch>(start, 1, frames.end, [&](int k, int32_t i) {
-          const Values x = end_of_block(z[k], identity[k]);
-          const Place place = place_of_frame(frame(i));
-          const Spot out = f.out_is_shifted ? unit.at(place, clip) : unit.plain(clip, frame(i));
-          out.store(f.out, f.unread_out, row, x);
-          if (f.out_is_shifted) pad(place, clip, row, x);
+        for_each_of<kFrames>(start, 1, frames.end, [&](int k, int32_t i) {
+          const Spot out = f.out_is_shifted ? unit.at(place_of_frame(frame(i)), clip) : unit.plain(clip, frame(i));
+          out.store(f.out, f.unread_out, row, end_of_block(z[k], identity[k]));
         });
       }
     }
+    pad(clip, frames, first, last);
   });
 }
 
@@ -332,9 +344,10 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
   ChannelSums<Element, kLanes, 1 + kRead> sums;
   if (unit.exists()) {
     Wide mean[kRead][kLanes] = {};
+    const Channels<kLanes> channels(a, unit.first_element());
 #pragma unroll
     for (int n = 0; n < kRead; ++n) {
-      if (b.normed[n] != nullptr) read_channels<Native<Wide>, kLanes>(a, b.mean[n], unit.first_element(), mean[n]);
+      if (b.normed[n] != nullptr) channels.template read<Native<Wide>>(a, b.mean[n], mean[n]);
     }
     unit.for_each_frame([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
       const Place place = place_of(s, unit.offset, a.n_segment_shifted, a.padding);

@@ -292,6 +292,7 @@ def test_the_key_follows_sources_flags_and_tools(tmp_path, monkeypatch):
 @needs_cuda_torch
 def test_the_key_follows_nvcc_when_it_changes(toolkit, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.delenv("TSM_JIT_NVRTC", raising=False)
     nvcc = toolkit / "bin" / "nvcc"
     key = _loader.Recipe.here().key
     date = nvcc.stat().st_mtime_ns
