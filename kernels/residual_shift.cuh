@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
     }
   };
   unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
-    if (a.frames_of_task == 1) {
+    if (kLanes > 1 && a.frames_of_task == 1) {
       const int32_t s = frames.begin;
       const Place place = place_of_frame(s);
       const Spot plain = unit.plain(clip, s), shifted = unit.at(place, clip);

@@ -58,8 +58,8 @@ NVRTC = """
 #include <cstring>
 extern "C" {
 int nvrtcVersion(int *major, int *minor) { *major = 13; *minor = 0; return 0; }
-int nvrtcGetNumSupportedArchs(int *count) { *count = 2; return 0; }
-int nvrtcGetSupportedArchs(int *known) { known[0] = 75; known[1] = 90; return 0; }
+int nvrtcGetNumSupportedArchs(int *count) { *count = 3; return 0; }
+int nvrtcGetSupportedArchs(int *known) { known[0] = 75; known[1] = 80; known[2] = 90; return 0; }
 int nvrtcCreateProgram(void **program, const char *, const char *, int, const char **, const char **) { return 0; }
 int nvrtcCompileProgram(void *, int, const char **) { return 0; }
 const char *nvrtcGetErrorString(int) { return "no error"; }
@@ -176,7 +176,8 @@ def toolkit(tmp_path) -> Path:
     home = tmp_path / "toolkit"
     script(
         home / "bin" / "nvcc",
-        f'case "$*" in --version) cat "{home}/version" ;; --list-gpu-arch) echo compute_75; echo compute_90 ;;\n'
+        f'case "$*" in --version) cat "{home}/version" ;;\n'
+        "--list-gpu-arch) echo compute_75; echo compute_80; echo compute_90 ;;\n"
         f'*--dryrun*) echo "#$ TOP={home}/bin/.." ;;\n'
         '*) while [ $# -gt 0 ]; do [ "$1" = -o ] && made=$2; shift; done; : >$made ;; esac\n',
     )
@@ -689,7 +690,7 @@ def test_a_wrapper_script_for_nvcc_is_seen_through(tmp_path):
     wrapper = script(tmp_path / "bin" / "nvcc", f'exec "{nvcc.resolve()}" "$@"\n')
     assert _toolchain.toolkit_root(wrapper) == root
     assert (root / "include" / "cuda_runtime.h").is_file()
-    assert _toolchain.PORTABLE_ARCHITECTURE in _toolchain.nvcc_architectures(wrapper)
+    assert set(_toolchain.PORTABLE_ARCHITECTURES) <= set(_toolchain.nvcc_architectures(wrapper))
 
 
 @needs_nvcc
@@ -750,17 +751,28 @@ def test_an_nvcc_of_another_version_is_told(tmp_path, cxx, toolkit, major, minor
     [
         (None, ["compute_75"]),
         ("native", ["compute_75"]),
-        ("9.0", ["sm_90", "compute_75"]),
+        ("9.0", ["sm_90", "compute_80"]),
         ("7.5;9.0+PTX", ["sm_75", "sm_90", "compute_75", "compute_90"]),
         ("7.5, 9.0a", ["sm_75", "sm_90a", "compute_75"]),
-        ("Hopper", ["sm_90", "compute_75", "compute_90"]),
-        (_build.EVERY_GENERATION, ["sm_75", "sm_90", "compute_75"]),
+        ("Hopper", ["sm_90", "compute_80", "compute_90"]),
+        ("8.0 9.0a", ["sm_80", "sm_90a", "compute_80"]),
+        (_build.EVERY_GENERATION, ["sm_75", "sm_80", "sm_90", "compute_75"]),
     ],
 )
 def test_the_list_of_architectures(toolkit, monkeypatch, chosen, expected):
     monkeypatch.setattr(_toolchain, "gpu_architectures", lambda: ["61"])
     nvcc = toolkit / "bin" / "nvcc"
     assert _build.gpu_code(nvcc, _toolchain.nvcc_architectures(nvcc), chosen) == expected
+    assert _build.gpu_code(nvcc, ["75", "90"], "9.0") == ["sm_90", "compute_75"], "an nvcc that does not know 80"
+
+
+def test_machine_code_shares_the_ptx_of_the_newest_portable_architecture():
+    def virtual(*codes: str) -> list[str]:
+        return [flag.removeprefix("-gencode=arch=compute_") for flag in _build._gencode(list(codes))]
+
+    assert virtual("sm_90", "compute_80") == ["80,code=[sm_90,compute_80]"]
+    assert virtual("sm_80", "sm_90a", "compute_80") == ["80,code=[sm_80,compute_80]", "90a,code=[sm_90a]"]
+    assert virtual("sm_75", "sm_90", "compute_75") == ["75,code=[sm_75,compute_75]", "90,code=[sm_90]"]
 
 
 @needs_cuda_torch
@@ -781,10 +793,10 @@ def test_what_was_built_without_a_gpu_is_built_again_once_where_there_is_one(tmp
     blind = "_toolchain.gpu_is_visible = lambda: False; _toolchain.gpu_architectures = lambda: []"
     sees = "_toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
     assert import_it(cache, patch=blind, **arguments)[0]["cache"]["architectures"] == ["PTX 75"]
-    assert import_it(cache, patch=sees, **arguments)[0]["cache"]["architectures"] == ["sm_90", "PTX 75"]
+    assert import_it(cache, patch=sees, **arguments)[0]["cache"]["architectures"] == ["sm_90", "PTX 80"]
     for eyes in (sees, blind):
         facts, err = import_it(cache, patch=eyes, **arguments)
-        assert facts["cache"]["architectures"] == ["sm_90", "PTX 75"]
+        assert facts["cache"]["architectures"] == ["sm_90", "PTX 80"]
         assert err == ""
     assert len(entries(cache)) == 1
 
@@ -854,8 +866,8 @@ def by_nvrtc(tmp_path_factory) -> tuple[Path, dict, str]:
 def test_without_nvcc_nvrtc_compiles_the_kernels(by_nvrtc):
     """Really; it is told once."""
     cache, facts, err = by_nvrtc
-    assert err == "tsm_jit: compiling the kernels (only once) for CPU, sm_90, PTX 75\n"
-    assert facts["devices"] == {"cpu": "compiled kernels", "cuda": "compiled kernels (NVRTC: sm_90, PTX 75)"}
+    assert err == "tsm_jit: compiling the kernels (only once) for CPU, sm_90, PTX 80\n"
+    assert facts["devices"] == {"cpu": "compiled kernels", "cuda": "compiled kernels (NVRTC: sm_90, PTX 80)"}
     assert facts["cache"]["toolkit"].startswith(f"{_toolchain.find_nvrtc()} (CUDA ")
     (warning,) = facts["warnings"]
     assert "nvcc was not found, so NVRTC" in warning
@@ -1006,7 +1018,7 @@ def test_the_switch_chooses_nvrtc_and_both_builds_stay(tmp_path, cxx, toolkit, n
     sees = f"{found}; _toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
     arguments = {"patch": sees, "cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
     for _ in range(2):
-        for switch, served in [("1", "NVRTC: sm_90, PTX 75"), ("0", "sm_90, PTX 75"), (None, "sm_90, PTX 75")]:
+        for switch, served in [("1", "NVRTC: sm_90, PTX 80"), ("0", "sm_90, PTX 80"), (None, "sm_90, PTX 80")]:
             facts, _ = import_it(cache, TSM_JIT_NVRTC=switch, **arguments)
             assert facts["devices"]["cuda"] == f"compiled kernels ({served})"
             assert facts["warnings"] == []
@@ -1024,12 +1036,12 @@ def test_what_nvcc_made_is_taken_before_nvrtc_is_asked(tmp_path, cxx, toolkit, n
     arguments = {"cuda": True, "CXX": cxx, "TORCH_CUDA_ARCH_LIST": "9.0"}
     import_it(cache, patch="_toolchain.find_nvcc = _toolchain.find_nvrtc = lambda: None", **arguments)
     facts, _ = import_it(cache, patch=f"{WITHOUT_NVCC}; {found}", **arguments)
-    assert facts["devices"]["cuda"] == "compiled kernels (NVRTC: sm_90, PTX 75)"
+    assert facts["devices"]["cuda"] == "compiled kernels (NVRTC: sm_90, PTX 80)"
     shutil.rmtree(cache / facts["cache"]["key"])
     import_it(cache, CUDA_HOME=toolkit, **arguments)
     for compiler in (cxx, "/nowhere/c++"):
         facts, err = import_it(cache, patch=f"{WITHOUT_NVCC}; {found}", **{**arguments, "CXX": compiler})
-        assert facts["devices"]["cuda"] == "compiled kernels (sm_90, PTX 75)"
+        assert facts["devices"]["cuda"] == "compiled kernels (sm_90, PTX 80)"
         assert facts["warnings"] == []
         assert err == ""
 
@@ -1211,7 +1223,7 @@ def test_info_works_when_everything_is_broken(tmp_path):
 def test_build_for_others_leaves_a_cache_that_just_works(tmp_path, cxx, toolkit):
     """Read-only, without compilers, on a machine with a GPU that the default would have compiled for."""
     cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
-    for options, architectures in [([], "sm_75, sm_90, PTX 75"), (["--arch", "7.5"], "sm_75, PTX 75")]:
+    for options, architectures in [([], "sm_75, sm_80, sm_90, PTX 75"), (["--arch", "7.5"], "sm_75, PTX 75")]:
         done = command(cache, "build", *options, **arguments)
         assert done.returncode == 0, done.stderr
         (entry,) = entries(cache)

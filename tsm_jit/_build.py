@@ -6,6 +6,7 @@ environment, wait for a compiler that hangs, and need several seconds of its own
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -63,7 +64,7 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
         facts["toolkit"] = f"{toolkit} (CUDA {version})"
         if version != torch.version.cuda:
             say(f"warning: {_mismatch(version)}")
-        flags = [f"-gencode=arch=compute_{code.partition('_')[2]},code={code}" for code in codes]
+        flags = _gencode(codes)
         host = [] if shutil.which("gcc") else ["-ccbin", recipe.cxx[0]]  # gcc is all that nvcc looks for
         compile_cuda = [str(recipe.nvcc), *recipe.cuda_cflags, *flags, *host, "-std=c++17", "-Xcompiler=-fPIC"]
         if toolkit != Path("/usr"):  # whose headers g++ must find by itself
@@ -119,8 +120,9 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
 
 def gpu_code(compiler: Path, known: list[str], chosen: str | None) -> list[str]:
     """What to compile for, as ``["sm_90", "compute_75"]``: what ``chosen`` lists in the words of
-    ``TORCH_CUDA_ARCH_LIST``, else the GPUs of this machine as far as they are ``known``; and PTX for all others."""
-    portable = {_toolchain.PORTABLE_ARCHITECTURE}
+    ``TORCH_CUDA_ARCH_LIST``, else the GPUs of this machine as far as they are ``known``; and PTX for others, the oldest
+    only if one of these is as old or there is none."""
+    more_ptx = set()
     if chosen == EVERY_GENERATION:  # code for the first GPU of a generation runs on the others
         native = set({arch[:-1]: arch for arch in sorted(known, key=int, reverse=True)}.values())
     elif chosen in (None, "native"):
@@ -139,10 +141,27 @@ def gpu_code(compiler: Path, known: list[str], chosen: str | None) -> list[str]:
                 )
             native.add("".join(match.group(1, 2, 3)))
             if match[4]:
-                portable.add("".join(match.group(1, 2, 3)))
+                more_ptx.add("".join(match.group(1, 2, 3)))
+    oldest, newer = _toolchain.PORTABLE_ARCHITECTURES
+    portable = newer if native and newer in known and all(_age(arch) >= _age(newer) for arch in native) else oldest
     return [
-        f"{kind}_{arch}" for kind, archs in (("sm", native), ("compute", portable)) for arch in sorted(archs, key=_age)
+        f"{kind}_{arch}"
+        for kind, archs in (("sm", native), ("compute", {portable, *more_ptx}))
+        for arch in sorted(archs, key=_age)
     ]
+
+
+def _gencode(codes: list[str]) -> list[str]:
+    """nvcc's flags for what :func:`gpu_code` returns. Most of the time goes into PTX, so machine code shares the newest
+    portable one, unless it is for one GPU alone (``sm_90a``)."""
+    _, newer = _toolchain.PORTABLE_ARCHITECTURES
+    shared = f"compute_{newer}" in codes
+    of: dict[str, list[str]] = {}
+    for code in codes:
+        kind, _, arch = code.partition("_")
+        share = shared and kind == "sm" and arch.isdecimal()
+        of.setdefault(newer if share else arch, []).append(code)
+    return [f"-gencode=arch=compute_{virtual},code=[{','.join(made)}]" for virtual, made in of.items()]
 
 
 def _age(architecture: str) -> int:
@@ -194,23 +213,28 @@ class _Progress:
 
 
 def _run(commands: list[list[str]], folder: Path, output: Any, progress: _Progress) -> None:
-    """Runs them all at once in ``folder``; raises BuildError if one fails, OSError if it may not fail the next time."""
+    """Runs them all at once in ``folder``; raises BuildError if one fails, OSError if it may not fail the next time.
+
+    The first is the longest: on few cores the others make way for it.
+    """
     processes = []
     try:
         for command in commands:
             output.write(f"{' '.join(command)}\n".encode())
             output.flush()
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    cwd=folder,
-                    env=dict(os.environ, TMPDIR="."),  # a killed compiler leaves nothing elsewhere
-                    start_new_session=True,  # so that whatever it starts can be ended with it
-                )
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=dict(os.environ, TMPDIR="."),  # a killed compiler leaves nothing elsewhere
+                start_new_session=True,  # so that whatever it starts can be ended with it
             )
+            if processes:
+                with contextlib.suppress(OSError):  # it has ended
+                    os.setpriority(os.PRIO_PGRP, process.pid, 10)
+            processes.append(process)
         for command, process in zip(commands, processes, strict=True):
             _wait(command, process, progress)
             if process.returncode != 0:

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-# Any GPU from here on runs what is compiled for this virtual architecture: its driver finishes the compilation.
-PORTABLE_ARCHITECTURE = "75"
+# Any GPU from there on runs what is compiled for a virtual architecture: its driver finishes the compilation. The
+# kernels use nothing newer than the second one: machine code for a newer GPU, made of it, is the same.
+PORTABLE_ARCHITECTURES = ("75", "80")
 _PROBE_SECONDS = 30
 _CXX = (["c++"], ["g++"], ["clang++"])
 
