@@ -76,6 +76,31 @@ def test_forward_is_the_reference_to_the_bit(device, dtype, layout, padding):
 
 
 @pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
+def test_the_result_may_take_the_place_of_what_it_is_made_of(device, dtype, layout, padding):
+    for from_shifted, shifted, own_z, own_identity in itertools.product((False, True), repeat=4):
+        shift, make = random_case(dtype, layout, device, padding)
+        z, x = make(), make()
+        expected = torch.relu(z + x)
+        identity, unread = x, None
+        if from_shifted:
+            identity = reference.temporal_shift(x, shift)
+            unread = reference.unread_frames(x, shift).contiguous(memory_format=FORMATS[layout])
+        with torch.no_grad():
+            (out, again), unread_out = end_of_block(
+                z, None, identity, None, unread, shift.encode(), shifted, own_z=own_z, own_identity=own_identity
+            )
+        if shifted:
+            assert_same_bits(unread_out, reference.unread_frames(expected, shift))
+            expected = reference.temporal_shift(expected, shift)
+        assert_same_bits(out, expected)
+        assert again.data_ptr() == out.data_ptr()
+        into_identity = own_identity and from_shifted and shifted
+        into_z = own_z and not into_identity and (not shifted or (z.is_cuda and shift.padding != "circular"))
+        assert (out.data_ptr() == identity.data_ptr()) == into_identity
+        assert (out.data_ptr() == z.data_ptr()) == into_z
+
+
+@pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
 def test_norms_on_the_way(device, dtype, layout, padding):
     shift, make = random_case(dtype, layout, device, padding)
     z, identity = make(), make()
@@ -594,6 +619,16 @@ def test_operators_check_what_memory_safety_rests_on(argument):
         norm = [torch.ones(7)] * 4
     with pytest.raises(RuntimeError, match=argument):
         _residual_ops._write(torch.empty_like(z), None, z, norm, 0.0, z, [], 0.0, unread, shift.encode(), True)
+
+
+def test_operators_refuse_to_shift_in_place_of_z_what_they_cannot(device):
+    circular = device.type == "cuda"  # else: the CPU never can
+    shift = Shift(2, 2, 1, "circular" if circular else "zeros", ((4, 1),))
+    z, unread = torch.randn(4, 8, 2, 2, device=device), torch.randn(2, 0 if circular else 4, 2, 2, device=device)
+    before = z.clone()
+    with pytest.raises(RuntimeError, match="out must not be z"):
+        _residual_ops._write(z, unread, z, [], 0.0, before, [], 0.0, None, shift.encode(), True)
+    assert_same_bits(z, before)
 
 
 class SqueezeExcite(nn.Module):

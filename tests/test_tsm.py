@@ -217,6 +217,19 @@ def test_in_place_double_backward(device):
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_gradient_that_a_hook_keeps_stays_as_it_is(device, inplace):
+    """The adjoint overwrites the gradient that a convolution has made, unless somebody else sees that."""
+    conv = nn.Conv2d(16, 4, 1).to(device)
+    shift, kept = tsm_jit.TemporalShift(conv, 4, inplace=inplace), []
+    conv.register_full_backward_hook(lambda _, grad_input, __: kept.extend((grad_input[0], grad_input[0].clone())))
+    x = torch.randn(8, 16, 3, 3, device=device, requires_grad=True)
+    grad = torch.randn(8, 4, 3, 3, device=device)
+    shift(x).backward(grad)
+    assert_same_bits(kept[0], kept[1])
+    assert not torch.equal(kept[0], x.grad)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_in_place_in_a_checkpoint(device, reentrant):
     from torch.utils.checkpoint import checkpoint
