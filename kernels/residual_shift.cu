@@ -16,15 +16,16 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t element_bytes(Sum type) { return type == Sum::float64 ? 8 : type == Sum::float32 ? 4 : 2; }
 
 // Do units of 16 bytes begin with every row, group and frame, and hold two channels at most, or one number of each?
-bool is_aligned(const Residual& r, std::initializer_list<const void*> pointers,
+// Then those of `by_channel`, numbers of so many bytes, have to be vectors.
+bool is_aligned(const Residual& r, std::initializer_list<const void*> pointers, int64_t number_bytes,
                 std::initializer_list<const void*> by_channel) {
   if (r.inner != 1 && r.inner * element_bytes(r.type) < 16) return false;
   uint64_t bits = r.shift.run | r.unread_run;
   for (int32_t g = 0; g < r.shift.n_groups; ++g) bits |= r.shift.groups[g].end | r.unread_begin[g];
   for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
-  uint64_t vectors = 0;  // of the numbers by channel: eight floats for eight activations
+  uint64_t vectors = 0;
   for (const void* pointer : by_channel) vectors |= reinterpret_cast<uintptr_t>(pointer);
-  return bits % 16 == 0 && vectors % 32 == 0;
+  return bits % 16 == 0 && vectors % (16 / element_bytes(r.type) * number_bytes) == 0;
 }
 
 struct Launch {
@@ -32,10 +33,11 @@ struct Launch {
   dim3 grid, block;
 };
 
-// `slices`: how many blocks share the tasks, 0 for one each. `in_order`: whether one thread visits all frames.
+// `slices`: how many blocks share the tasks, 0 for as many as fill the GPU. `in_order`: whether one thread visits all
+// frames.
 const char* plan(const Residual& r, int64_t unit, int32_t slices, bool in_order, Launch& launch) {
   const Shift& s = r.shift;
-  const int64_t units = s.run / unit, largest = int64_t{1} << 31;
+  const int64_t units = s.run / unit, largest = (int64_t{1} << 31) - kMaxGridY;
   unsigned x = s.outer == 1 ? kResidualThreads : 32;
   while (x > 1 && x / 2 >= units) x /= 2;
   launch.block = dim3(x, kResidualThreads / x);
@@ -49,9 +51,10 @@ const char* plan(const Residual& r, int64_t unit, int32_t slices, bool in_order,
   a.chunks = static_cast<int32_t>(ceil_div(s.outer, a.rows_of_task));
   const int64_t tasks = clips * ceil_div(frames, frames_of_task) * a.chunks;
   if (s.n_groups > kResidualGroups) return "a plan of a residual stream must have at most 31 groups";
-  if (s.run + 16 * kResidualThreads >= largest || tasks >= largest || s.outer >= largest || r.unread_run >= largest) {
+  if (s.run + 16 * kResidualThreads >= largest || s.outer >= largest || r.unread_run >= largest) {
     return "a frame of a residual stream must have less than 2^31 bytes";
   }
+  if (frames >= largest || tasks >= largest) return "a residual stream must have less than 2^31 rows";
   a.frames = static_cast<int32_t>(frames);
   a.frames_of_task = static_cast<int32_t>(frames_of_task);
   a.n_segment_shifted = is_still ? a.frames : s.n_segment_shifted;
@@ -84,8 +87,8 @@ constexpr int kVector = sizeof(typename Element::Stored) == 8 ? 1 : 16 / sizeof(
 // `start(plan, kernels of one type and unit)` with those of the activations; what it returns.
 template <template <class, int> class Kernels, class Start>
 const char* with_kernels(const Residual& r, int32_t slices, bool in_order, std::initializer_list<const void*> pointers,
-                         std::initializer_list<const void*> by_channel, Start start) {
-  const bool aligned = r.type != Sum::float64 && is_aligned(r, pointers, by_channel);
+                         int64_t number_bytes, std::initializer_list<const void*> by_channel, Start start) {
+  const bool aligned = r.type != Sum::float64 && is_aligned(r, pointers, number_bytes, by_channel);
   Launch launch;
   if (const char* error = plan(r, aligned ? 16 : element_bytes(r.type), slices, in_order, launch)) return error;
   const auto of_type = [&](auto element) -> const char* {
@@ -121,7 +124,9 @@ struct Statistics {
 }  // namespace
 
 const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream) {
+  const bool floats = f.z_norm.in_float || f.identity_norm.in_float;
   return with_kernels<Forward>(r, 0, shifts_z_in_place(f), {f.z, f.identity, f.unread, f.out, f.unread_out},
+                               floats ? 4 : element_bytes(r.type),
                                {f.z_norm.mean, f.z_norm.variance, f.z_norm.weight, f.z_norm.bias, f.identity_norm.mean,
                                 f.identity_norm.variance, f.identity_norm.weight, f.identity_norm.bias},
                                [&](const Launch& on, auto kernels) {
@@ -133,14 +138,14 @@ const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b,
   return with_kernels<Backward>(r, b.sums == nullptr ? 0 : b.slices, false,
                                 {b.out, b.unread_out, b.grad_a, b.grad_b, b.grad_unread, b.grad, b.grad_shifted,
                                  b.grad_unread_in, b.normed[0], b.normed[1]},
-                                {b.mean[0], b.mean[1]}, [&](const Launch& on, auto kernels) {
+                                sizeof(float), {b.mean[0], b.mean[1]}, [&](const Launch& on, auto kernels) {
                                   const auto kernel = b.normed[1] == nullptr ? kernels.one_norm() : kernels.two_norms();
                                   return launch(kernel, on.grid, on.block, 0, stream, on.args, b);
                                 });
 }
 
 const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream) {
-  return with_kernels<Statistics>(r, c.slices, false, {c.x}, {}, [&](const Launch& on, auto kernels) {
+  return with_kernels<Statistics>(r, c.slices, false, {c.x}, 1, {}, [&](const Launch& on, auto kernels) {
     const auto channels = static_cast<int32_t>(r.shift.run / element_bytes(r.type));
     const dim3 block(32, kResidualThreads / 32), grid(static_cast<unsigned>(ceil_div(channels, block.x)));
     if (const char* error = launch(kernels.sum(), on.grid, on.block, 0, stream, on.args, c)) return error;

@@ -754,6 +754,7 @@ def test_an_nvcc_of_another_version_is_told(tmp_path, cxx, toolkit, major, minor
         ("9.0", ["sm_90", "compute_80"]),
         ("7.5;9.0+PTX", ["sm_75", "sm_90", "compute_75", "compute_90"]),
         ("7.5, 9.0a", ["sm_75", "sm_90a", "compute_75"]),
+        ("7.5;8.0+PTX", ["sm_75", "sm_80", "compute_75", "compute_80"]),
         ("Hopper", ["sm_90", "compute_80", "compute_90"]),
         ("8.0 9.0a", ["sm_80", "sm_90a", "compute_80"]),
         (_build.EVERY_GENERATION, ["sm_75", "sm_80", "sm_90", "compute_75"]),
@@ -773,6 +774,8 @@ def test_machine_code_shares_the_ptx_of_the_newest_portable_architecture():
     assert virtual("sm_90", "compute_80") == ["80,code=[sm_90,compute_80]"]
     assert virtual("sm_80", "sm_90a", "compute_80") == ["80,code=[sm_80,compute_80]", "90a,code=[sm_90a]"]
     assert virtual("sm_75", "sm_90", "compute_75") == ["75,code=[sm_75,compute_75]", "90,code=[sm_90]"]
+    both = virtual("sm_75", "sm_90", "compute_75", "compute_80")
+    assert both == ["75,code=[sm_75,compute_75]", "80,code=[sm_90,compute_80]"]
 
 
 @needs_cuda_torch
@@ -799,6 +802,25 @@ def test_what_was_built_without_a_gpu_is_built_again_once_where_there_is_one(tmp
         assert facts["cache"]["architectures"] == ["sm_90", "PTX 80"]
         assert err == ""
     assert len(entries(cache)) == 1
+
+
+@needs_cuda_torch
+def test_what_was_built_for_newer_gpus_is_built_again_where_one_is_older(tmp_path, cxx, toolkit):
+    cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+
+    def on(model: str, architecture: str) -> tuple[list[str], str]:
+        patch = (
+            "_toolchain.gpu_is_visible = lambda: True; "
+            f"_toolchain.gpu_models = lambda: [{model!r}]; _toolchain.gpu_architectures = lambda: [{architecture!r}]"
+        )
+        facts, err = import_it(cache, patch=patch, **arguments)
+        return facts["cache"]["architectures"], err
+
+    assert on("H100", "90")[0] == ["sm_90", "PTX 80"]
+    assert on("A100", "80") == (["sm_90", "PTX 80"], "")
+    assert on("T4", "75")[0] == ["sm_75", "PTX 75"]
+    for gpu in (("T4", "75"), ("H100", "90")):
+        assert on(*gpu) == (["sm_75", "PTX 75"], "")
 
 
 def test_the_users_environment_is_left_alone(tmp_path, cxx):

@@ -39,6 +39,10 @@ _NAMES = {
 _PASSING = "Killed|signal 9\\b|o space left|quota exceeded|ile size limit|File too large|ut of memory|annot allocate"
 
 
+# So does what somebody else does to a compiler; one that crashes will do so again.
+_ENDED = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGXFSZ}
+
+
 def say(message: str, end: str = "\n") -> None:
     if sys.stderr is not None:
         sys.stderr.write(f"tsm_jit: {message}{end}")
@@ -74,6 +78,8 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
         version, known = _toolchain.nvrtc_can(recipe.nvrtc)
         codes = gpu_code(recipe.nvrtc, known, chosen)
         facts["toolkit"] = f"{recipe.nvrtc} (CUDA {version})"
+        if version != torch.version.cuda:
+            say(f"warning: {_mismatch(version, 'NVRTC')}")
         cpp += recipe.nvrtc_defines
         libraries += ["-ldl", "-Wl,--no-undefined"]  # all that is launched is there
     architectures = [code.replace("compute_", "PTX ") for code in codes]
@@ -159,7 +165,7 @@ def _gencode(codes: list[str]) -> list[str]:
     of: dict[str, list[str]] = {}
     for code in codes:
         kind, _, arch = code.partition("_")
-        share = shared and kind == "sm" and arch.isdecimal()
+        share = shared and kind == "sm" and arch.isdecimal() and _age(arch) >= _age(newer)
         of.setdefault(newer if share else arch, []).append(code)
     return [f"-gencode=arch=compute_{virtual},code=[{','.join(made)}]" for virtual, made in of.items()]
 
@@ -168,11 +174,11 @@ def _age(architecture: str) -> int:
     return int(architecture.rstrip("abcdefghijklmnopqrstuvwxyz"))
 
 
-def _mismatch(version: str) -> str:
-    said = f"nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}"
+def _mismatch(version: str, compiler: str = "nvcc") -> str:
+    said = f"{compiler} is of CUDA {version}, torch of CUDA {torch.version.cuda}"
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"{said}: the kernels use a CUDA runtime of their own, and need a driver that knows both"
-    return f"{said}: with a driver older than nvcc, the kernels run on no other GPUs than they are compiled for"
+    return f"{said}: with a driver older than {compiler}, the kernels run on no other GPUs than they are compiled for"
 
 
 def _older_gxx(said: str) -> str | None:
@@ -195,9 +201,8 @@ class _Progress:
 
     def tick(self) -> None:
         seconds = f": {self.seconds():.0f} s"
-        width = shutil.get_terminal_size().columns - len(
-            f"tsm_jit: {seconds}"
-        )  # a longer line could not be overwritten
+        # A line that is longer than the terminal could not be overwritten.
+        width = shutil.get_terminal_size().columns - len(f"tsm_jit: {seconds}")
         say(self.line[:width] + seconds, end="\r")
 
     def __enter__(self) -> _Progress:
@@ -233,13 +238,13 @@ def _run(commands: list[list[str]], folder: Path, output: Any, progress: _Progre
             )
             if processes:
                 with contextlib.suppress(OSError):  # it has ended
-                    os.setpriority(os.PRIO_PGRP, process.pid, 10)
+                    os.setpriority(os.PRIO_PGRP, process.pid, 5)
             processes.append(process)
         for command, process in zip(commands, processes, strict=True):
             _wait(command, process, progress)
             if process.returncode != 0:
                 said = Path(output.name).read_text(errors="replace")
-                passing = process.returncode < 0 or re.search(_PASSING, said)
+                passing = -process.returncode in _ENDED or re.search(_PASSING, said)
                 raise (OSError if passing else BuildError)(_first_error(said, command, process.returncode))
             made = command[command.index("-o") + 1]
             if not (folder / made).is_file():

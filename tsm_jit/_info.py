@@ -17,7 +17,7 @@ def info() -> dict[str, Any]:
 
     - ``devices``: for ``cpu`` and ``cuda`` what their tensors take, compiled kernels or plain torch, and why;
     - ``versions``: of tsm_jit, torch, torch's CUDA, Python and the platform;
-    - ``tools``: the C++ compiler, nvcc and, for want of it, NVRTC that a compilation would use, or ``None``;
+    - ``tools``: the C++ compiler, nvcc, and NVRTC, which is used for want of nvcc or by ``TSM_JIT_NVRTC``; or ``None``;
     - ``cache``: its folder, the key of this build, its size in bytes, the GPU architectures and the CUDA toolkit or
       NVRTC it was compiled with, how long that took in seconds.
     """

@@ -9,8 +9,8 @@
              is taken: kernels for CPU and CUDA -> for the CPU alone -> plain torch. One warning says why
 
 GPU architectures are not in the key. What is built holds machine code for the GPUs of the machine that built it and a
-portable form (PTX) that the drivers of others complete, all but those older than sm_80 where every GPU is newer; so no
-import asks a driver.
+portable form (PTX) that the drivers of others complete: of all from sm_80 on where every GPU is as new, else from sm_75
+on. So imports ask the driver only beside GPUs of other names than where the former was made.
 What was built where no GPU was is built again once where there is one, unless ``python -m tsm_jit build`` made it.
 """
 
@@ -324,8 +324,16 @@ def _date(path: Path) -> float:
 
 
 def _outdated(recipe: Recipe, manifest: dict[str, Any]) -> bool:
-    """True where there are a GPU and a compiler for it, and one that saw no GPU compiled for none."""
-    return recipe.cuda and manifest.get("gpu") is False and _toolchain.gpu_is_visible()
+    """True where there are a GPU and a compiler for it, and an entry was made where none was seen, or newer ones."""
+    if not recipe.cuda or not _toolchain.gpu_is_visible():
+        return False
+    if manifest.get("gpu") is False:
+        return True
+    made = manifest.get("architectures", ())
+    portable = min((int(name[4:].rstrip("af")) for name in made if name.startswith("PTX ")), default=0)
+    if portable <= int(_toolchain.PORTABLE_ARCHITECTURES[0]) or manifest.get("gpus") == _toolchain.gpu_models():
+        return False
+    return any(int(arch) < portable and f"sm_{arch}" not in made for arch in _toolchain.gpu_architectures())
 
 
 def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> dict[str, Any]:
@@ -340,6 +348,7 @@ def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> di
             manifest |= build(recipe, folder, LIBRARY, folder / LOG, chosen)
             manifest["sha256"] = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
             manifest["gpu"] = bool(chosen) or _toolchain.gpu_is_visible()
+            manifest["gpus"] = _toolchain.gpu_models()
         except BuildError as error:
             if replace:
                 raise  # what is there may work
@@ -366,7 +375,8 @@ def _load(status: Status) -> None:
         except Exception as error:  # whatever stops CUDA must not cost the CPU its kernels
             said = f"{type(error).__name__}: {error}"
             if recipe.cuda:
-                reason = said if recipe.nvcc or nvrtc_is_chosen() else f"{said}. NVRTC was tried as {NO_NVCC}"
+                by_nvrtc = status.manifest.get("nvrtc") and not nvrtc_is_chosen()
+                reason = f"{said}. NVRTC was tried as {NO_NVCC}" if by_nvrtc else said
             elif status.key is None:  # the kernels for the CPU alone could not be built
                 status.missing["cpu"] = said
         if "cuda" not in status.devices:

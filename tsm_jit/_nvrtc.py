@@ -21,9 +21,8 @@ class _Nvrtc:
     """The library; a call that fails ends the process."""
 
     def __init__(self, path: str):
-        for builtins in Path(path).parent.glob(
-            "libnvrtc-builtins*.so*"
-        ):  # NVRTC finds them by name once they are loaded
+        # NVRTC finds them by name once they are loaded.
+        for builtins in Path(path).parent.glob("libnvrtc-builtins*.so*"):
             with contextlib.suppress(OSError):
                 ctypes.CDLL(str(builtins))
         try:

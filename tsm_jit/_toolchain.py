@@ -112,6 +112,8 @@ def nvcc_architectures(nvcc: Path) -> list[str]:
 
 def nvrtc_command(nvrtc: Path) -> list[str]:
     """What asks the library what it can, or, with more arguments, to compile: a process of its own, as it may crash."""
+    if not sys.executable:
+        raise BuildError("NVRTC needs a Python interpreter to run in, but sys.executable is empty")
     return [sys.executable, "-I", "-S", str(Path(__file__).with_name("_nvrtc.py")), str(nvrtc)]
 
 
@@ -154,6 +156,12 @@ def _output(command: list[str]) -> str:
 def gpu_is_visible() -> bool:
     """True if the machine has an NVIDIA driver, told without touching it."""
     return any(os.path.exists(path) for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+
+
+def gpu_models() -> list[str]:
+    """Their names, told without touching the driver; none where it does not show them, as in some containers."""
+    told = [path.read_text(errors="replace") for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    return sorted({match[1] for text in told if (match := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))})
 
 
 def gpu_architectures() -> list[str]:

@@ -33,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compile now instead of on the first import, for images and clusters: for every GPU generation there is",
         "Later imports load it from the cache (TSM_JIT_CACHE), which may be read-only then, without compilers.",
     )
-    build.add_argument("--arch", metavar="LIST", help="for these GPUs, such as '8.0;9.0', and slower to load on others")
+    build.add_argument(
+        "--arch",
+        metavar="LIST",
+        help="for these GPUs, such as '7.5;9.0'; slower to load on others, and not at all on older ones",
+    )
 
     clean = add(
         "clean",
