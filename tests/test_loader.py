@@ -187,7 +187,7 @@ def toolkit(tmp_path) -> Path:
 
 @pytest.fixture
 def nvrtc(tmp_path) -> Path:
-    """An NVRTC that knows two GPUs and makes empty images."""
+    """An NVRTC that knows three GPUs and makes empty images."""
     source, library = tmp_path / "nvrtc.cpp", tmp_path / "nvrtc" / "libnvrtc.so.99"
     source.write_text(NVRTC)
     library.parent.mkdir()
@@ -1066,6 +1066,13 @@ def test_what_nvcc_made_is_taken_before_nvrtc_is_asked(tmp_path, cxx, toolkit, n
         assert facts["devices"]["cuda"] == "compiled kernels (sm_90, PTX 80)"
         assert facts["warnings"] == []
         assert err == ""
+    made = cache / facts["cache"]["key"]
+    (made / _loader.LIBRARY).write_bytes(b"needs a library that went with nvcc")
+    manifest = json.loads((made / _loader.MANIFEST).read_text())
+    manifest["sha256"] = hashlib.sha256((made / _loader.LIBRARY).read_bytes()).hexdigest()
+    (made / _loader.MANIFEST).write_text(json.dumps(manifest))
+    facts, _ = import_it(cache, patch=f"{WITHOUT_NVCC}; {found}", **arguments)
+    assert facts["devices"]["cuda"] == "compiled kernels (NVRTC: sm_90, PTX 80)", "what does not load is made again"
 
 
 @needs_cuda_torch

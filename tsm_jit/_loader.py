@@ -401,7 +401,16 @@ def _load_entry(recipe: Recipe, status: Status) -> None:
             if found is None:
                 raise
             # else what is there is right for this GPU, if not the fastest, and the cache may be read-only
-    entry, manifest = found
+    try:
+        _take(*found, status)
+    except OSError:  # what other compilers made may need what went with them
+        if found[0].name == recipe.entry:
+            raise
+        _take(*_build_under_lock(recipe), status)
+        status.instead_of_nvcc = None if nvrtc_is_chosen() else recipe.nvrtc
+
+
+def _take(entry: Path, manifest: dict[str, Any], status: Status) -> None:
     status.key, status.manifest = entry.name, manifest
     if "error" in manifest:
         log = f" (log: {entry / LOG})" if (entry / LOG).is_file() else ""
