@@ -138,7 +138,7 @@ struct Unit {
   }
 };
 
-// Calls visit(k, start + k * step) for k < kCount as far as that is before `last`: what loads are in flight of at once.
+// Calls visit(k, start + k * step) for k < kCount as far as that is before `last`: their loads are in flight at once.
 template <int kCount, class Visit>
 __device__ void for_each_of(int32_t start, int32_t step, int32_t last, Visit visit) {
 #pragma unroll

@@ -294,7 +294,7 @@ def _sums(grad, z, z_mean, identity, identity_mean) -> Tensor:
 
 
 def _new_unread(like: Tensor, shift: str) -> Tensor:
-    shift = decoded(shift)
+    shift = Shift.decode(shift) if is_compiling() else decoded(shift)  # compilers warn of what remembers
     shape = (like.shape[0] // shift.n_segment, shift.unread_channels(), *like.shape[2:])
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
 
