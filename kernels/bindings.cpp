@@ -252,7 +252,11 @@ void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint) {
   }
   Work work;
   const bool in_place = src.get() == dst.get();
-  if (!describe(src, dst, plan, work)) {  // strides that no run of bytes follows: through a contiguous copy
+  if (!describe(src, dst, plan, work)) {  // strides that no run of bytes follows
+    if (Work of_dst; !in_place && describe(dst, dst, plan, of_dst)) {
+      torch::stable::copy_(dst, src);
+      return run(dst, dst, std::move(plan), adds);
+    }
     Tensor copy = torch::stable::contiguous(src);
     run(copy, copy, std::move(plan), adds);
     torch::stable::copy_(dst, copy);
