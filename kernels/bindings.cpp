@@ -408,6 +408,7 @@ void residual_shift(const Tensor& out, const Optional& unread_out, const Tensor&
   f.identity_is_shifted = unread.has_value();
   f.out_is_shifted = unread_out.has_value();
   f.relu = relu;
+  if (!identity && (unread || unread_out)) fail("identity must be given where activations are shifted");
   if (tsm_jit::shifts_z_in_place(f) && (!z.is_cuda() || work.residual.shift.padding == Padding::circular)) {
     fail("out must not be z if it is shifted, but on CUDA and by no circular shift");
   }
@@ -419,25 +420,36 @@ void residual_shift(const Tensor& out, const Optional& unread_out, const Tensor&
   parallel_frames(work.residual, f, tsm_jit::residual_forward_cpu);
 }
 
-// The gradient kernels' sums, and what they are made of, are in the type that activations are added in.
+// Is x in the type that activations like `like` are added in, as sums by channel and what is made of them are?
 bool is_wide(const Tensor& x, const Tensor& like, int64_t count) {
   const ScalarType wide = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   return x.is_contiguous() && x.scalar_type() == wide && x.numel() == count &&
          x.get_device_index() == like.get_device_index();
 }
 
-int32_t slices_of(const Tensor& sums, const Tensor& x, const Residual& r) {
-  const int64_t slices = sums.size(0);
+// What sums by channel take: CUDA, and channels_last.
+void check_sums(const Tensor& x, const Residual& r) {
   if (!x.is_cuda() || r.inner != 1) fail("sums by channel are made on CUDA, in channels_last");
-  if (slices < 1 || slices > 65535) fail("slices must be from 1 to 65535, got " + std::to_string(slices));
-  return static_cast<int32_t>(slices);
+}
+
+// Memory for `count` numbers of the type that activations like x are added in, until the kernels that are launched with
+// it are done.
+Tensor scratch(const Tensor& x, int64_t count) {
+  const int64_t stride = 1;
+  int32_t device_type = 0;
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  const int32_t dtype = x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, dtype, device_type, x.get_device_index(), &out));
+  return Tensor(out);
 }
 
 void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, const Optional& grad_unread_in,
-                             const Optional& sums, const Optional& grad_a, const Optional& grad_b,
+                             const Optional& norm_gradients, const Optional& grad_a, const Optional& grad_b,
                              const Optional& grad_unread, const Tensor& out, const Optional& unread_out,
-                             const Optional& z, const Optional& z_mean, const Optional& identity,
-                             const Optional& identity_mean, const std::string& shift) {
+                             const Optional& z, const std::vector<Tensor>& z_norm, double z_epsilon,
+                             const Optional& identity, const std::vector<Tensor>& identity_norm,
+                             double identity_epsilon, const std::string& shift) {
   if (out.numel() == 0) return;
   ResidualWork work;
   const Residual& r = work.residual;
@@ -455,50 +467,74 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
   b.grad_shifted = mutable_data(grad_shifted);
   b.grad_unread_in = mutable_data(grad_unread_in);
   if (grad_shifted.has_value() != grad_unread_in.has_value()) fail("grad_shifted must come with grad_unread_in");
-  if (sums) {
-    const int64_t channels = out.size(1);
-    b.slices = slices_of(*sums, out, r);
-    if (!is_wide(*sums, out, b.slices * (1 + tsm_jit::kNorms) * channels)) fail("sums must be [slices, 3, channels]");
-    b.sums = sums->mutable_data_ptr();
-    const std::pair<const Optional*, const Optional*> norms[] = {{&z, &z_mean}, {&identity, &identity_mean}};
-    for (int32_t n = 0; n < tsm_jit::kNorms; ++n) {
-      const auto& [normed, mean] = norms[n];
-      if (normed->has_value() != mean->has_value()) fail("what had a norm must come with its mean");
-      if (*mean && !is_wide(**mean, out, channels)) fail("a mean must have one value per channel, of the type of sums");
-      b.normed[n] = data(*normed);
-      b.mean[n] = data(*mean);
+  const int64_t channels = out.size(1);
+  tsm_jit::NormGradients n{};
+  if (norm_gradients) {
+    check_sums(out, r);
+    if (!is_wide(*norm_gradients, out, (1 + 4 * tsm_jit::kNorms) * channels)) {
+      fail("norm_gradients must be [9, channels], of the type that activations are added in");
+    }
+    n.made = norm_gradients->mutable_data_ptr();
+    n.count = out.numel() / channels;
+    n.epsilon[0] = z_epsilon;
+    n.epsilon[1] = identity_epsilon;
+    const std::pair<const Optional*, const std::vector<Tensor>*> norms[] = {{&z, &z_norm}, {&identity, &identity_norm}};
+    for (int32_t k = 0; k < tsm_jit::kNorms; ++k) {
+      const auto& [values, parts] = norms[k];
+      if (parts->empty()) continue;
+      if (parts->size() != 3 || !*values)
+        fail("a norm must have a mean, a variance and a weight, and come with its values");
+      for (const Tensor& part : *parts) {
+        if (!is_wide(part, out, channels))
+          fail("a norm must have one value per channel, of the type of norm_gradients");
+      }
+      b.normed[k] = data(*values);
+      b.mean[k] = (*parts)[0].const_data_ptr();
+      n.variance[k] = (*parts)[1].const_data_ptr();
+      n.weight[k] = (*parts)[2].const_data_ptr();
     }
   }
 #ifdef TSM_JIT_CUDA
   if (out.is_cuda()) {
-    return on_stream(out, [&](void* stream) { return tsm_jit::residual_backward_cuda(r, b, stream); });
+    return on_stream(out, [&](void* stream) {
+      if (!norm_gradients) return tsm_jit::residual_backward_cuda(r, b, stream);
+      b.slices = n.slices = tsm_jit::backward_slices(r);
+      const Tensor sums = scratch(out, b.slices * (1 + tsm_jit::kNorms) * channels);
+      n.sums = b.sums = sums.mutable_data_ptr();
+      if (const char* error = tsm_jit::residual_backward_cuda(r, b, stream)) return error;
+      return tsm_jit::norm_gradients_cuda(r.type, channels, n, stream);
+    });
   }
 #endif
   parallel_frames(r, b, tsm_jit::residual_backward_cpu);
 }
 
 #ifdef TSM_JIT_CUDA
-void channel_statistics(const Tensor& x, const Tensor& sums, const Tensor& mean, const Tensor& variance,
-                        const Tensor& running_mean, const Tensor& running_var, double momentum,
-                        const std::string& shift) {
+void channel_statistics(const Tensor& x, const Tensor& mean, const Tensor& variance, const Tensor& running_mean,
+                        const Tensor& running_var, double momentum, const std::string& shift) {
   if (x.numel() == 0) return;
   ResidualWork work;
   const Residual& r = work.residual;
   describe_residual(x, shift, {}, {}, work);
+  check_sums(x, r);
+  for (const Tensor* each : {&mean, &variance, &running_mean, &running_var}) {
+    if (!is_wide(*each, x, x.size(1))) {
+      fail("statistics must have one value per channel, of the type that activations are added in");
+    }
+  }
   tsm_jit::ChannelStatistics c{};
   c.x = x.const_data_ptr();
-  c.slices = slices_of(sums, x, r);
-  if (!is_wide(sums, x, 2 * c.slices * x.size(1))) fail("sums must be [slices, 2, channels]");
-  for (const Tensor* each : {&mean, &variance, &running_mean, &running_var}) {
-    if (!is_wide(*each, x, x.size(1))) fail("statistics must have one value per channel, of the type of sums");
-  }
-  c.sums = sums.mutable_data_ptr();
   c.mean = mean.mutable_data_ptr();
   c.variance = variance.mutable_data_ptr();
   c.running_mean = running_mean.mutable_data_ptr();
   c.running_variance = running_var.mutable_data_ptr();
   c.momentum = momentum;
-  on_stream(x, [&](void* stream) { return tsm_jit::channel_statistics_cuda(r, c, stream); });
+  on_stream(x, [&](void* stream) {
+    c.slices = tsm_jit::statistics_slices(r);
+    const Tensor sums = scratch(x, 2 * c.slices * x.size(1));
+    c.sums = sums.mutable_data_ptr();
+    return tsm_jit::channel_statistics_cuda(r, c, stream);
+  });
 }
 #endif
 

@@ -8,8 +8,6 @@ namespace tsm_jit {
 namespace {
 
 constexpr int32_t kMaxGridY = 65535;
-constexpr int64_t kVisits = 4;          // of a thread in one task: rows, or frames of the only one
-constexpr int64_t kResidentBlocks = 2;  // of a multiprocessor
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,35 +31,55 @@ struct Launch {
   dim3 grid, block;
 };
 
-// `slices`: how many blocks share the tasks, 0 for as many as fill the GPU. `in_order`: whether one thread visits all
-// frames.
-const char* plan(const Residual& r, int64_t unit, int32_t slices, bool in_order, Launch& launch) {
+// How the work is shared.
+struct Shares {
+  int32_t slices;    // blocks that share the tasks; 0: as many as fill the GPU, of which
+  int32_t resident;  // a multiprocessor holds so many
+  bool in_order;     // does one thread visit all frames?
+};
+
+const char* plan(const Residual& r, int64_t unit, const Shares& shares, Launch& launch) {
   const Shift& s = r.shift;
   const int64_t units = s.run / unit, largest = (int64_t{1} << 31) - kMaxGridY;
   unsigned x = s.outer == 1 ? kResidualThreads : 32;
   while (x > 1 && x / 2 >= units) x /= 2;
   launch.block = dim3(x, kResidualThreads / x);
   ResidualArgs& a = launch.args;
-  const bool is_still = s.n_groups == 1 && s.groups[0].offset == 0;  // then all frames may be those of one clip
-  in_order &= !is_still;
-  const int64_t clips = is_still ? 1 : s.clips, frames = is_still ? s.clips * s.frames : s.frames;
-  const int64_t frames_of_task = in_order ? frames : s.outer == 1 ? std::min<int64_t>(frames, kVisits) : 1;
-  const int64_t rows_of_thread = in_order ? 1 : kVisits;
-  a.rows_of_task = static_cast<int32_t>(std::min<int64_t>(s.outer, launch.block.y * rows_of_thread));
-  a.chunks = static_cast<int32_t>(ceil_div(s.outer, a.rows_of_task));
-  const int64_t tasks = clips * ceil_div(frames, frames_of_task) * a.chunks;
+  const bool is_still = s.n_groups == 1 && s.groups[0].offset == 0;
+  const bool in_order = shares.in_order && !is_still;
+  // All that lies at the same frame may be rows of it, so that a thread has several: what is still has one frame, and
+  // where a frame is one row, its rows are those of all clips.
+  const bool one_row = s.outer == 1;
+  const int64_t clips = is_still || one_row ? 1 : s.clips, frames = is_still ? 1 : s.frames;
+  const int64_t rows = s.outer * (s.clips / clips) * (s.frames / frames);
+  const int64_t x_blocks = ceil_div(units, x);
+  // Blocks that stay until all is done read their norms once. Where few of them share a column the last would come to
+  // less than all that can run: there many small ones.
+  const int64_t resident = int64_t{shares.resident} * std::max(multiprocessors(), 1);
+  const int64_t fill = 8 * x_blocks <= resident ? resident / x_blocks : ceil_div(8 * resident, x_blocks);
+  const int64_t columns = shares.slices != 0 ? shares.slices : std::min(fill, int64_t{kMaxGridY});
+  const int64_t rows_of_block = int64_t{launch.block.y} * (in_order ? 1 : kRowsOfThread);
+  a.rows_of_task = static_cast<int32_t>(std::min(rows, rows_of_block));
+  a.frames_of_task = static_cast<int32_t>(in_order ? frames : 1);
+  a.chunks = static_cast<int32_t>(ceil_div(rows, a.rows_of_task));
+  const int64_t tasks = clips * (frames / a.frames_of_task) * a.chunks;
   if (s.n_groups > kResidualGroups) return "a plan of a residual stream must have at most 31 groups";
-  if (s.run + 16 * kResidualThreads >= largest || s.outer >= largest || r.unread_run >= largest) {
+  if (s.run + 16 * kResidualThreads >= largest || r.unread_run >= largest) {
     return "a frame of a residual stream must have less than 2^31 bytes";
   }
-  if (frames >= largest || tasks >= largest) return "a residual stream must have less than 2^31 rows";
+  if (frames >= largest || rows >= largest || tasks >= largest) {
+    return "a residual stream must have less than 2^31 rows";
+  }
   a.frames = static_cast<int32_t>(frames);
-  a.frames_of_task = static_cast<int32_t>(frames_of_task);
-  a.n_segment_shifted = is_still ? a.frames : s.n_segment_shifted;
+  a.n_segment_shifted = is_still ? 1 : s.n_segment_shifted;
   a.padding = s.padding;
-  a.rows = static_cast<int32_t>(s.outer);
+  a.rows = static_cast<int32_t>(rows);
   a.run = static_cast<int32_t>(s.run);
-  a.unread_run = static_cast<int32_t>(r.unread_run);
+  a.frame = s.outer * s.run;
+  a.clip = s.frames * a.frame;
+  a.row = one_row && !is_still ? a.clip : s.run;
+  a.unread_row = r.unread_run;
+  a.unread_clip = s.outer * r.unread_run;
   a.inner = static_cast<int32_t>(r.inner);
   a.tasks = static_cast<int32_t>(tasks);
   a.n_groups = s.n_groups;
@@ -70,13 +88,8 @@ const char* plan(const Residual& r, int64_t unit, int32_t slices, bool in_order,
     a.group_offset[g] = s.groups[g].offset;
     a.unread_begin[g] = static_cast<int32_t>(r.unread_begin[g]);
   }
-  const int64_t x_blocks = ceil_div(units, x);
-  // Blocks that stay until all is done read their norms once. Where few of them share a column the last would come to
-  // less than all that can run: there many small ones.
-  const int64_t resident = kResidentBlocks * std::max(multiprocessors(), 1);
-  const int64_t fill = 8 * x_blocks <= resident ? resident / x_blocks : ceil_div(8 * resident, x_blocks);
-  const int64_t columns = slices != 0 ? slices : std::min({tasks, fill, int64_t{kMaxGridY}});
-  launch.grid = dim3(static_cast<unsigned>(x_blocks), static_cast<unsigned>(columns));
+  const int64_t used = shares.slices != 0 ? columns : std::min(tasks, columns);
+  launch.grid = dim3(static_cast<unsigned>(x_blocks), static_cast<unsigned>(used));
   return nullptr;
 }
 
@@ -86,11 +99,11 @@ constexpr int kVector = sizeof(typename Element::Stored) == 8 ? 1 : 16 / sizeof(
 
 // `start(plan, kernels of one type and unit)` with those of the activations; what it returns.
 template <template <class, int> class Kernels, class Start>
-const char* with_kernels(const Residual& r, int32_t slices, bool in_order, std::initializer_list<const void*> pointers,
+const char* with_kernels(const Residual& r, const Shares& shares, std::initializer_list<const void*> pointers,
                          int64_t number_bytes, std::initializer_list<const void*> by_channel, Start start) {
   const bool aligned = r.type != Sum::float64 && is_aligned(r, pointers, number_bytes, by_channel);
   Launch launch;
-  if (const char* error = plan(r, aligned ? 16 : element_bytes(r.type), slices, in_order, launch)) return error;
+  if (const char* error = plan(r, aligned ? 16 : element_bytes(r.type), shares, launch)) return error;
   const auto of_type = [&](auto element) -> const char* {
     using Element = decltype(element);
     return aligned ? start(launch, Kernels<Element, kVector<Element>>{}) : start(launch, Kernels<Element, 1>{});
@@ -103,10 +116,19 @@ const char* with_kernels(const Residual& r, int32_t slices, bool in_order, std::
   }
 }
 
-// Functions, not constants: out of a constant NVRTC makes other code, with more registers.
+// Functions, not constants: out of a constant NVRTC makes other code, with more registers. One number at a time, all is
+// done by the kernel that can.
 template <class Element, int kLanes>
 struct Forward {
-  static auto kernel() { return residual_forward<Element, kLanes>; }
+  static auto in_order() { return residual_forward_in_order<Element, kLanes>; }
+  static auto sum() {
+    if constexpr (kLanes == 1) return residual_forward_in_order<Element, kLanes>;
+    if constexpr (kLanes > 1) return residual_forward<Element, kLanes, true>;
+  }
+  static auto alone() {
+    if constexpr (kLanes == 1) return residual_forward_in_order<Element, kLanes>;
+    if constexpr (kLanes > 1) return residual_forward<Element, kLanes, false>;
+  }
 };
 
 template <class Element, int kLanes>
@@ -124,18 +146,22 @@ struct Statistics {
 }  // namespace
 
 const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream) {
+  const bool in_order = shifts_z_in_place(f), alone = f.identity == nullptr;
+  const Shares shares{0, in_order ? kBlocksInOrder : alone ? kBlocksAlone : kBlocksOfSum, in_order};
   const bool floats = f.z_norm.in_float || f.identity_norm.in_float;
-  return with_kernels<Forward>(r, 0, shifts_z_in_place(f), {f.z, f.identity, f.unread, f.out, f.unread_out},
-                               floats ? 4 : element_bytes(r.type),
-                               {f.z_norm.mean, f.z_norm.variance, f.z_norm.weight, f.z_norm.bias, f.identity_norm.mean,
-                                f.identity_norm.variance, f.identity_norm.weight, f.identity_norm.bias},
-                               [&](const Launch& on, auto kernels) {
-                                 return launch(kernels.kernel(), on.grid, on.block, 0, stream, on.args, f);
-                               });
+  return with_kernels<Forward>(
+      r, shares, {f.z, f.identity, f.unread, f.out, f.unread_out}, floats ? 4 : element_bytes(r.type),
+      {f.z_norm.mean, f.z_norm.variance, f.z_norm.weight, f.z_norm.bias, f.identity_norm.mean, f.identity_norm.variance,
+       f.identity_norm.weight, f.identity_norm.bias},
+      [&](const Launch& on, auto kernels) {
+        const auto kernel = in_order ? kernels.in_order() : alone ? kernels.alone() : kernels.sum();
+        return launch(kernel, on.grid, on.block, 0, stream, on.args, f);
+      });
 }
 
 const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b, void* stream) {
-  return with_kernels<Backward>(r, b.sums == nullptr ? 0 : b.slices, false,
+  const Shares shares{b.sums == nullptr ? 0 : b.slices, kBlocksOfBackward, false};
+  return with_kernels<Backward>(r, shares,
                                 {b.out, b.unread_out, b.grad_a, b.grad_b, b.grad_unread, b.grad, b.grad_shifted,
                                  b.grad_unread_in, b.normed[0], b.normed[1]},
                                 sizeof(float), {b.mean[0], b.mean[1]}, [&](const Launch& on, auto kernels) {
@@ -144,14 +170,43 @@ const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b,
                                 });
 }
 
+namespace {
+
+// With the blocks that cover the channels as many as a GPU holds.
+int32_t slices(const Residual& r, int64_t blocks) {
+  const int64_t columns = ceil_div(r.shift.run, 32 * 16), resident = blocks * std::max(multiprocessors(), 1);
+  return static_cast<int32_t>(std::clamp(resident / columns, int64_t{1}, int64_t{kMaxGridY}));
+}
+
+// Of a kernel that adds up slices.
+Launch by_channel(int64_t channels) {
+  Launch launch;
+  launch.block = dim3(8, kResidualThreads / 8);  // many slices at once: each waits for the one before
+  launch.grid = dim3(static_cast<unsigned>(ceil_div(channels, launch.block.x)));
+  return launch;
+}
+
+}  // namespace
+
+int32_t backward_slices(const Residual& r) { return slices(r, kBlocksOfBackward); }
+int32_t statistics_slices(const Residual& r) { return slices(r, kBlocksOfStatistics); }
+
 const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream) {
-  return with_kernels<Statistics>(r, c.slices, false, {c.x}, 1, {}, [&](const Launch& on, auto kernels) {
-    const auto channels = static_cast<int32_t>(r.shift.run / element_bytes(r.type));
-    const dim3 block(32, kResidualThreads / 32), grid(static_cast<unsigned>(ceil_div(channels, block.x)));
+  return with_kernels<Statistics>(r, {c.slices, 0, false}, {c.x}, 1, {}, [&](const Launch& on, auto kernels) {
+    const int64_t channels = r.shift.run / element_bytes(r.type),
+                  count = r.shift.clips * r.shift.frames * r.shift.outer;
+    const Launch last = by_channel(channels);
     if (const char* error = launch(kernels.sum(), on.grid, on.block, 0, stream, on.args, c)) return error;
-    const int64_t count = r.shift.clips * r.shift.frames * r.shift.outer;
-    return launch(kernels.finish(), grid, block, 0, stream, c, channels, count);
+    return launch(kernels.finish(), last.grid, last.block, 0, stream, c, static_cast<int32_t>(channels), count);
   });
+}
+
+const char* norm_gradients_cuda(Sum type, int64_t channels, const NormGradients& n, void* stream) {
+  const Launch on = by_channel(channels);
+  const auto start = [&](auto kernel) {
+    return launch(kernel, on.grid, on.block, 0, stream, n, static_cast<int32_t>(channels));
+  };
+  return type == Sum::float64 ? start(norm_gradients<double>) : start(norm_gradients<float>);
 }
 
 }  // namespace tsm_jit

@@ -16,11 +16,17 @@ namespace tsm_jit {
 
 constexpr int kResidualThreads = 256;
 constexpr int kResidualGroups = 32;
+constexpr int kRowsOfThread = 4;  // in one task: more would reach over more pages of memory at once
+
+// How many blocks of a kernel a multiprocessor holds: the registers that this leaves are what its loads take.
+constexpr int kBlocksOfSum = 2, kBlocksAlone = 4, kBlocksInOrder = 3, kBlocksOfBackward = 2, kBlocksOfStatistics = 3;
 
 struct ResidualArgs {
   int32_t frames, n_segment_shifted;
   Padding padding;
-  int32_t rows, run, unread_run;  // of a frame, in bytes
+  int32_t rows, run;         // of a frame; in bytes
+  int64_t row, frame, clip;  // distances in bytes, of a whole tensor
+  int64_t unread_row, unread_clip;
   int32_t inner;
   int32_t rows_of_task, frames_of_task;
   int32_t chunks;  // tasks of as many frames
@@ -32,14 +38,19 @@ struct ResidualArgs {
 };
 
 // The kernels; host code that is compiled without nvcc sees no more of them.
-template <class Element, int kLanes>
+template <class Element, int kLanes, bool kAdds>
 __global__ void residual_forward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualForward f);
+template <class Element, int kLanes>
+__global__ void residual_forward_in_order(const __grid_constant__ ResidualArgs a,
+                                          const __grid_constant__ ResidualForward f);
 template <class Element, int kLanes, int kRead>
 __global__ void residual_backward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualBackward b);
 template <class Element, int kLanes>
 __global__ void sum_channels(const __grid_constant__ ResidualArgs a, const __grid_constant__ ChannelStatistics c);
 template <class Element>
 __global__ void finish_statistics(const __grid_constant__ ChannelStatistics c, int32_t channels, int64_t count);
+template <class Wide>
+__global__ void norm_gradients(const __grid_constant__ NormGradients n, int32_t channels);
 
 #if !defined(TSM_JIT_NVRTC)
 
@@ -68,27 +79,21 @@ struct alignas(sizeof(typename Element::Stored) * kLanes) Pack {
   }
 };
 
-// Where the thread's unit of one frame lies: in a whole tensor, or in the one of its unread frames.
-struct Spot {
-  int64_t first;  // in bytes, of row 0
-  int32_t stride;
-  bool is_unread;
+// Units of one thread at equal distances in a tensor. Of a tensor that is not there zeros are read, and nothing is
+// written.
+template <class Values>
+struct Line {
+  char* first;
+  int64_t step;  // in bytes
 
-  template <class Byte>
-  __device__ Byte* in(Byte* whole, Byte* unread, int32_t row) const {
-    Byte* const data = is_unread ? unread : whole;
-    return data == nullptr ? nullptr : data + first + int64_t{row} * stride;
+  __device__ Line(const void* tensor, int64_t offset, int64_t step)
+      : first(tensor == nullptr ? nullptr : const_cast<char*>(static_cast<const char*>(tensor)) + offset), step(step) {}
+
+  __device__ Values load(int32_t i) const {
+    return first == nullptr ? Values{} : *reinterpret_cast<const Values*>(first + i * step);
   }
-  // Of a tensor that is not there: zeros.
-  template <class Values>
-  __device__ Values load(const void* whole, const void* unread, int32_t row) const {
-    const char* from = in(static_cast<const char*>(whole), static_cast<const char*>(unread), row);
-    return from == nullptr ? Values{} : *reinterpret_cast<const Values*>(from);
-  }
-  template <class Values>
-  __device__ void store(void* whole, void* unread, int32_t row, Values values) const {
-    char* to = in(static_cast<char*>(whole), static_cast<char*>(unread), row);
-    if (to != nullptr) *reinterpret_cast<Values*>(to) = values;
+  __device__ void store(int32_t i, const Values& values) const {
+    if (first != nullptr) *reinterpret_cast<Values*>(first + i * step) = values;
   }
 };
 
@@ -128,23 +133,35 @@ struct Unit {
       for (int32_t s = frames.begin; s < frames.end; ++s) visit(clip, s, first, last);
     });
   }
-  __device__ Spot plain(int32_t clip, int32_t s) const {
-    const int64_t frame = int64_t{clip} * a.frames + s;
-    return {frame * a.rows * a.run + begin, a.run, false};
+  // Every blockDim.y of the rows of frame s, from `row` on: in a plain tensor, and wherever the shifted stream has it.
+  __device__ Line<Values> plain(const void* tensor, int32_t clip, int32_t s, int32_t row) const {
+    return {tensor, clip * a.clip + s * a.frame + row * a.row + begin, a.row * blockDim.y};
   }
-  __device__ Spot at(const Place& place, int32_t clip) const {
-    if (place.t != kNoFrame) return plain(clip, place.t);
-    return {int64_t{clip} * a.rows * a.unread_run + unread + place.unread * unread_frame, a.unread_run, true};
+  __device__ Line<Values> at(const Place& place, const void* whole, const void* unread_frames, int32_t clip,
+                             int32_t row) const {
+    if (place.t != kNoFrame) return plain(whole, clip, place.t, row);
+    const int64_t frame = unread + place.unread * unread_frame;
+    return {unread_frames, clip * a.unread_clip + row * a.unread_row + frame, a.unread_row * blockDim.y};
+  }
+  // The frames of a row: of a whole tensor, and the unread ones.
+  __device__ Line<Values> frames(const void* tensor, int32_t clip, int32_t row) const {
+    return {tensor, clip * a.clip + row * a.row + begin, a.frame};
+  }
+  __device__ Line<Values> unread_frames(const void* tensor, int32_t clip, int32_t row) const {
+    return {tensor, clip * a.unread_clip + row * a.unread_row + unread, unread_frame};
+  }
+  // Where a stream, shifted or plain, has frame s.
+  __device__ Place place(int32_t s, bool shifted = true) const {
+    return place_of(s, shifted ? offset : 0, a.n_segment_shifted, a.padding);
   }
 };
 
-// Calls visit(k, start + k * step) for k < kCount as far as that is before `last`: their loads are in flight at once.
+// Calls visit(k) for k < kCount as far as start + k * step is before `last`: their loads are in flight at once.
 template <int kCount, class Visit>
 __device__ void for_each_of(int32_t start, int32_t step, int32_t last, Visit visit) {
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    const int32_t i = start + k * step;
-    if (i < last) visit(k, i);
+    if (start + k * step < last) visit(k);
   }
 }
 
@@ -250,92 +267,112 @@ struct ChannelSums {
   }
 };
 
-// Block: units of the run x rows. Grid: blocks that cover the run x tasks.
-template <class Element, int kLanes>
-__global__ void __launch_bounds__(kResidualThreads, 2)
-    residual_forward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualForward f) {
+// The arithmetic of a unit, its norms read. Without a norm scale is 1 and bias 0: then it is the addition it looks
+// like, to the bit.
+template <class Element, int kLanes, bool kAdds>
+struct EndOfBlock {
   using Values = Pack<Element, kLanes>;
   using Wide = typename Element::Wide;
-  // Rows, or frames of one, whose loads are in flight at once.
-  constexpr int kBatch = kLanes == 1 ? 1 : 4, kFrames = kLanes == 1 ? 1 : 2;
-  const Unit<Values> unit(a);
-  if (!unit.exists()) return;
-  // Without a norm scale is 1 and bias 0: then this is the addition it looks like, to the bit.
-  Wide z_scale[kLanes], identity_scale[kLanes], bias[kLanes] = {};
-  const Channels<kLanes> channels(a, unit.first_element());
-  read_norm<Element>(a, f.z_norm, channels, z_scale, bias);
-  read_norm<Element>(a, f.identity_norm, channels, identity_scale, bias);
-  const Wide lowest = f.relu ? 0 : -bits_as<float>(0x7f800000u);
-  const auto end_of_block = [&](Values z, Values identity) {
+  Wide z_scale[kLanes], identity_scale[kLanes], bias[kLanes] = {}, lowest;
+
+  __device__ EndOfBlock(const ResidualArgs& a, const ResidualForward& f, int32_t first_element)
+      : lowest(f.relu ? 0 : -bits_as<float>(0x7f800000u)) {
+    const Channels<kLanes> channels(a, first_element);
+    read_norm<Element>(a, f.z_norm, channels, z_scale, bias);
+    if constexpr (kAdds) read_norm<Element>(a, f.identity_norm, channels, identity_scale, bias);
+  }
+  __device__ Values operator()(const Values& z, const Values& identity) const {
     Wide x[kLanes];
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      x[lane] = at_least(lowest, z[lane] * z_scale[lane] + (identity[lane] * identity_scale[lane] + bias[lane]));
+      Wide rest = bias[lane];
+      if constexpr (kAdds) rest += identity[lane] * identity_scale[lane];
+      x[lane] = at_least(lowest, z[lane] * z_scale[lane] + rest);
     }
     return Values::of(x);
-  };
-  const auto place_of_frame = [&](int32_t s) { return place_of(s, unit.offset, a.n_segment_shifted, a.padding); };
-  // What these frames, which are written, pad.
-  const auto pad = [&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+  }
+};
+
+// What these frames, which are written, pad.
+template <class Values>
+__device__ void pad(const ResidualForward& f, const Unit<Values>& unit, int32_t clip, FrameRange frames, int32_t row,
+                    int32_t last) {
 #pragma unroll 1
-    for (int32_t s = frames.begin; f.out_is_shifted && s < frames.end; ++s) {
-      const Place place = place_of_frame(s);
+  for (int32_t s = frames.begin; f.out_is_shifted && s < frames.end; ++s) {
+    const Place place = unit.place(s);
 #pragma unroll 1
-      for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
+    for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
+      const auto from = unit.at(place, f.out, f.unread_out, clip, row), to = unit.plain(f.out, clip, t, row);
 #pragma unroll 1
-        for (int32_t row = first + threadIdx.y; row < last; row += blockDim.y) {
-          Values x{};
-          if (a.padding != Padding::zeros) x = unit.at(place, clip).template load<Values>(f.out, f.unread_out, row);
-          unit.plain(clip, t).store(f.out, nullptr, row, x);
-        }
+      for (int32_t i = 0; row + i * static_cast<int32_t>(blockDim.y) < last; ++i) {
+        to.store(i, unit.a.padding == Padding::zeros ? Values{} : from.load(i));
       }
     }
-  };
+  }
+}
+
+// Block: units of the run x rows. Grid: blocks that cover the run x tasks. kAdds: is there an identity?
+template <class Element, int kLanes, bool kAdds>
+__global__ void __launch_bounds__(kResidualThreads, kAdds ? kBlocksOfSum : kBlocksAlone)
+    residual_forward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualForward f) {
+  using Values = Pack<Element, kLanes>;
+  const Unit<Values> unit(a);
+  if (!unit.exists()) return;
+  const EndOfBlock<Element, kLanes, kAdds> end_of_block(a, f, unit.first_element());
   unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
-    if (kLanes > 1 && a.frames_of_task == 1) {
-      const int32_t s = frames.begin;
-      const Place place = place_of_frame(s);
-      const Spot plain = unit.plain(clip, s), shifted = unit.at(place, clip);
-      const Spot in = f.identity_is_shifted ? shifted : plain, out = f.out_is_shifted ? shifted : plain;
-      for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
-        Values z[kBatch], identity[kBatch];
-        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t row) {
-          z[k] = plain.load<Values>(f.z, nullptr, row);
-          identity[k] = in.load<Values>(f.identity, f.unread, row);
-        });
-        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t row) {
-          out.store(f.out, f.unread_out, row, end_of_block(z[k], identity[k]));
-        });
-      }
-      pad(clip, frames, first, last);
-      return;
-    }
-    // In the order in which a frame may be written where the group reads it.
+    const int32_t s = frames.begin, row = first + threadIdx.y;
+    const Place from = unit.place(s, f.identity_is_shifted), to = unit.place(s, kAdds && f.out_is_shifted);
+    const auto z = unit.plain(f.z, clip, s, row), identity = unit.at(from, f.identity, f.unread, clip, row);
+    const auto out = unit.at(to, f.out, f.unread_out, clip, row);
+    Values of_z[kRowsOfThread], of_identity[kRowsOfThread];
+    for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
+      of_z[k] = z.load(k);
+      if constexpr (kAdds) of_identity[k] = identity.load(k);
+    });
+    for_each_of<kRowsOfThread>(row, blockDim.y, last,
+                               [&](int k) { out.store(k, end_of_block(of_z[k], of_identity[k])); });
+    if constexpr (kAdds) pad(f, unit, clip, frames, row, last);
+  });
+}
+
+// The same, frame after frame of a clip in the order in which one may be written where the group reads it.
+template <class Element, int kLanes>
+__global__ void __launch_bounds__(kResidualThreads, kBlocksInOrder)
+    residual_forward_in_order(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualForward f) {
+  using Values = Pack<Element, kLanes>;
+  constexpr int kBatch = kLanes == 1 ? 1 : 2;
+  const Unit<Values> unit(a);
+  if (!unit.exists()) return;
+  const EndOfBlock<Element, kLanes, true> end_of_block(a, f, unit.first_element());
+  unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
     const bool up = unit.offset > 0;
     const auto frame = [&](int32_t i) { return up ? i : frames.begin + frames.end - 1 - i; };
     for (int32_t row = first + threadIdx.y; row < last; row += blockDim.y) {
+      const auto z = unit.frames(f.z, clip, row), identity = unit.frames(f.identity, clip, row);
+      const auto out = unit.frames(f.out, clip, row), unread = unit.unread_frames(f.unread, clip, row);
+      const auto unread_out = unit.unread_frames(f.unread_out, clip, row);
 #pragma unroll 1
-      for (int32_t start = frames.begin; start < frames.end; start += kFrames) {
-        Values z[kFrames], identity[kFrames];
-        for_each_of<kFrames>(start, 1, frames.end, [&](int k, int32_t i) {
-          const Spot plain = unit.plain(clip, frame(i));
-          const Spot in = f.identity_is_shifted ? unit.at(place_of_frame(frame(i)), clip) : plain;
-          z[k] = plain.load<Values>(f.z, nullptr, row);
-          identity[k] = in.load<Values>(f.identity, f.unread, row);
+      for (int32_t start = frames.begin; start < frames.end; start += kBatch) {
+        Values of_z[kBatch], of_identity[kBatch];
+        for_each_of<kBatch>(start, 1, frames.end, [&](int k) {
+          const Place from = unit.place(frame(start + k), f.identity_is_shifted);
+          of_z[k] = z.load(frame(start + k));
+          of_identity[k] = from.t != kNoFrame ? identity.load(from.t) : unread.load(from.unread);
         });
-        for_each_of<kFrames>(start, 1, frames.end, [&](int k, int32_t i) {
-          const Spot out = f.out_is_shifted ? unit.at(place_of_frame(frame(i)), clip) : unit.plain(clip, frame(i));
-          out.store(f.out, f.unread_out, row, end_of_block(z[k], identity[k]));
+        for_each_of<kBatch>(start, 1, frames.end, [&](int k) {
+          const Place to = unit.place(frame(start + k), f.out_is_shifted);
+          const Values x = end_of_block(of_z[k], of_identity[k]);
+          to.t != kNoFrame ? out.store(to.t, x) : unread_out.store(to.unread, x);
         });
       }
     }
-    pad(clip, frames, first, last);
+    pad(f, unit, clip, frames, first + threadIdx.y, last);
   });
 }
 
 // As above; each block of a column of the grid is a slice of the sums. kRead: of how many norms.
 template <class Element, int kLanes, int kRead>
-__global__ void __launch_bounds__(kResidualThreads, 2)
+__global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
     residual_backward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualBackward b) {
   using Values = Pack<Element, kLanes>;
   using Wide = typename Element::Wide;
@@ -350,26 +387,31 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
       if (b.normed[n] != nullptr) channels.template read<Native<Wide>>(a, b.mean[n], mean[n]);
     }
     unit.for_each_frame([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
-      const Place place = place_of(s, unit.offset, a.n_segment_shifted, a.padding);
-      const Spot plain = unit.plain(clip, s), shifted = unit.at(place, clip), out = b.out_is_shifted ? shifted : plain;
+      const int32_t first_row = first + threadIdx.y, rows = blockDim.y;
+      const Place place = unit.place(s), from = unit.place(s, b.out_is_shifted);
       const bool read_by_padding = b.out_is_shifted && a.padding != Padding::zeros;
-      for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
+      for (int32_t row = first_row; row < last; row += kBatch * rows) {
+        const auto out = unit.at(from, b.out, b.unread_out, clip, row);
+        const auto grad_a = unit.at(from, b.grad_a, b.grad_unread, clip, row);
+        const auto grad_b = unit.at(from, b.grad_b, nullptr, clip, row);
         Values mask[kBatch], of_a[kBatch], of_b[kBatch], normed[kRead][kBatch];
-        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t row) {
-          mask[k] = out.load<Values>(b.out, b.unread_out, row);
-          of_a[k] = out.load<Values>(b.grad_a, b.grad_unread, row);
-          of_b[k] = out.load<Values>(b.grad_b, nullptr, row);
+        for_each_of<kBatch>(row, rows, last, [&](int k) {
+          mask[k] = out.load(k);
+          of_a[k] = grad_a.load(k);
+          of_b[k] = grad_b.load(k);
 #pragma unroll
-          for (int n = 0; n < kRead; ++n) normed[n][k] = plain.load<Values>(b.normed[n], nullptr, row);
+          for (int n = 0; n < kRead; ++n) normed[n][k] = unit.plain(b.normed[n], clip, s, row).load(k);
         });
-        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t row) {
+        const auto grad = unit.plain(b.grad, clip, s, row);
+        const auto grad_shifted = unit.at(place, b.grad_shifted, b.grad_unread_in, clip, row);
+        for_each_of<kBatch>(row, rows, last, [&](int k) {
           Wide total[kLanes];
 #pragma unroll
           for (int lane = 0; lane < kLanes; ++lane) total[lane] = of_a[k][lane] + of_b[k][lane];
 #pragma unroll 1
           for (int32_t t = place.pads.begin; read_by_padding && t < place.pads.end; ++t) {
-            const auto more_a = unit.plain(clip, t).template load<Values>(b.grad_a, nullptr, row);
-            const auto more_b = unit.plain(clip, t).template load<Values>(b.grad_b, nullptr, row);
+            const Values more_a = unit.plain(b.grad_a, clip, t, row).load(k);
+            const Values more_b = unit.plain(b.grad_b, clip, t, row).load(k);
 #pragma unroll
             for (int lane = 0; lane < kLanes; ++lane) total[lane] += more_a[lane] + more_b[lane];
           }
@@ -380,13 +422,13 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
 #pragma unroll
             for (int n = 0; n < kRead; ++n) sums.of[1 + n][lane] += total[lane] * (normed[n][k][lane] - mean[n][lane]);
           }
-          const Values grad = Values::of(total);
-          plain.store(b.grad, nullptr, row, grad);
+          const Values x = Values::of(total);
+          grad.store(k, x);
           if (b.grad_shifted == nullptr) return;
-          shifted.store(b.grad_shifted, b.grad_unread_in, row, grad);
+          grad_shifted.store(k, x);
 #pragma unroll 1
           for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
-            unit.plain(clip, t).store(b.grad_shifted, nullptr, row, Values{});
+            unit.plain(b.grad_shifted, clip, t, row).store(k, Values{});
           }
         });
       }
@@ -404,30 +446,27 @@ __global__ void __launch_bounds__(kResidualThreads, 2)
 // The sums of x - x[0] and of its square by channel, for each slice: a block of a column of the grid. The first row is
 // near the mean, so that the variance is no small difference of large numbers.
 template <class Element, int kLanes>
-__global__ void __launch_bounds__(kResidualThreads, 3)
+__global__ void __launch_bounds__(kResidualThreads, kBlocksOfStatistics)
     sum_channels(const __grid_constant__ ResidualArgs a, const __grid_constant__ ChannelStatistics c) {
   using Values = Pack<Element, kLanes>;
   using Wide = typename Element::Wide;
-  constexpr int kBatch = kLanes == 1 ? 1 : 4;
   const Unit<Values> unit(a);
   ChannelSums<Element, kLanes, 2> sums;
   if (unit.exists()) {
-    const Values origin = unit.plain(0, 0).template load<Values>(c.x, nullptr, 0);
+    const Values origin = unit.plain(c.x, 0, 0, 0).load(0);
     unit.for_each_frame([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
-      const Spot plain = unit.plain(clip, s);
-      for (int32_t start = first + threadIdx.y; start < last; start += kBatch * blockDim.y) {
-        Values x[kBatch];
-        for_each_of<kBatch>(start, blockDim.y, last,
-                            [&](int k, int32_t row) { x[k] = plain.load<Values>(c.x, nullptr, row); });
-        for_each_of<kBatch>(start, blockDim.y, last, [&](int k, int32_t) {
+      const int32_t row = first + threadIdx.y;
+      const auto x = unit.plain(c.x, clip, s, row);
+      Values of_x[kRowsOfThread];
+      for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) { of_x[k] = x.load(k); });
+      for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
 #pragma unroll
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const Wide distance = x[k][lane] - origin[lane];
-            sums.of[0][lane] += distance;
-            sums.of[1][lane] += distance * distance;
-          }
-        });
-      }
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const Wide distance = of_x[k][lane] - origin[lane];
+          sums.of[0][lane] += distance;
+          sums.of[1][lane] += distance * distance;
+        }
+      });
     });
   }
   const int32_t channels = a.run / static_cast<int32_t>(sizeof(typename Element::Stored));
@@ -438,6 +477,31 @@ __global__ void __launch_bounds__(kResidualThreads, 3)
   });
 }
 
+// Adds up [slices, kSums, channels] for one channel in each column of threads; true in the one that has the result.
+template <int kSums, class Wide>
+__device__ bool add_slices(const void* slices, int32_t n_slices, int32_t channels, int32_t channel,
+                           Wide (&sums)[kSums]) {
+  __shared__ Wide shared[kSums][kResidualThreads];
+  const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) sums[k] = 0;
+  for (int32_t slice = threadIdx.y; slice < n_slices && channel < channels; slice += blockDim.y) {
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      sums[k] += static_cast<const Wide*>(slices)[(int64_t{slice} * kSums + k) * channels + channel];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) shared[k][thread] = sums[k];
+  __syncthreads();
+  if (threadIdx.y != 0 || channel >= channels) return false;
+  for (uint32_t y = 1; y < blockDim.y; ++y) {
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) sums[k] += shared[k][y * blockDim.x + threadIdx.x];
+  }
+  return true;
+}
+
 // Mean and variance out of these sums; the running ones follow by `momentum`. Block: channels x threads that share the
 // slices.
 template <class Element>
@@ -445,22 +509,8 @@ __global__ void __launch_bounds__(kResidualThreads)
     finish_statistics(const __grid_constant__ ChannelStatistics c, int32_t channels, int64_t count) {
   using Wide = typename Element::Wide;
   const int32_t channel = blockIdx.x * blockDim.x + threadIdx.x;
-  __shared__ Wide shared[2][kResidualThreads];
-  const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
-  Wide sums[2] = {};
-  for (int32_t slice = threadIdx.y; slice < c.slices && channel < channels; slice += blockDim.y) {
-    const Wide* const of = static_cast<const Wide*>(c.sums) + int64_t{slice} * 2 * channels + channel;
-    sums[0] += of[0];
-    sums[1] += of[channels];
-  }
-  shared[0][thread] = sums[0];
-  shared[1][thread] = sums[1];
-  __syncthreads();
-  if (threadIdx.y != 0 || channel >= channels) return;
-  for (uint32_t y = 1; y < blockDim.y; ++y) {
-    sums[0] += shared[0][y * blockDim.x + threadIdx.x];
-    sums[1] += shared[1][y * blockDim.x + threadIdx.x];
-  }
+  Wide sums[2];
+  if (!add_slices(c.sums, c.slices, channels, channel, sums)) return;
   const Wide distance = sums[0] / count, raw = sums[1] / count - distance * distance;
   const Wide variance = raw < 0 ? 0 : raw;  // NaN stays
   const Wide mean = Element::widen(static_cast<const typename Element::Stored*>(c.x)[channel]) + distance;
@@ -471,6 +521,28 @@ __global__ void __launch_bounds__(kResidualThreads)
   Wide* const running_variance = static_cast<Wide*>(c.running_variance) + channel;
   *running_mean += momentum * (mean - *running_mean);
   *running_variance += momentum * (unbiased - *running_variance);
+}
+
+// Block: as above.
+template <class Wide>
+__global__ void __launch_bounds__(kResidualThreads)
+    norm_gradients(const __grid_constant__ NormGradients n, int32_t channels) {
+  const int32_t channel = blockIdx.x * blockDim.x + threadIdx.x;
+  Wide sums[1 + kNorms];
+  if (!add_slices(n.sums, n.slices, channels, channel, sums)) return;
+  Wide* to = static_cast<Wide*>(n.made) + channel;
+  *to = 0;
+#pragma unroll
+  for (int norm = 0; norm < kNorms; ++norm) {
+    if (n.variance[norm] == nullptr) continue;
+    const Wide variance = static_cast<const Wide*>(n.variance[norm])[channel];
+    const Wide deviation = rsqrt(variance + static_cast<Wide>(n.epsilon[norm]));
+    const Wide of_weight = sums[1 + norm] * deviation, of_bias = sums[0];
+    const Wide factor = static_cast<const Wide*>(n.weight[norm])[channel] * deviation / -static_cast<Wide>(n.count);
+    const Wide made[] = {of_weight, of_bias, factor * of_weight, factor * of_bias};
+#pragma unroll
+    for (int row = 0; row < 4; ++row) to[(1 + 4 * norm + row) * channels] = made[row];
+  }
 }
 
 #endif

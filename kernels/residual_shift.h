@@ -36,7 +36,7 @@ struct Residual {
 struct ResidualForward {
   const void* z;
   Norm z_norm;
-  const void* identity;  // may be null: nothing is added
+  const void* identity;  // may be null: nothing is added, and nothing shifted
   Norm identity_norm;    // of a plain identity
   const void* unread;
   void* out;  // may be `identity` in the same form, or `z`: see shifts_z_in_place
@@ -74,6 +74,18 @@ struct ChannelStatistics {
   double momentum;
 };
 
+// The gradients of norms, from the sums of a backward: `made` holds a row of zeros and, for each norm, those of its
+// weight and its bias, then the weight and the bias of a norm of the same values. That norm, of a batch of `count` for
+// each channel, is what the gradient of the values has beside grad * weight / sqrt(variance + epsilon).
+struct NormGradients {
+  const void* sums;  // [slices, 1 + kNorms, channels]
+  int32_t slices;
+  int64_t count;
+  void* made;                                     // [1 + 4 * kNorms, channels]
+  const void *variance[kNorms], *weight[kNorms];  // null: no norm, or one whose gradients nobody wants
+  double epsilon[kNorms];
+};
+
 // Where the shifted stream holds frame s of a group: as its frame t or, where t is kNoFrame, among the unread frames;
 // and the frames that s pads: with itself or, for zero padding, with zero.
 struct Place {
@@ -101,5 +113,9 @@ void residual_backward_cpu(const Residual& r, const ResidualBackward& b, int64_t
 const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream);
 const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b, void* stream);
 const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream);
+// For how many slices the sums of these need memory.
+int32_t backward_slices(const Residual& r);
+int32_t statistics_slices(const Residual& r);
+const char* norm_gradients_cuda(Sum type, int64_t channels, const NormGradients& n, void* stream);
 
 }  // namespace tsm_jit

@@ -132,7 +132,7 @@ def test_backward_is_the_reference(device, dtype, layout, padding):
                 grad_unread = grad_unread.contiguous(memory_format=FORMATS[layout])
         poison(out)
         grad, grad_shifted, grad_unread_in, _ = _residual_ops._new_gradients(
-            *grads, grad_unread, out, unread_out, None, None, None, None, shift.encode(), to_shifted
+            *grads, grad_unread, out, unread_out, *(None, [], 0.0) * 2, shift.encode(), to_shifted
         )
         given = [each for each in grads if each is not None]
         expected = reference.residual_shift_backward(given, grad_unread, out, unread_out, shift)
@@ -148,7 +148,7 @@ def test_backward_is_the_reference(device, dtype, layout, padding):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sums_by_channel(device, dtype):
+def test_gradients_of_norms(device, dtype):
     shape = (random.randint(1, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(1, 9))
     wide = torch.float64 if dtype is torch.float64 else torch.float32
 
@@ -156,18 +156,26 @@ def test_sums_by_channel(device, dtype):
         return random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) + 3
 
     out, grad, z, identity = torch.relu(make() - 3), make(), make(), make()
-    means = [torch.rand(shape[1], dtype=wide, device=device) + 2.5 for _ in range(2)]
-    for given in ((z, means[0], None, None), (None, None, identity, means[1]), (z, means[0], identity, means[1])):
-        masked, *_, sums = _residual_ops._new_gradients(grad, None, None, out, None, *given, NO_SHIFT, False)
+    # Mean, variance and weight; each epsilon another.
+    norms = [[torch.rand(shape[1], dtype=wide, device=device) + k for k in (2.5, 0.5, -0.5)] for _ in range(2)]
+    none = (None, [], 0.0)
+    for first, second in itertools.product(((z, norms[0], 0.1), none), ((identity, norms[1], 0.2), none)):
+        masked, *_, made = _residual_ops._new_gradients(grad, None, None, out, None, *first, *second, NO_SHIFT, False)
         masked, count = masked.double(), masked.numel() / masked.shape[1]
-        for k, (values, mean) in enumerate(((z, means[0]), (identity, means[1]))):
-            if given[2 * k] is None:
+        # Sums of `count` numbers around 10, of which kernels do not round each to 16 bits before they add it.
+        close = 10 * count**0.5 * max(torch.finfo(wide).eps * count**0.5, torch.finfo(dtype).eps)
+        assert made.shape == ((9, shape[1]) if first[1] or second[1] else (0,))
+        assert not made[:1].any()
+        for k, (values, norm, epsilon) in enumerate((first, second)):
+            if values is None:
                 continue
-            expected = (masked * (values.double() - mean[:, None, None])).sum((0, 2, 3))
-            # Sums of `count` numbers around 10, of which kernels do not round each to 16 bits before they add it.
-            close = 10 * count**0.5 * max(torch.finfo(wide).eps * count**0.5, torch.finfo(dtype).eps)
-            torch.testing.assert_close(sums[1 + k].double(), expected, rtol=0, atol=close)
-            torch.testing.assert_close(sums[0].double(), masked.sum((0, 2, 3)), rtol=0, atol=close)
+            mean, variance, weight = (part.double() for part in norm)
+            deviation = (variance + epsilon).rsqrt()
+            normalized = (values.double() - mean[:, None, None]) * deviation[:, None, None]
+            expected = [(masked * normalized).sum((0, 2, 3)), masked.sum((0, 2, 3))]
+            expected += [each * weight * deviation / -count for each in expected]
+            for actual, gradient in zip(made[1 + 4 * k : 5 + 4 * k], expected, strict=True):
+                torch.testing.assert_close(actual.double(), gradient, rtol=0, atol=2 * close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,6 +223,17 @@ def test_gradients_are_those_of_differences(device, layout, norms, shifted):
         return x, 2 * again, *([unread] if shifted and unread.numel() else [])
 
     torch.autograd.gradcheck(of, (z, identity, *z_weights, *identity_weights))
+
+
+def test_gradients_may_be_changed_in_place(device, merged):
+    """As clipping does: no two parameters may have one gradient, though the biases of two norms have the same."""
+    _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    fused(x).square().sum().backward()
+    before = [parameter.grad.clone() for parameter in fused.parameters()]
+    for parameter in fused.parameters():
+        parameter.grad.mul_(2)
+    for parameter, gradient in zip(fused.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, 2 * gradient)
 
 
 @pytest.mark.parametrize("layout", FORMATS)

@@ -32,20 +32,23 @@ _NORMS = (
     "Tensor? unread, str shift"
 )
 _GRADS = "Tensor? grad_a, Tensor? grad_b, Tensor? grad_unread, Tensor out, Tensor? unread_out"
-_MEANS = "Tensor? z, Tensor? z_mean, Tensor? identity, Tensor? identity_mean, str shift"
+_NORMED = (
+    "Tensor? z, Tensor[] z_norm, float z_epsilon, Tensor? identity, Tensor[] identity_norm, float identity_epsilon"
+)
 for _schema in (
     f"residual_shift_(Tensor(a!) out, Tensor(b!)? unread_out, {_NORMS}, bool relu) -> ()",
     f"residual_shift({_NORMS}, bool shifted) -> (Tensor, Tensor)",
-    "residual_shift_backward_(Tensor(a!) grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_unread_in, Tensor(d!)? sums, "
-    f"{_GRADS}, {_MEANS}) -> ()",
-    "channel_statistics_(Tensor x, Tensor(a!) sums, Tensor(b!) mean, Tensor(c!) variance, Tensor(d!) running_mean, "
-    "Tensor(e!) running_var, float momentum, str shift) -> ()",
-    f"residual_shift_backward({_GRADS}, {_MEANS}, bool shifted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "residual_shift_backward_(Tensor(a!) grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_unread_in, "
+    f"Tensor(d!)? norm_gradients, {_GRADS}, {_NORMED}, str shift) -> ()",
+    "channel_statistics_(Tensor x, Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) running_mean, "
+    "Tensor(d!) running_var, float momentum, str shift) -> ()",
+    f"residual_shift_backward({_GRADS}, {_NORMED}, str shift, bool shifted) -> (Tensor, Tensor, Tensor, Tensor)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 _write = torch.ops.tsm_jit.residual_shift_.default._op
 _write_gradients = torch.ops.tsm_jit.residual_shift_backward_.default._op
+_write_statistics = torch.ops.tsm_jit.channel_statistics_.default._op
 
 
 class Norm(NamedTuple):
@@ -69,13 +72,7 @@ def sums_are_in_kernel(x: Tensor) -> bool:
     return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 and x.numel() > 0
 
 
-def _slices(x: Tensor, blocks: int) -> int:
-    """Parts in which sums by channel of activations like ``x`` are made: with the blocks of 32 units of 16 bytes that
-    cover the channels as many as run at once, which is ``blocks`` on each multiprocessor of the GPU."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return max(processors * blocks // -(-x.shape[1] * x.element_size() // 512), 1)
-
-
+_NOT_NORMED = (None, [], 0.0)  # values without a norm, or whose norm's gradients nobody wants
 NO_SHIFT = Shift(1, 1, 1, "zeros", ()).encode()  # of clips of any length
 
 
@@ -145,9 +142,8 @@ def batch_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momen
     running ones, of the type :func:`wide`, as ``torch.nn.BatchNorm2d`` does."""
     if is_compiling():
         return _plain_statistics(x, running_mean, running_var, momentum)
-    mean, variance = torch.empty((2, x.shape[1]), dtype=wide(x), device=x.device)
-    sums = mean.new_empty((_slices(x, 3), 2, x.shape[1]))
-    torch.ops.tsm_jit.channel_statistics_(x, sums, mean, variance, running_mean, running_var, momentum, NO_SHIFT)
+    mean, variance = torch.empty_like(running_mean), torch.empty_like(running_var)
+    _write_statistics(x, mean, variance, running_mean, running_var, momentum, NO_SHIFT)
     return mean, variance
 
 
@@ -189,15 +185,15 @@ class _EndOfBlock(Function):
         out, unread_out, *saved = ctx.saved_tensors
         *hows, shift, shifted = ctx.how
         norms = [how and Norm(*part[1:], None, *how) for how, part in zip(hows, (saved[:4], saved[4:]), strict=True)]
-        # The sums over all but the channels that the gradients of a norm are made of.
+        # Those whose gradients are made of sums over all but the channels.
         summed = [
-            (values, norm.mean) if norm and (norm.of_batch or any(needed)) else (None, None)
+            (values, list(norm[:3]), norm.epsilon) if norm and (norm.of_batch or any(needed)) else _NOT_NORMED
             for values, norm, needed in zip(
                 (saved[0], saved[4]), norms, (ctx.needs_input_grad[5:7], ctx.needs_input_grad[9:11]), strict=True
             )
         ]
         operator = torch.ops.tsm_jit.residual_shift_backward.default if is_compiling() else _new_gradients
-        grad, grad_shifted, grad_unread_in, sums = operator(
+        grad, grad_shifted, grad_unread_in, made = operator(
             grad_a,
             grad_b,
             grad_unread if shifted else None,
@@ -208,44 +204,36 @@ class _EndOfBlock(Function):
             shift,
             ctx.identity_is_shifted,
         )
+        zero, *rows = made.unbind(0) if made.numel() else [None]
         grads = [grad, grad_shifted if ctx.identity_is_shifted else grad]
         of_norms = []
         for k, (norm, values) in enumerate(zip(norms, (saved[0], saved[4]), strict=True)):
-            of_weight = of_bias = None
-            if norm is not None:
-                deviation = torch.rsqrt(norm.variance + norm.epsilon)
-                if summed[k][0] is not None:
-                    of_weight, of_bias = sums[1 + k] * deviation, sums[0]
-                if ctx.needs_input_grad[k]:
-                    # The last one that reads `grad`, where that is nobody's gradient itself.
-                    last = ctx.identity_is_shifted if k == 0 else norms[0] is not None
-                    grads[k] = _through_norm(grad, values, norm, norm.weight * deviation, of_weight, of_bias, last)
+            of_weight, of_bias, *beside = rows[4 * k : 4 * k + 4] if summed[k][1] else (None,) * 4
+            if norm is not None and ctx.needs_input_grad[k]:
+                # The last one that reads `grad`, where that is nobody's gradient itself.
+                last = ctx.identity_is_shifted if k == 0 else norms[0] is not None
+                grads[k] = _through_norm(grad, values, norm, zero, beside, last)
             of_norms += [None, None, of_weight, of_bias]
         return *grads, grad_unread_in if ctx.identity_is_shifted else None, *of_norms, None, None
 
 
 def _through_norm(
-    grad: Tensor,
-    values: Tensor,
-    norm: Norm,
-    scale: Tensor,
-    of_weight: Tensor | None,
-    of_bias: Tensor | None,
-    overwrite: bool,
+    grad: Tensor, values: Tensor, norm: Norm, zero: Tensor | None, beside: list[Tensor], overwrite: bool
 ) -> Tensor:
-    """The gradient of ``values``, of which ``grad`` is that of their norm; ``overwrite`` allows to write it there."""
-    if not norm.of_batch:
-        return (grad * scale[:, None, None]).to(grad.dtype)
-    # scale * (grad - (of_weight * normalized + of_bias) / count), where the normalized values are those before weight
-    # and bias: a norm of other weights. So it is the sum that ends a block, without its ReLU.
-    factor = scale * (-values.shape[1] / values.numel())
-    weight, bias, zero = factor * of_weight, factor * of_bias, torch.zeros_like(scale)
+    """The gradient of ``values``, of which ``grad`` is that of their norm; ``overwrite`` allows to write it there.
+
+    That is ``grad * weight / sqrt(variance + epsilon)`` and, where mean and variance are of these values, beside it a
+    norm of them, of other weights and biases: the sum that ends a block, without its ReLU. See ``NormGradients`` in
+    ``kernels/residual_shift.h``.
+    """
+    values_norm = [norm.mean, norm.variance, *beside] if norm.of_batch else []
     if is_compiling():
-        normed = _normed(values, [norm.mean, norm.variance, weight, bias], norm.epsilon)
-        return (grad * scale[:, None, None] + normed).to(grad.dtype)
+        scaled = grad * (norm.weight * torch.rsqrt(norm.variance + norm.epsilon))[:, None, None]
+        return (scaled + _normed(values, values_norm, norm.epsilon) if values_norm else scaled).to(grad.dtype)
+    zero = torch.zeros_like(norm.weight) if zero is None else zero
     out = grad if overwrite else torch.empty_like(grad)
-    grad_norm, values_norm = [zero, norm.variance, norm.weight, zero], [norm.mean, norm.variance, weight, bias]
-    values = _laid_out_as(values, grad)
+    values = _laid_out_as(values, grad) if values_norm else None
+    grad_norm = [zero, norm.variance, norm.weight, zero]
     _write(out, None, grad, grad_norm, norm.epsilon, values, values_norm, norm.epsilon, None, NO_SHIFT, False)
     return out
 
@@ -262,35 +250,50 @@ def _new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread
 
 
 def _new_gradients(
-    grad_a, grad_b, grad_unread, out, unread_out, z, z_mean, identity, identity_mean, shift, shifted
+    grad_a,
+    grad_b,
+    grad_unread,
+    out,
+    unread_out,
+    z,
+    z_norm,
+    z_epsilon,
+    identity,
+    identity_norm,
+    identity_epsilon,
+    shift,
+    shifted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last: see ``NormGradients`` in ``kernels/residual_shift.h``. A norm is its mean, variance and weight."""
     grads = (_laid_out_as(grad_a, out), _laid_out_as(grad_b, out), _laid_out_as(grad_unread, out))
     # A plain gradient that had to be copied (that of a mean over pixels is one value) is ours to overwrite.
     grad = grads[0] if grads[0] is not grad_a and unread_out is None else torch.empty_like(out)
     grad_shifted = torch.empty_like(out) if shifted else None
     grad_unread_in = _new_unread(out, shift) if shifted else None
-    sums = None
-    means = [mean for mean in (z_mean, identity_mean) if mean is not None]
-    in_kernel = means and sums_are_in_kernel(out)
-    if in_kernel:
-        sums = means[0].new_empty((_slices(out, 2), 3, out.shape[1]))
-    given = (z, z_mean, _laid_out_as(identity, out), identity_mean) if in_kernel else (None,) * 4
-    _write_gradients(grad, grad_shifted, grad_unread_in, sums, *grads, out, unread_out, *given, shift)
-    if in_kernel:
-        sums = sums.sum(0)
-    elif means:
-        sums = _sums(grad, z, z_mean, identity, identity_mean)
-    return grad, *(out.new_empty(0) if each is None else each for each in (grad_shifted, grad_unread_in, sums))
+    normed = (z, z_norm, z_epsilon, _laid_out_as(identity, out), identity_norm, identity_epsilon)
+    norm, made, given = z_norm or identity_norm, None, _NOT_NORMED * 2
+    if norm and sums_are_in_kernel(out):
+        made, given = norm[0].new_empty((9, out.shape[1])), normed
+    _write_gradients(grad, grad_shifted, grad_unread_in, made, *grads, out, unread_out, *given, shift)
+    if norm and made is None:
+        made = _norm_gradients(grad, *normed)
+    return grad, *(out.new_empty(0) if each is None else each for each in (grad_shifted, grad_unread_in, made))
 
 
-def _sums(grad, z, z_mean, identity, identity_mean) -> Tensor:
-    grad = grad.to((z_mean if z_mean is not None else identity_mean).dtype)
-    total = grad.sum((0, 2, 3))
-    centered = [
-        torch.zeros_like(total) if mean is None else (grad * (values - mean[:, None, None])).sum((0, 2, 3))
-        for values, mean in ((z, z_mean), (identity, identity_mean))
-    ]
-    return torch.stack([total, *centered])
+def _norm_gradients(grad, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon) -> Tensor:
+    """What kernels make of sums by channel, by PyTorch."""
+    wide_grad = grad.to((z_norm or identity_norm)[0].dtype)
+    of_bias = wide_grad.sum((0, 2, 3))
+    made = of_bias.new_zeros((9, of_bias.numel()))
+    for k, (values, norm, epsilon) in enumerate(((z, z_norm, z_epsilon), (identity, identity_norm, identity_epsilon))):
+        if norm:
+            mean, variance, weight = norm
+            deviation = torch.rsqrt(variance + epsilon)
+            of_weight = (wide_grad * (values - mean[:, None, None])).sum((0, 2, 3)) * deviation
+            of_parts = torch.stack([of_weight, of_bias])
+            factor = weight * deviation * (-of_bias.numel() / max(grad.numel(), 1))
+            made[1 + 4 * k : 5 + 4 * k] = torch.cat([of_parts, of_parts * factor])
+    return made
 
 
 def _new_unread(like: Tensor, shift: str) -> Tensor:
@@ -317,7 +320,7 @@ def _plain_write(
     if identity is not None:
         identity = _normed(identity, identity_norm, identity_epsilon)
     if not relu:
-        out.copy_(z + identity)
+        out.copy_(z if identity is None else z + identity)
         return
     x, unread_frames = reference.residual_shift(z, identity, unread, decoded(shift), unread_out is not None)
     out.copy_(x)
@@ -337,16 +340,18 @@ def _plain_write_gradients(
     grad,
     grad_shifted,
     grad_unread_in,
-    sums,
+    norm_gradients,
     grad_a,
     grad_b,
     grad_unread,
     out,
     unread_out,
     z,
-    z_mean,
+    z_norm,
+    z_epsilon,
     identity,
-    identity_mean,
+    identity_norm,
+    identity_epsilon,
     shift,
 ) -> None:
     shift = decoded(shift)
@@ -356,11 +361,12 @@ def _plain_write_gradients(
         without_padding = shift if shift.padding == "circular" else shift._replace(padding="zeros")
         grad_shifted.copy_(reference.temporal_shift(grad, without_padding))
         grad_unread_in.copy_(reference.unread_frames(grad, shift))
-    if sums is not None:
-        sums.zero_()[0] = _sums(grad, z, z_mean, identity, identity_mean)
+    if norm_gradients is not None:
+        made = _norm_gradients(grad, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon)
+        norm_gradients.copy_(made)
 
 
-def _plain_write_statistics(x, sums, mean, variance, running_mean, running_var, momentum, shift) -> None:
+def _plain_write_statistics(x, mean, variance, running_mean, running_var, momentum, shift) -> None:
     of_batch = _plain_statistics(x, running_mean, running_var, momentum)
     mean.copy_(of_batch[0])
     variance.copy_(of_batch[1])
@@ -371,14 +377,26 @@ def _like_new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, u
 
 
 def _like_new_gradients(
-    grad_a, grad_b, grad_unread, out, unread_out, z, z_mean, identity, identity_mean, shift, shifted
+    grad_a,
+    grad_b,
+    grad_unread,
+    out,
+    unread_out,
+    z,
+    z_norm,
+    z_epsilon,
+    identity,
+    identity_norm,
+    identity_epsilon,
+    shift,
+    shifted,
 ):
-    mean = z_mean if z_mean is not None else identity_mean
+    norm = z_norm or identity_norm
     return (
         torch.empty_like(out),
         torch.empty_like(out) if shifted else out.new_empty(0),
         _new_unread(out, shift) if shifted else out.new_empty(0),
-        out.new_empty(0) if mean is None else mean.new_empty((3, out.shape[1])),
+        norm[0].new_empty((9, out.shape[1])) if norm else out.new_empty(0),
     )
 
 

@@ -141,19 +141,20 @@ class _Stream(NamedTuple):
 
 
 def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Stream:
-    z, z_norm = _branch(block, stream)
+    modules = _branch_modules(block)
+    z, z_norm = _branch(modules, stream)
     identity, identity_norm = stream.identity, None
     if block.downsample is not None:
-        modules = list(block.downsample)
-        for module in modules[:-1]:
+        *before, last = block.downsample
+        for module in before:
             identity = module(identity)
-        identity, identity_norm = _deferred(modules[-1], identity)
+        identity, identity_norm = _deferred(last, identity)
     wanted = _wanted(following, z)
     if stream.shift is not None and wanted != stream.shift:
         wanted = None  # one pass knows one shift
     # A shifted stream is nobody else's, unless a module before kept it; a convolution keeps and returns nothing of its.
-    own_identity = stream.shift is not None and _is_convolution(block.conv1.shifted_module)
-    own_z = z_norm is not None and _is_convolution(_branch_modules(block)[-2])
+    own_identity = stream.shift is not None and _is_convolution(modules[0].shifted_module)
+    own_z = z_norm is not None and _is_convolution(modules[-2])
     x, unread = end_of_block(
         z,
         z_norm,
@@ -169,10 +170,9 @@ def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Str
     return _Stream(x[-1], x[0], unread, wanted)
 
 
-def _branch(block: nn.Module, stream: _Stream) -> tuple[Tensor, Norm | None]:
-    """The residual branch without its last norm, and that norm; or the branch with it, and None."""
-    modules = _branch_modules(block)
-    conv1, modules, last = modules[0], modules[1:-1], modules[-1]
+def _branch(modules: list[nn.Module], stream: _Stream) -> tuple[Tensor, Norm | None]:
+    """The residual branch of these modules without its last norm, and that norm; or the branch with it, and None."""
+    conv1, *modules, last = modules
     if stream.shift is not None:
         z = conv1.shifted_module(stream.first)
     elif _is_shifted(conv1):  # in the first block of a stage: recorded, as in place, it keeps no second activation
@@ -183,7 +183,7 @@ def _branch(block: nn.Module, stream: _Stream) -> tuple[Tensor, Norm | None]:
     before = conv1.shifted_module if _is_shifted(conv1) else conv1
     in_place = not torch.is_grad_enabled() and not is_compiling()
     relu_is_done = False
-    for module, after in zip(modules, [*modules[1:], last], strict=True):
+    for module, after in zip(modules, (*modules[1:], last), strict=True):
         norm = _norm(module, z) if in_place and _is_relu(after) and _is_convolution(before) else None
         if norm is not None:
             z = relu_of_norm_(z, norm)
@@ -220,25 +220,23 @@ def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
     """The batch normalization ``norm`` of ``x``, its running statistics updated; None if it has to be called."""
     if type(norm) is not nn.BatchNorm2d or has_hooks(norm) or not norm.affine or norm.running_mean is None:
         return None
-    parts = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    if {part.dtype for part in parts} not in ({torch.float32}, {x.dtype}):
+    parts = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    types, in_type = {part.dtype for part in parts}, wide(x)
+    if types not in ({torch.float32}, {x.dtype}):
         return None
     if not torch.is_grad_enabled():
         return None if norm.training else Norm(*parts, norm.eps)
     if not sums_are_in_kernel(x):  # which its gradient takes
         return None
-    parts = [part.to(wide(x)) for part in parts]
-    if not norm.training:
-        return Norm(*parts, norm.eps)
-    one_value = x.numel() == x.shape[1]  # of which there are no statistics: an error, when called
-    if one_value or norm.running_mean.dtype != wide(x) or norm.num_batches_tracked is None:
-        return None
-    if norm.momentum is None or not norm.track_running_stats:
-        return None
-    with torch.no_grad():
+    if norm.training:
+        one_value = x.numel() == x.shape[1]  # of which there are no statistics: an error, when called
+        if one_value or types != {in_type} or norm.num_batches_tracked is None:
+            return None
+        if norm.momentum is None or not norm.track_running_stats:
+            return None
         norm.num_batches_tracked.add_(1)
-        mean, variance = batch_statistics(x.detach(), norm.running_mean, norm.running_var, norm.momentum)
-    return Norm(mean, variance, *parts[2:], norm.eps, of_batch=True)
+        parts[:2] = batch_statistics(x.detach(), *parts[:2], norm.momentum)
+    return Norm(*(part if part.dtype is in_type else part.to(in_type) for part in parts), norm.eps, norm.training)
 
 
 # --- what is understood ----------------------------------------------------------------------------------------------

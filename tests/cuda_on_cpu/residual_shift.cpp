@@ -144,7 +144,7 @@ class Case {
     ResidualForward f{};
     const bool special = one_in(4), adds = !one_in(6);
     f.identity_is_shifted = adds && one_in(2);
-    f.out_is_shifted = one_in(2);
+    f.out_is_shifted = adds && one_in(2);
     f.relu = !one_in(3);
     Tensor z = numbers(activations(), false, special);
     Tensor identity = adds ? numbers(activations(), false, special) : Tensor{};
@@ -238,6 +238,50 @@ class Case {
           total += sum == 0 ? grad : grad * (Element::widen(in[kNormed + sum - 1].data()[at]) - means[sum - 1][c]);
         }
         right = same(made, total);
+      }
+    }
+    return right && (!sums || norm_gradients(r_.type, slices, b.slices));
+  }
+
+  bool norm_gradients(Sum type, const std::vector<Wide>& sums, int32_t slices) {
+    NormGradients n{};
+    const Wide untouched = 12345678;
+    std::vector<Wide> variance[kNorms], weight[kNorms], made((1 + 4 * kNorms) * channels_, untouched);
+    for (int32_t k = 0; k < kNorms; ++k) {
+      if (one_in(3)) continue;
+      for (int64_t c = 0; c < channels_; ++c) {
+        variance[k].push_back(static_cast<Wide>(between(1, 9)));
+        weight[k].push_back(static_cast<Wide>(between(-9, 9)));
+      }
+      n.variance[k] = variance[k].data();
+      n.weight[k] = weight[k].data();
+      n.epsilon[k] = one_in(2) ? 0.5 : 0;
+    }
+    n.sums = sums.data();
+    n.slices = slices;
+    n.count = between(1, 100);
+    n.made = made.data();
+    bool right = norm_gradients_cuda(type, channels_, n, nullptr) == nullptr;
+    for (int64_t c = 0; right && c < channels_; ++c) {
+      double total[1 + kNorms] = {};
+      for (int64_t slice = 0; slice < slices; ++slice) {
+        for (int32_t k = 0; k < 1 + kNorms; ++k) total[k] += sums[(slice * (1 + kNorms) + k) * channels_ + c];
+      }
+      right = made[c] == 0;
+      for (int32_t k = 0; right && k < kNorms; ++k) {
+        const Wide* const of = made.data() + (1 + 4 * k) * channels_ + c;
+        if (variance[k].empty()) {
+          for (int32_t row = 0; row < 4; ++row) right &= of[row * channels_] == untouched;
+          continue;
+        }
+        const double deviation = 1 / std::sqrt(variance[k][c] + n.epsilon[k]);
+        const double factor = -weight[k][c] * deviation / static_cast<double>(n.count);
+        const double of_weight = total[1 + k] * deviation,
+                     expected[] = {of_weight, total[0], factor * of_weight, factor * total[0]};
+        for (int32_t row = 0; row < 4; ++row) {
+          const double actual = of[row * channels_], close = 16 * std::numeric_limits<Wide>::epsilon();
+          right &= same(actual, expected[row]) || std::abs(actual - expected[row]) <= close * std::abs(expected[row]);
+        }
       }
     }
     return right;
