@@ -116,7 +116,7 @@ struct Unit {
   __device__ bool exists() const { return begin < a.run; }
   __device__ int32_t first_element() const { return begin / static_cast<int32_t>(sizeof(typename Values::Stored)); }
 
-  // visit(clip, frames, first row, last row)
+  // visit(clip, frames, first row, last row): one frame, or in order all of them
   template <class Visit>
   __device__ void for_each_task(Visit visit) const {
     const int32_t parts = (a.frames + a.frames_of_task - 1) / a.frames_of_task;  // of a clip
@@ -125,13 +125,6 @@ struct Unit {
       const int32_t clip = part / parts, s = (part - clip * parts) * a.frames_of_task;
       visit(clip, FrameRange{s, min(s + a.frames_of_task, a.frames)}, row, min(row + a.rows_of_task, a.rows));
     }
-  }
-  // visit(clip, frame, first row, last row)
-  template <class Visit>
-  __device__ void for_each_frame(Visit visit) const {
-    for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
-      for (int32_t s = frames.begin; s < frames.end; ++s) visit(clip, s, first, last);
-    });
   }
   // Every blockDim.y of the rows of frame s, from `row` on: in a plain tensor, and wherever the shifted stream has it.
   __device__ Line<Values> plain(const void* tensor, int32_t clip, int32_t s, int32_t row) const {
@@ -386,8 +379,8 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
     for (int n = 0; n < kRead; ++n) {
       if (b.normed[n] != nullptr) channels.template read<Native<Wide>>(a, b.mean[n], mean[n]);
     }
-    unit.for_each_frame([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
-      const int32_t first_row = first + threadIdx.y, rows = blockDim.y;
+    unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+      const int32_t s = frames.begin, first_row = first + threadIdx.y, rows = blockDim.y;
       const Place place = unit.place(s), from = unit.place(s, b.out_is_shifted);
       const bool read_by_padding = b.out_is_shifted && a.padding != Padding::zeros;
       for (int32_t row = first_row; row < last; row += kBatch * rows) {
@@ -454,8 +447,8 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfStatistics)
   ChannelSums<Element, kLanes, 2> sums;
   if (unit.exists()) {
     const Values origin = unit.plain(c.x, 0, 0, 0).load(0);
-    unit.for_each_frame([&](int32_t clip, int32_t s, int32_t first, int32_t last) {
-      const int32_t row = first + threadIdx.y;
+    unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+      const int32_t s = frames.begin, row = first + threadIdx.y;
       const auto x = unit.plain(c.x, clip, s, row);
       Values of_x[kRowsOfThread];
       for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) { of_x[k] = x.load(k); });
