@@ -209,7 +209,7 @@ def test_cold_import_leaves_one_private_entry(built):
     assert sorted(path.name for path in entry.iterdir()) == [_loader.LOG, _loader.MANIFEST, _loader.LIBRARY]
     manifest = json.loads((entry / _loader.MANIFEST).read_text())
     assert manifest["sha256"] == hashlib.sha256((entry / _loader.LIBRARY).read_bytes()).hexdigest()
-    assert not manifest["cuda"]
+    assert manifest["by"] == _loader.CPU_ALONE
 
 
 def test_warm_import_builds_nothing_and_writes_nothing(warm):
@@ -266,40 +266,48 @@ def test_a_library_that_is_not_what_was_compiled_is_never_loaded(warm):
 
 
 def test_the_key_follows_sources_flags_and_tools(tmp_path, monkeypatch):
-    key = _loader.Recipe.here().key
-    assert _loader.Recipe.here().key == key
+    def key() -> str:
+        return _loader.Recipe.here(_loader.CPU_ALONE).key
+
+    before = key()
+    assert key() == before
     kernels = Path(shutil.copytree(_loader.kernel_folder(), tmp_path / "kernels"))
     with monkeypatch.context() as m:
         m.setattr(_loader, "kernel_folder", lambda: kernels)
-        assert _loader.Recipe.here().key == key
+        assert key() == before
         source = kernels / "temporal_shift.h"
         date = source.stat().st_mtime_ns
         source.write_text(source.read_text() + "\n")
         os.utime(source, ns=(date, date))  # edited, yet no younger
-        assert _loader.Recipe.here().key != key
+        assert key() != before
     with monkeypatch.context() as m:
         m.setattr(torch, "__version__", "99.0")
-        assert _loader.Recipe.here().key != key
+        assert key() != before
     with monkeypatch.context() as m:
         m.setattr(_loader, "_CFLAGS", ("-O1",))
-        assert _loader.Recipe.here().key != key
-    for change in ({"CXX": "g++ -O1"}, {"TORCH_CUDA_ARCH_LIST": "8.0"}, {"NVCC_APPEND_FLAGS": "-G"}):
-        with monkeypatch.context() as m:
-            for name, value in change.items():
-                m.setenv(name, value)
-            assert _loader.Recipe.here().key != key
+        assert key() != before
+    with monkeypatch.context() as m:
+        m.setenv("CXX", "g++ -O1")
+        assert key() != before
 
 
 @needs_cuda_torch
-def test_the_key_follows_nvcc_when_it_changes(toolkit, monkeypatch):
+def test_the_key_follows_nvcc_and_what_is_chosen_for_it(toolkit, monkeypatch):
+    def key() -> list[str]:
+        return _loader.Recipe.here(_loader.NVCC).key.split("-")
+
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
-    monkeypatch.delenv("TSM_JIT_NVRTC", raising=False)
     nvcc = toolkit / "bin" / "nvcc"
-    key = _loader.Recipe.here().key
+    before = key()
+    for change in ({"TORCH_CUDA_ARCH_LIST": "8.0"}, {"NVCC_APPEND_FLAGS": "-G"}):
+        with monkeypatch.context() as m:
+            for name, value in change.items():
+                m.setenv(name, value)
+            assert key() != before
     date = nvcc.stat().st_mtime_ns
     os.utime(nvcc, ns=(date, date + 1))
-    assert _loader.Recipe.here().key != key
-    assert _loader.Recipe.here().key.split("-")[:2] == key.split("-")[:2]
+    assert key() != before
+    assert key()[:2] == before[:2]
 
 
 def test_another_compiler_makes_another_entry_and_the_old_one_stays(warm, cxx):
@@ -317,8 +325,8 @@ def test_a_warm_cache_outlives_its_compilers(together, tmp_path):
     assert err == ""
     assert facts["cache"]["key"] == entry.name
     assert facts["devices"] == together[1][0]["devices"]
-    broken = Path(shutil.copytree(entry, entry.with_name(entry.name[:33] + "0" * 8 + "-" + "0" * 8)))
-    (broken / _loader.MANIFEST).write_text(json.dumps({"sha256": None, "cuda": True, "error": "it failed"}))
+    broken = Path(shutil.copytree(entry, entry.with_name(entry.name[:33] + "0" * 8 + "-nvcc" + "0" * 8)))
+    (broken / _loader.MANIFEST).write_text(json.dumps({"sha256": None, "by": _loader.NVCC, "error": "it failed"}))
     assert import_it(cache, CXX="/nowhere/c++")[0]["cache"]["key"] == entry.name
 
 
@@ -355,7 +363,7 @@ whole = time.monotonic() - began
 died = 0
 for turn in range(int(sys.argv[2])):
     for name in os.listdir(cache):
-        if "-none" in name and not name.startswith("lock"):
+        if name.endswith("-cpu") and not name.startswith("lock"):
             shutil.rmtree(os.path.join(cache, name))
     pid = fork()
     time.sleep(random.uniform(0, whole))
@@ -442,7 +450,7 @@ def test_a_read_only_cache_without_an_entry_is_told_with_the_cure(tmp_path, monk
     monkeypatch.setenv("TSM_JIT_CACHE", str(tmp_path))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(PermissionError, match=f"{tmp_path} is read-only .* set TSM_JIT_CACHE to a folder of your own"):
-        _loader._build_under_lock(_loader.Recipe.here())
+        _loader._build_under_lock(_loader.Recipe.here(_loader.CPU_ALONE))
     assert not list(tmp_path.iterdir())
 
 
@@ -622,7 +630,7 @@ def test_an_nvcc_that_hangs_or_talks_nonsense_leaves_the_cpu_part(tmp_path, cxx,
     script(tmp_path / "cuda" / "bin" / "nvcc", says + "\n")
     facts, _ = import_it(
         tmp_path / "cache",
-        patch="_toolchain._PROBE_SECONDS = 0.5",
+        patch="_toolchain._PROBE_SECONDS = 0.5; _toolchain.find_nvrtc = lambda: None",
         cuda=True,
         CXX=cxx,
         CUDA_HOME=tmp_path / "cuda",
@@ -652,16 +660,24 @@ def test_without_nvcc_and_nvrtc_only_the_cpu_part_is_there(built):
 
 
 @needs_cuda_torch
-def test_an_nvcc_that_fails_leaves_the_cpu_part(tmp_path, cxx, toolkit):
+@pytest.mark.parametrize("with_nvrtc", [True, False])
+def test_where_nvcc_fails_nvrtc_compiles_and_without_it_the_cpu_part_is_left(tmp_path, cxx, toolkit, nvrtc, with_nvrtc):
     nvcc = toolkit / "bin" / "nvcc"
     script(nvcc, nvcc.read_text().partition("\n")[2].replace(": >$made", 'echo "nvcc fatal : out of luck"; exit 1'))
-    arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
-    facts, err = import_it(tmp_path / "cache", **arguments)
-    assert facts["devices"]["cpu"] == "compiled kernels"
-    assert facts["devices"]["cuda"].startswith("plain torch: BuildError: nvcc fatal : out of luck")
-    facts, err = import_it(tmp_path / "cache", **arguments)
-    assert "compiling" not in err
-    assert facts["devices"]["cuda"].startswith("plain torch: BuildError: nvcc fatal : out of luck")
+    found = f"__import__('pathlib').Path({str(nvrtc)!r})" if with_nvrtc else "None"
+    patch = f"_toolchain.find_nvrtc = lambda: {found}; _toolchain.gpu_is_visible = lambda: True"
+    patch += "; _toolchain.gpu_architectures = lambda: ['90']"
+    arguments = {"patch": patch, "cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+    cuda = "compiled kernels (NVRTC: sm_90, PTX 80)" if with_nvrtc else "plain torch: BuildError: nvcc fatal : out of"
+    for first in (True, False):
+        facts, err = import_it(tmp_path / "cache", **arguments)
+        assert facts["devices"]["cpu"] == "compiled kernels"
+        assert facts["devices"]["cuda"].startswith(cuda)
+        assert err.count("compiling") == (2 if first else 0), "what failed is not tried again"
+        assert len(facts["warnings"]) == (first or not with_nvrtc), "each time only where something is slower"
+        for warning in facts["warnings"]:
+            assert "nvcc fatal : out of luck (log: " in warning
+            assert ("NVRTC" in warning and "as fast" in warning) if with_nvrtc else "NVRTC" in warning
 
 
 def test_nvcc_is_looked_for_in_order(tmp_path, monkeypatch):
@@ -892,10 +908,10 @@ def test_without_nvcc_nvrtc_compiles_the_kernels(by_nvrtc):
     assert facts["devices"] == {"cpu": "compiled kernels", "cuda": "compiled kernels (NVRTC: sm_90, PTX 80)"}
     assert facts["cache"]["toolkit"].startswith(f"{_toolchain.find_nvrtc()} (CUDA ")
     (warning,) = facts["warnings"]
-    assert "nvcc was not found, so NVRTC" in warning
+    assert "compiled the CUDA kernels, which are as fast, instead of nvcc (BuildError: nvcc was not found" in warning
     assert "TSM_JIT_NVRTC=1" in warning
     (entry,) = entries(cache)
-    assert re.fullmatch("[0-9a-f]{32}-[0-9a-f]{8}-r[0-9a-f]{7}", entry.name)
+    assert re.fullmatch("[0-9a-f]{32}-[0-9a-f]{8}-nvrtc[0-9a-f]{8}", entry.name)
     needed = subprocess.run(["readelf", "-d", entry / _loader.LIBRARY], capture_output=True, text=True).stdout
     assert "libtorch_cuda" in needed
     assert not re.search("libcudart|libcuda\\.|libnvrtc", needed)
@@ -1019,7 +1035,7 @@ def test_a_kernel_that_is_not_in_the_images_does_not_link(tmp_path, nvrtc):
     assert facts["devices"]["cpu"] == "compiled kernels"
     assert facts["devices"]["cuda"].startswith("plain torch: BuildError: ")
     assert "nvcc was not found: install the CUDA toolkit" in facts["devices"]["cuda"]
-    (log,) = (entry / _loader.LOG for entry in entries(tmp_path / "cache") if "-r" in entry.name)
+    (log,) = (entry / _loader.LOG for entry in entries(tmp_path / "cache") if "-nvrtc" in entry.name)
     assert "undefined reference to `void tsm_jit::shift_tile<" in log.read_text()
 
 
@@ -1279,7 +1295,7 @@ def test_build_without_nvcc_and_nvrtc_says_that_it_is_for_the_cpu_alone(tmp_path
     (entry,) = entries(tmp_path / "cache")
     assert done.returncode == 0
     assert done.stdout == f"compiled {entry} for CPU\n"
-    assert done.stderr.endswith(f"no kernels for CUDA: {_loader.no_cuda_compiler()}\n")
+    assert done.stderr.endswith(f"no kernels for CUDA: {'; '.join(_loader.NOT_FOUND.values())}\n")
 
 
 def test_clean(warm, monkeypatch, capsys):

@@ -59,25 +59,25 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
     cpp = [*recipe.cxx, *recipe.cflags, "-std=c++17", "-fPIC", "-isystem", str(package / "include")]
     libraries = [f"-L{package / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
     codes, facts, compile_cuda = [], {}, None
-    if recipe.nvcc or recipe.nvrtc:
+    if recipe.compiler:
         cpp += recipe.cuda_defines
         libraries += ["-lc10_cuda", "-ltorch_cuda"]
-    if recipe.nvcc:
-        codes = gpu_code(recipe.nvcc, _toolchain.nvcc_architectures(recipe.nvcc), chosen)
-        toolkit, version = _toolchain.toolkit_root(recipe.nvcc), _toolchain.nvcc_version(recipe.nvcc)
+    if recipe.by == "nvcc":
+        codes = gpu_code(recipe.compiler, _toolchain.nvcc_architectures(recipe.compiler), chosen)
+        toolkit, version = _toolchain.toolkit_root(recipe.compiler), _toolchain.nvcc_version(recipe.compiler)
         facts["toolkit"] = f"{toolkit} (CUDA {version})"
         if version != torch.version.cuda:
             say(f"warning: {_mismatch(version)}")
         flags = _gencode(codes)
         host = [] if shutil.which("gcc") else ["-ccbin", recipe.cxx[0]]  # gcc is all that nvcc looks for
-        compile_cuda = [str(recipe.nvcc), *recipe.cuda_cflags, *flags, *host, "-std=c++17", "-Xcompiler=-fPIC"]
+        compile_cuda = [str(recipe.compiler), *recipe.cuda_cflags, *flags, *host, "-std=c++17", "-Xcompiler=-fPIC"]
         if toolkit != Path("/usr"):  # whose headers g++ must find by itself
             cpp += ["-isystem", str(toolkit / "include")]
         libraries += _toolchain.cudart(toolkit)
-    elif recipe.nvrtc:
-        version, known = _toolchain.nvrtc_can(recipe.nvrtc)
-        codes = gpu_code(recipe.nvrtc, known, chosen)
-        facts["toolkit"] = f"{recipe.nvrtc} (CUDA {version})"
+    elif recipe.by == "NVRTC":
+        version, known = _toolchain.nvrtc_can(recipe.compiler)
+        codes = gpu_code(recipe.compiler, known, chosen)
+        facts["toolkit"] = f"{recipe.compiler} (CUDA {version})"
         if version != torch.version.cuda:
             say(f"warning: {_mismatch(version, 'NVRTC')}")
         cpp += recipe.nvrtc_defines
@@ -91,13 +91,13 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
         return [[*compile_cuda, *more, "-c", f"kernels/{name}", "-o", f"{name}.o"] for name in recipe.cuda_sources]
 
     def with_nvrtc(name: str, code: str) -> list[str]:
-        command = _toolchain.nvrtc_command(recipe.nvrtc)
+        command = _toolchain.nvrtc_command(recipe.compiler)
         return [*command, f"kernels/{name}", code, "-o", f"{name}.{code}", *recipe.nvrtc_flags]
 
     names = [*recipe.cpp_sources]
     commands = [compile_cpp(name) for name in recipe.cpp_sources]
     with _Progress(["CPU", *architectures]) as progress, open(log, "ab") as output:
-        if recipe.nvcc:
+        if recipe.by == "nvcc":
             names += recipe.cuda_sources
             try:
                 _run([*with_nvcc(), *commands], folder, output, progress)
@@ -107,7 +107,7 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
                     raise
                 output.truncate(0)
                 _run([*with_nvcc("-ccbin", older), *commands], folder, output, progress)
-        elif recipe.nvrtc:
+        elif recipe.by == "NVRTC":
             from tsm_jit._nvrtc import assembly
 
             names += [*recipe.cuda_sources, *recipe.nvrtc_sources, "images"]

@@ -3,10 +3,10 @@
     key      sha256 of the sources, the flags, torch and the platform, and of each compiler's path, size and date
     warm     <cache>/<key>/ is there, is ours, its checksum holds: load it. No lock, no write, no compiler is asked.
              A compiler that is not here is not compared: what it made elsewhere, or before it was removed, is as good
-    without nvcc: NVRTC, the library that torch brings, compiles the same sources
     cold     lock; build in <cache>/tmp-<uuid>; write the manifest; rename to <cache>/<key>
     failed   a compiler's error is published as well, so that the next import does not compile in vain; the step below
-             is taken: kernels for CPU and CUDA -> for the CPU alone -> plain torch. One warning says why
+             is taken: nvcc -> NVRTC, the library that torch brings, of the same sources -> kernels for the CPU alone
+             -> plain torch. One warning says why
 
 GPU architectures are not in the key. What is built holds machine code for the GPUs of the machine that built it and a
 portable form (PTX) that the drivers of others complete: of all from sm_80 on where every GPU is as new, else from sm_75
@@ -30,6 +30,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,11 @@ _NVRTC_DEFINES = ("-DTSM_JIT_NVRTC",)
 # Host code must be taken for device code to be read at all; none of it is in what is made.
 _NVRTC_FLAGS = ("--std=c++17", "--device-as-default-execution-space", "-Ikernels")
 _CHOICES = ("TORCH_CUDA_ARCH_LIST", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
-NO_NVCC = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to it"
-_NO_NVRTC = "NVRTC was not found and TSM_JIT_NVRTC is set: pip install nvidia-cuda-nvrtc, or unset it"
+NVCC, NVRTC, CPU_ALONE = "nvcc", "NVRTC", "C++ compiler"  # who may build it, the best first; each needs the last one
+NOT_FOUND = {
+    NVCC: "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to it",
+    NVRTC: "NVRTC, which comes with most torches, was not found: pip install nvidia-cuda-nvrtc",
+}
 _OWN_FOLDER = "set TSM_JIT_CACHE to a folder of your own"
 _NAME_HOLDER_AFTER_SECONDS = 2
 _LOCK_SECONDS = 600  # longer than a build may take, its second try with another C++ compiler included
@@ -72,10 +76,11 @@ class Status:
 
     devices: dict[str, str] = field(default_factory=dict)  # "cpu" and "cuda": what serves them, and why
     missing: dict[str, str] = field(default_factory=dict)  # device: why it has no kernels though it could
+    failed: dict[str, str] = field(default_factory=dict)  # builder: why it was passed over
     cache: str | None = None
     key: str | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
-    instead_of_nvcc: Path | None = None  # NVRTC, if this import had it compile
+    compiled: bool = False  # by this import, or by another while this one waited
 
 
 def kernel_folder() -> Path:
@@ -102,10 +107,10 @@ def cache_folder() -> Path:
 class Recipe:
     """Everything that decides what the compiled library is."""
 
+    by: str
     kernels: Path
     cxx: list[str] | None
-    nvcc: Path | None
-    nvrtc: Path | None  # in place of nvcc; without both: build for the CPU alone
+    compiler: Path | None  # nvcc or NVRTC, if it is here
     key: str  # of entries that will do: with a * for each compiler that is not here
     entry: str  # the one that a build makes
     cpp_sources: tuple[str, ...] = _CPU_SOURCES
@@ -118,35 +123,31 @@ class Recipe:
     nvrtc_defines: tuple[str, ...] = _NVRTC_DEFINES
     nvrtc_flags: tuple[str, ...] = _NVRTC_FLAGS
 
-    @property
-    def cuda(self) -> bool:
-        return self.nvcc is not None or self.nvrtc is not None
-
     @staticmethod
-    def here(cuda: bool = True) -> Recipe:
+    def here(by: str) -> Recipe:
         kernels = kernel_folder()
         cxx = _toolchain.find_cxx()
-        cuda = cuda and _toolchain.torch_has_cuda()
-        nvcc = _toolchain.find_nvcc() if cuda and not nvrtc_is_chosen() else None
-        nvrtc = _toolchain.find_nvrtc() if cuda and nvcc is None else None
         names = (*_CPU_SOURCES, *_CUDA_SOURCES, *_NVRTC_SOURCES, *_HEADERS)
         sources = {name: _digest((kernels / name).read_bytes()) for name in names}
-        choices = [os.environ.get(name) for name in _CHOICES]
-        flags = (_CFLAGS, _CFLAGS_OF, _CUDA_CFLAGS, _CUDA_DEFINES, _NVRTC_DEFINES, _NVRTC_FLAGS, choices)
+        flags = (_CFLAGS, _CFLAGS_OF, _CUDA_CFLAGS, _CUDA_DEFINES, _NVRTC_DEFINES, _NVRTC_FLAGS)
         versions = (torch.__version__, torch.version.cuda, platform.system(), platform.machine())
         base = _digest(sources, flags, versions)[:32]
-        cxx_part = _digest(_identity(Path(cxx[0])), cxx)[:8] if cxx else None
-        cuda_part = _digest(_identity(nvcc))[:8] if nvcc else f"r{_digest(_identity(nvrtc))[:7]}" if nvrtc else None
-        if nvrtc_is_chosen():
-            will_do = cuda_part or "r*"
+        cxx_part = _digest(_identity(Path(cxx[0])), cxx)[:8] if cxx else "*"
+        if by == CPU_ALONE:
+            compiler, part = None, "cpu"
         else:
-            will_do = cuda_part if nvcc else "*"
-        key = f"{base}-{cxx_part or '*'}-{will_do if cuda else 'none'}"
-        return Recipe(kernels, cxx, nvcc, nvrtc, key, f"{base}-{cxx_part or 'none'}-{cuda_part or 'none'}")
+            compiler = _toolchain.find_nvcc() if by == NVCC else _toolchain.find_nvrtc()
+            choices = [os.environ.get(name) for name in _CHOICES]
+            part = by.lower() + (_digest(_identity(compiler), choices)[:8] if compiler else "*")
+        key = f"{base}-{cxx_part}-{part}"
+        return Recipe(by, kernels, cxx, compiler, key, key.replace("*", "none"))
 
 
-def no_cuda_compiler() -> str:
-    return _NO_NVRTC if nvrtc_is_chosen() else f"{NO_NVCC} (there is no NVRTC either, which comes with most torches)"
+def builders() -> tuple[str, ...]:
+    """Who may build the kernels, the best first."""
+    if not _toolchain.torch_has_cuda():
+        return (CPU_ALONE,)
+    return (NVRTC, CPU_ALONE) if nvrtc_is_chosen() else (NVCC, NVRTC, CPU_ALONE)
 
 
 def nvrtc_is_chosen() -> bool:
@@ -212,21 +213,12 @@ def _read(entry: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _look_up(recipe: Recipe) -> tuple[Path, dict[str, Any]] | None:
-    """The entry that the compilers here made; of what others made, if they are not here, the best and newest."""
-    cache = cache_folder()
-    built = cache / recipe.entry
-    if "*" not in recipe.key:
-        manifest = _read(built)
-        return (built, manifest) if manifest else None
-    entries = sorted({built, *cache.glob(recipe.key)}, key=_date, reverse=True)
-    whole = [(entry, manifest) for entry in entries if (manifest := _read(entry))]
-    usable = [
-        (entry, manifest)
-        for entry, manifest in whole
-        if entry == built or ("error" not in manifest and manifest["cuda"] >= recipe.cuda)
-    ]
-    return max(usable, key=lambda found: ("error" not in found[1], found[1]["cuda"]), default=None)
+def _look_up(recipe: Recipe) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The entry that the compilers here made; if they are not here, what others made, the newest first."""
+    for entry in sorted(cache_folder().glob(recipe.key), key=_date, reverse=True):
+        manifest = _read(entry)
+        if manifest and (entry.name == recipe.entry or "error" not in manifest):
+            yield entry, manifest
 
 
 def _publish(folder: Path, entry: Path, replace: bool = False) -> dict[str, Any]:
@@ -259,12 +251,14 @@ def _publish(folder: Path, entry: Path, replace: bool = False) -> dict[str, Any]
 
 def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Builds what is not there by then, or in any case if GPU architectures are ``chosen``."""
-    from tsm_jit._build import say
-
     cache = cache_folder()
     if recipe.cxx is None:
-        chosen = os.environ.get("CXX", "")
-        raise BuildError(f"no C++ compiler was found: install g++ or clang++, or set CXX to one, got {chosen!r}")
+        cxx = os.environ.get("CXX", "")
+        raise BuildError(f"no C++ compiler was found: install g++ or clang++, or set CXX to one, got {cxx!r}")
+    if recipe.compiler is None and recipe.by in NOT_FOUND:
+        raise BuildError(NOT_FOUND[recipe.by])
+    from tsm_jit._build import say  # of no use in a warm import without nvcc
+
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -324,8 +318,8 @@ def _date(path: Path) -> float:
 
 
 def _outdated(recipe: Recipe, manifest: dict[str, Any]) -> bool:
-    """True where there are a GPU and a compiler for it, and an entry was made where none was seen, or newer ones."""
-    if not recipe.cuda or not _toolchain.gpu_is_visible():
+    """True where there is a GPU, and an entry was made where none was seen, or newer ones."""
+    if recipe.by == CPU_ALONE or not _toolchain.gpu_is_visible():
         return False
     if manifest.get("gpu") is False:
         return True
@@ -341,8 +335,7 @@ def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> di
 
     folder = entry.with_name(f"tmp-{uuid.uuid4().hex}")
     folder.mkdir(mode=0o700)
-    manifest: dict[str, Any] = {"sha256": None, "cuda": recipe.cuda, "nvrtc": recipe.nvrtc is not None}
-    manifest["torch"] = torch.__version__
+    manifest: dict[str, Any] = {"sha256": None, "by": recipe.by, "torch": torch.__version__}
     try:
         try:
             manifest |= build(recipe, folder, LIBRARY, folder / LOG, chosen)
@@ -366,48 +359,22 @@ def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> di
 
 
 def _load(status: Status) -> None:
-    status.cache = str(cache_folder())
-    if _toolchain.torch_has_cuda():
-        recipe = Recipe.here()
-        reason = no_cuda_compiler()
+    spare: list[tuple[Path, dict[str, Any]]] = []  # right for the GPU here, if not the fastest
+    for by in builders():
         try:
-            _load_entry(recipe, status)
-        except Exception as error:  # whatever stops CUDA must not cost the CPU its kernels
-            said = f"{type(error).__name__}: {error}"
-            if recipe.cuda:
-                by_nvrtc = status.manifest.get("nvrtc") and not nvrtc_is_chosen()
-                reason = f"{said}. NVRTC was tried as {NO_NVCC}" if by_nvrtc else said
-            elif status.key is None:  # the kernels for the CPU alone could not be built
-                status.missing["cpu"] = said
-        if "cuda" not in status.devices:
-            status.missing["cuda"] = reason
-        if status.devices or "cpu" in status.missing:
-            return
-    try:
-        _load_entry(Recipe.here(cuda=False), status)
-    except Exception as error:
-        status.missing["cpu"] = f"{type(error).__name__}: {error}"
-
-
-def _load_entry(recipe: Recipe, status: Status) -> None:
-    found = _look_up(recipe)
-    if found is None or _outdated(recipe, found[1]):
-        try:
+            status.cache = str(cache_folder())
+            recipe = Recipe.here(by)
+            for found in (*spare, *_look_up(recipe)) if by == CPU_ALONE else _look_up(recipe):
+                if _outdated(recipe, found[1]):
+                    spare.append(found)
+                    continue
+                with contextlib.suppress(OSError):  # what other compilers made may need what went with them
+                    return _take(*found, status)
             built = _build_under_lock(recipe)
-            status.instead_of_nvcc = None if found or nvrtc_is_chosen() else recipe.nvrtc
-            if found is None or "error" not in built[1]:
-                found = built
-        except (OSError, BuildError):
-            if found is None:
-                raise
-            # else what is there is right for this GPU, if not the fastest, and the cache may be read-only
-    try:
-        _take(*found, status)
-    except OSError:  # what other compilers made may need what went with them
-        if found[0].name == recipe.entry:
-            raise
-        _take(*_build_under_lock(recipe), status)
-        status.instead_of_nvcc = None if nvrtc_is_chosen() else recipe.nvrtc
+            status.compiled = not spare
+            return _take(*built, status)
+        except Exception as error:  # whatever stops one must not stop the next, nor the import
+            status.failed[by] = f"{type(error).__name__}: {error}"
 
 
 def _take(entry: Path, manifest: dict[str, Any], status: Status) -> None:
@@ -417,8 +384,8 @@ def _take(entry: Path, manifest: dict[str, Any], status: Status) -> None:
         raise BuildError(manifest["error"] + log)
     torch.ops.load_library(str(entry / LIBRARY))
     status.devices["cpu"] = "compiled kernels"
-    if manifest["cuda"]:
-        by = "NVRTC: " if manifest.get("nvrtc") else ""
+    if manifest["by"] != CPU_ALONE:
+        by = "NVRTC: " if manifest["by"] == NVRTC else ""
         status.devices["cuda"] = f"compiled kernels ({by}{', '.join(manifest['architectures'])})"
 
 
@@ -439,16 +406,14 @@ def find() -> Status:
     """Loads what can be loaded, once in a process; never raises and warns of nothing."""
     if _status.devices:
         return _status
-    try:
-        _load(_status)
-    except Exception as error:  # an import must not fail: plain torch computes the same
-        _status.missing["cpu"] = f"{type(error).__name__}: {error}"
-    if not _toolchain.torch_has_cuda():
-        _status.devices["cuda"] = "this torch has no CUDA"
-    elif "cuda" not in _status.devices:
-        _status.missing.setdefault("cuda", _status.missing.get("cpu", "not built"))
-    for device, reason in _status.missing.items():
-        _status.devices[device] = f"plain torch: {reason}"
+    _load(_status)
+    for device, needed in (("cpu", {CPU_ALONE}), ("cuda", {NVCC, NVRTC})):
+        if device == "cuda" and not _toolchain.torch_has_cuda():
+            _status.devices[device] = "this torch has no CUDA"
+        elif device not in _status.devices:
+            why = dict.fromkeys(reason for by, reason in _status.failed.items() if by in needed)
+            _status.missing[device] = "; ".join(why)
+            _status.devices[device] = f"plain torch: {_status.missing[device]}"
     return _status
 
 
@@ -460,10 +425,11 @@ def _report(status: Status) -> None:
     for device in needed.get(required, ()):
         if not status.devices[device].startswith("compiled"):
             raise ImportError(f"TSM_JIT_REQUIRE={required}, but {device} tensors would take {status.devices[device]}")
-    if status.instead_of_nvcc and "cuda" not in status.missing and _toolchain.gpu_is_visible():
+    by_nvrtc = status.compiled and status.manifest.get("by") == NVRTC and "cuda" in status.devices
+    if by_nvrtc and NVCC in status.failed and _toolchain.gpu_is_visible():
         warnings.warn(
-            f"tsm_jit: nvcc was not found, so NVRTC ({status.instead_of_nvcc}) compiled the CUDA kernels; they are as "
-            "fast. For nvcc, install the CUDA toolkit or set CUDA_HOME to it; TSM_JIT_NVRTC=1 chooses NVRTC.",
+            f"tsm_jit: NVRTC ({status.manifest['toolkit']}) compiled the CUDA kernels, which are as fast, instead of "
+            f"nvcc ({status.failed[NVCC]}). TSM_JIT_NVRTC=1 chooses NVRTC.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -500,7 +466,8 @@ def entry_bytes(status: Status) -> int | None:
 
 def build(chosen: str) -> tuple[Path, dict[str, Any]]:
     """Compiles for the GPU architectures that ``chosen`` lists whatever the cache holds; the entry and its manifest."""
-    return _build_under_lock(Recipe.here(), chosen)
+    recipes = [Recipe.here(by) for by in builders()]
+    return _build_under_lock(next(recipe for recipe in recipes if recipe.compiler or recipe.by == CPU_ALONE), chosen)
 
 
 def clean(everything: bool = False, older_than: float | None = None) -> int:
@@ -511,13 +478,10 @@ def clean(everything: bool = False, older_than: float | None = None) -> int:
         return 0
     _refuse_foreign(cache)
     freed = _sweep(cache)
-    made = "[0-9a-f]{32}" if everything or older_than is not None else Recipe.here().key.partition("-")[0]
+    made = "[0-9a-f]{32}" if everything or older_than is not None else Recipe.here(CPU_ALONE).key.partition("-")[0]
     before = math.inf if older_than is None else time.time() - older_than * 86400
     for entry in cache.iterdir():
-        if (
-            re.fullmatch(made + "-([0-9a-f]{8}|none)-(r[0-9a-f]{7}|[0-9a-f]{8}|none)", entry.name)
-            and _date(entry) < before
-        ):
+        if re.fullmatch(made + "(-[0-9a-z]+){2}", entry.name) and _date(entry) < before:
             freed += _remove(entry)
             entry.with_name(f"lock-{entry.name}").unlink(missing_ok=True)
     return freed

@@ -99,8 +99,9 @@ def _build(chosen: str) -> int:
         sys.stderr.write(f"nothing was compiled: {error}\n")
         return 1
     _print(f"compiled {entry} for {', '.join(['CPU', *manifest['architectures']])}")
-    if torch.version.cuda is not None and not manifest["cuda"]:
-        sys.stderr.write(f"no kernels for CUDA: {_loader.no_cuda_compiler()}\n")
+    if torch.version.cuda is not None and manifest["by"] == _loader.CPU_ALONE:
+        missing = "; ".join(_loader.NOT_FOUND[by] for by in _loader.builders() if by in _loader.NOT_FOUND)
+        sys.stderr.write(f"no kernels for CUDA: {missing}\n")
     return 0
 
 
