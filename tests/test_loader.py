@@ -251,9 +251,17 @@ def test_damaged_entries_are_built_again(cxx, tmp_path):
         assert library.read_bytes() == data
     assert import_it(cache, CXX=cxx)[1] == ""
     assert entries(cache) == [entry]
-    for text in ("", "{", "{}", "[]", "0"):
-        manifest.write_text(text)
-        assert _loader._read(entry) is None
+    sealed, whole = manifest.read_bytes(), _loader._read(entry)
+    assert whole
+    for text in (b"", b"{", b"{}", b"[]", b"0", *(flip(sealed, bit) for bit in range(8 * len(sealed)))):
+        manifest.write_bytes(text)
+        assert _loader._read(entry) in (None, whole), "whatever is read is what was written"
+    _loader._write_manifest(entry, {**whole, "sha256": None})
+    assert _loader._read(entry) is None, "no library goes unchecked"
+
+
+def flip(data: bytes, bit: int) -> bytes:
+    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
 
 
 def test_a_library_that_is_not_what_was_compiled_is_never_loaded(warm):
@@ -326,7 +334,7 @@ def test_a_warm_cache_outlives_its_compilers(together, tmp_path):
     assert facts["cache"]["key"] == entry.name
     assert facts["devices"] == together[1][0]["devices"]
     broken = Path(shutil.copytree(entry, entry.with_name(entry.name[:33] + "0" * 8 + "-nvcc" + "0" * 8)))
-    (broken / _loader.MANIFEST).write_text(json.dumps({"sha256": None, "by": _loader.NVCC, "error": "it failed"}))
+    _loader._write_manifest(broken, {"by": _loader.NVCC, "error": "it failed"})
     assert import_it(cache, CXX="/nowhere/c++")[0]["cache"]["key"] == entry.name
 
 
@@ -397,6 +405,54 @@ def test_killed_at_any_moment_the_next_import_works(tmp_path):
     assert sorted(path.name for path in entry.iterdir()) == [_loader.LOG, _loader.MANIFEST, _loader.LIBRARY]
 
 
+def test_what_outlives_its_compiler_writes_nowhere_that_counts(tmp_path, cxx):
+    """A helper that a compiler leaves, and one whose compiler is killed before it ends."""
+    helper = "(while :; do echo x >helper; echo talk; sleep 0.02; done) &\n"
+    script(cxx, helper + cxx.read_text().partition("\n")[2])
+    cache = tmp_path / "cache"
+    assert import_it(cache, CXX=cxx)[0]["devices"]["cpu"] == "compiled kernels"
+    (entry,) = entries(cache)
+    assert sorted(path.name for path in entry.iterdir()) == [_loader.LOG, _loader.MANIFEST, _loader.LIBRARY]
+    assert not any(orphan_in(cache)), "it is ended with its compiler"
+    script(cxx, helper + "kill -9 $$\n")
+    shutil.rmtree(entry)
+    assert "plain torch: OSError: " in import_it(cache, CXX=cxx)[0]["devices"]["cpu"]
+    assert not any(orphan_in(cache))
+    assert entries(cache) == []
+
+
+@pytest.mark.parametrize("runs_away", [True, False], ids=["in a session of its own", "killed with the import"])
+def test_an_orphan_does_not_write_into_what_is_published(tmp_path, cxx, runs_away):
+    """What no signal to the compilers reaches goes on where they ran."""
+    if runs_away:
+        first = f"setsid sh -c 'while [ ! -e {tmp_path}/stop ]; do echo x >helper; echo talk; sleep 0.02; done' &\n"
+    else:
+        first = f'[ -e "{tmp_path}/calls" ] || (while [ ! -e {tmp_path}/stop ]; do echo x >helper; sleep 0.02; done)\n'
+    script(cxx, first + cxx.read_text().partition("\n")[2])
+    cache = tmp_path / "cache"
+    try:
+        if runs_away:
+            import_it(cache, CXX=cxx)
+        else:
+            killed = start(cache, CXX=cxx)
+            while not any(orphan_in(cache)):
+                time.sleep(0.02)
+            killed.kill()
+            killed.communicate()
+            (tmp_path / "calls").touch()
+            import_it(cache, CXX=cxx)
+        (entry,) = (path for path in entries(cache) if not path.name.startswith("tmp-"))
+        size = (entry / _loader.LOG).stat().st_size
+        time.sleep(0.2)
+        assert sorted(path.name for path in entry.iterdir()) == [_loader.LOG, _loader.MANIFEST, _loader.LIBRARY]
+        assert (entry / _loader.LOG).stat().st_size == size
+        assert _loader._read(entry)["sha256"]
+    finally:
+        (tmp_path / "stop").touch()
+        while any(orphan_in(cache)):
+            time.sleep(0.02)
+
+
 def orphan_in(cache: Path):
     for process in Path("/proc").glob("[0-9]*/cwd"):
         try:
@@ -419,7 +475,7 @@ def test_leftovers_of_killed_builds_go_with_the_next_build(tmp_path, cxx):
 
 def test_the_second_of_two_publishers_takes_the_first_ones_entry(warm):
     (entry,) = entries(warm)
-    manifest = json.loads((entry / _loader.MANIFEST).read_text())
+    manifest = _loader._read(entry)
     late = Path(shutil.copytree(entry, warm / "tmp-late"))
     (late / "late").touch()
     assert _loader._publish(late, entry) == manifest
@@ -1083,10 +1139,10 @@ def test_what_nvcc_made_is_taken_before_nvrtc_is_asked(tmp_path, cxx, toolkit, n
         assert facts["warnings"] == []
         assert err == ""
     made = cache / facts["cache"]["key"]
+    manifest = _loader._read(made)
     (made / _loader.LIBRARY).write_bytes(b"needs a library that went with nvcc")
-    manifest = json.loads((made / _loader.MANIFEST).read_text())
     manifest["sha256"] = hashlib.sha256((made / _loader.LIBRARY).read_bytes()).hexdigest()
-    (made / _loader.MANIFEST).write_text(json.dumps(manifest))
+    _loader._write_manifest(made, manifest)
     facts, _ = import_it(cache, patch=f"{WITHOUT_NVCC}; {found}", **arguments)
     assert facts["devices"]["cuda"] == "compiled kernels (NVRTC: sm_90, PTX 80)", "what does not load is made again"
 
@@ -1158,6 +1214,14 @@ def test_a_cache_that_others_could_write_is_refused(warm):
     entry.chmod(0o770)
     with pytest.raises(PermissionError, match=f"{entry} can be written by others"):
         _loader._read(entry)
+    entry.chmod(0o700)
+    for path in entry.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for name in (_loader.LIBRARY, _loader.MANIFEST):
+        (entry / name).chmod(0o620)
+        with pytest.raises(PermissionError, match=f"{name} can be written by others"):
+            _loader._read(entry)
+        (entry / name).chmod(0o600)
 
 
 @needs_root

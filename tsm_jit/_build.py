@@ -37,8 +37,6 @@ _NAMES = {
 }
 # Such failures pass by themselves: the next import may try again.
 _PASSING = "Killed|signal 9\\b|o space left|quota exceeded|ile size limit|File too large|ut of memory|annot allocate"
-
-
 # So does what somebody else does to a compiler; one that crashes will do so again.
 _ENDED = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGXFSZ}
 
@@ -102,7 +100,7 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
             try:
                 _run([*with_nvcc(), *commands], folder, output, progress)
             except BuildError:
-                older = _older_gxx(log.read_text(errors="replace"))
+                older = _older_gxx(_said(output))
                 if older is None:
                     raise
                 output.truncate(0)
@@ -193,6 +191,7 @@ class _Progress:
 
     def __init__(self, targets: list[str]):
         self.started = time.monotonic()
+        self.counted = 0
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self.line = f"compiling the kernels (only once) for {', '.join(targets)}"
 
@@ -200,15 +199,18 @@ class _Progress:
         return time.monotonic() - self.started
 
     def tick(self) -> None:
+        """Counts on, each second."""
+        if not self.terminal or self.seconds() < self.counted:
+            return
+        self.counted = int(self.seconds()) + 1
         seconds = f": {self.seconds():.0f} s"
         # A line that is longer than the terminal could not be overwritten.
         width = shutil.get_terminal_size().columns - len(f"tsm_jit: {seconds}")
         say(self.line[:width] + seconds, end="\r")
 
     def __enter__(self) -> _Progress:
-        if self.terminal:
-            self.tick()
-        else:
+        self.tick()
+        if not self.terminal:
             say(self.line)
         return self
 
@@ -222,50 +224,39 @@ def _run(commands: list[list[str]], folder: Path, output: Any, progress: _Progre
 
     The first is the longest: on few cores the others make way for it.
     """
-    processes = []
-    try:
+    with contextlib.ExitStack() as stack:
+        processes: list[subprocess.Popen] = []
         for command in commands:
             output.write(f"{' '.join(command)}\n".encode())
             output.flush()
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                env=dict(os.environ, TMPDIR="."),  # a killed compiler leaves nothing elsewhere
-                start_new_session=True,  # so that whatever it starts can be ended with it
-            )
+            process = stack.enter_context(_toolchain.running(command, output, folder))
             if processes:
                 with contextlib.suppress(OSError):  # it has ended
                     os.setpriority(os.PRIO_PGRP, process.pid, 5)
             processes.append(process)
         for command, process in zip(commands, processes, strict=True):
-            _wait(command, process, progress)
-            if process.returncode != 0:
-                said = Path(output.name).read_text(errors="replace")
-                passing = -process.returncode in _ENDED or re.search(_PASSING, said)
-                raise (OSError if passing else BuildError)(_first_error(said, command, process.returncode))
+            code = _wait(command, process, progress)
+            if code != 0:
+                said = _said(output)
+                passing = -code in _ENDED or re.search(_PASSING, said)
+                raise (OSError if passing else BuildError)(_first_error(said, command, code))
             made = command[command.index("-o") + 1]
             if not (folder / made).is_file():
                 raise BuildError(f"{command[0]} reported success and made no {made}")
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
 
-def _wait(command: list[str], process: subprocess.Popen, progress: _Progress) -> None:
-    while process.poll() is None:
-        left = SECONDS - progress.seconds()
-        if left <= 0:
+def _wait(command: list[str], process: subprocess.Popen, progress: _Progress) -> int:
+    while (code := _toolchain.exit_code(process)) is None:
+        if progress.seconds() > SECONDS:
             raise BuildError(f"{command[0]} had not ended after {SECONDS} s")
-        try:
-            process.wait(min(left, 1) if progress.terminal else left)
-        except subprocess.TimeoutExpired:
-            if progress.terminal:
-                progress.tick()
+        progress.tick()
+        time.sleep(0.01)
+    return code
+
+
+def _said(output: Any) -> str:
+    with open(output.name, "rb") as log:
+        return log.read(_toolchain.MOST_SAID).decode(errors="replace")
 
 
 def _first_error(log: str, command: list[str], code: int) -> str:

@@ -203,14 +203,23 @@ def _safely_shared(found: os.stat_result) -> bool:
 def _read(entry: Path) -> dict[str, Any] | None:
     """The manifest of a cache entry that is whole and ours, else None."""
     try:
-        _refuse_foreign(entry)
-        manifest = json.loads((entry / MANIFEST).read_text())
-        library = manifest["sha256"]
-        if library is not None and hashlib.sha256((entry / LIBRARY).read_bytes()).hexdigest() != library:
+        for path in (entry, entry / MANIFEST):
+            _refuse_foreign(path)
+        manifest = json.loads((entry / MANIFEST).read_bytes())
+        if manifest.pop("seal") != _digest(manifest):
             return None
-    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
+        if "error" not in manifest:
+            _refuse_foreign(entry / LIBRARY)
+            if hashlib.sha256((entry / LIBRARY).read_bytes()).hexdigest() != manifest["sha256"]:
+                return None
+    except (FileNotFoundError, NotADirectoryError, AttributeError, KeyError, TypeError, ValueError):
         return None
     return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    sealed = {**manifest, "seal": _digest(manifest)}  # against damage; against others there are owners and modes
+    (folder / MANIFEST).write_text(json.dumps(sealed, indent=1))
 
 
 def _look_up(recipe: Recipe) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -333,24 +342,36 @@ def _outdated(recipe: Recipe, manifest: dict[str, Any]) -> bool:
 def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> dict[str, Any]:
     from tsm_jit._build import build
 
-    folder = entry.with_name(f"tmp-{uuid.uuid4().hex}")
-    folder.mkdir(mode=0o700)
-    manifest: dict[str, Any] = {"sha256": None, "by": recipe.by, "torch": torch.__version__}
-    try:
+    manifest: dict[str, Any] = {"by": recipe.by, "torch": torch.__version__}
+    # What outlives its compiler may go on writing where that ran: what is published is another folder.
+    with _new_folder(entry.parent) as work, _new_folder(entry.parent) as made:
         try:
-            manifest |= build(recipe, folder, LIBRARY, folder / LOG, chosen)
-            manifest["sha256"] = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
+            manifest |= build(recipe, work, LIBRARY, work / LOG, chosen)
             manifest["gpu"] = bool(chosen) or _toolchain.gpu_is_visible()
             manifest["gpus"] = _toolchain.gpu_models()
+            data = (work / LIBRARY).read_bytes()
+            manifest["sha256"] = hashlib.sha256(data).hexdigest()
+            (made / LIBRARY).write_bytes(data)
         except BuildError as error:
             if replace:
                 raise  # what is there may work
             manifest["error"] = str(error)
-        for path in folder.iterdir():
-            if path.name not in (LIBRARY, LOG):
-                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        return _publish(folder, entry, replace)
+        if (work / LOG).is_file():
+            with open(work / LOG, "rb") as log:
+                (made / LOG).write_bytes(log.read(_toolchain.MOST_SAID))
+        _write_manifest(made, manifest)
+        for path in made.iterdir():
+            path.chmod(0o600)  # whatever the umask
+        return _publish(made, entry, replace)
+
+
+@contextlib.contextmanager
+def _new_folder(cache: Path) -> Iterator[Path]:
+    """One with a name that nobody can guess, gone in the end unless it has been renamed."""
+    folder = cache / f"tmp-{uuid.uuid4().hex}"
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -5,18 +5,23 @@ Finding is cheap and runs at every import; what starts a process or loads a driv
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import importlib.util
 import os
 import platform
 import re
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +29,7 @@ import torch
 # kernels use nothing newer than the second one: machine code for a newer GPU, made of it, is the same.
 PORTABLE_ARCHITECTURES = ("75", "80")
 _PROBE_SECONDS = 30
+MOST_SAID = 2**20  # bytes of a compiler's output that are read
 _CXX = (["c++"], ["g++"], ["clang++"])
 
 
@@ -135,22 +141,56 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def _output(command: list[str]) -> str:
+    end, said = time.monotonic() + _PROBE_SECONDS, b""
+    with running(command, subprocess.PIPE) as process, process.stdout as pipe:
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        while poll.poll(max(0, end - time.monotonic()) * 1000):
+            more = os.read(pipe.fileno(), 65536)
+            said += more
+            if not more:
+                return said.decode(errors="replace")
+            if len(said) > MOST_SAID:
+                raise BuildError(f"{' '.join(command)} says more than {MOST_SAID} bytes, such as {said[:100]!r}")
+    raise BuildError(f"{' '.join(command)} had not ended after {_PROBE_SECONDS} s")
+
+
+@contextlib.contextmanager
+def running(command: list[str], output: Any, folder: Path | None = None) -> Iterator[subprocess.Popen]:
+    """Starts a compiler, without a shell; in the end it is ended, with all that it started, also if it left that."""
+    # In words that are known here; a killed compiler leaves nothing elsewhere.
+    variables = dict(os.environ, LC_ALL="C.UTF-8", LANGUAGE="") | ({"TMPDIR": "."} if folder else {})
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # what it starts holds the pipe as well, and has to be ended with it
+            cwd=folder,
+            env=variables,
+            start_new_session=True,
         )
     except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.ENOMEM):
+            raise
         raise BuildError(f"{command[0]} cannot be run: {error.strerror}")
-    with process:
-        try:
-            return process.communicate(timeout=_PROBE_SECONDS)[0].decode(errors="replace")
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise BuildError(f"{' '.join(command)} had not ended after {_PROBE_SECONDS} s")
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(OSError):  # nothing is left of it
+            os.killpg(process.pid, signal.SIGKILL)  # nobody else has this number until it is waited for
+        process.wait()
+
+
+def exit_code(process: subprocess.Popen) -> int | None:
+    """That of a process that has ended, without waiting for it; negative: the signal."""
+    try:
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # the program that imports us ignores SIGCHLD: nobody will know
+        return 0
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def gpu_is_visible() -> bool:
