@@ -11,6 +11,7 @@ import os
 import pty
 import random
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -801,7 +802,7 @@ def test_a_cpp_compiler_too_new_for_nvcc(tmp_path):
     facts, _ = import_it(tmp_path / "cache", cuda=True, PATH=path, CXX=older[-1])
     assert facts["devices"]["cuda"].startswith("compiled kernels")
     (entry,) = entries(tmp_path / "cache")
-    assert "-ccbin " + older[-1] in (entry / _loader.LOG).read_text()
+    assert "-ccbin older/" + Path(older[-1]).name in (entry / _loader.LOG).read_text()
 
 
 @needs_cuda_torch
@@ -903,20 +904,44 @@ def test_the_users_environment_is_left_alone(tmp_path, cxx):
 
 
 def test_cold_import_with_spaces_umlauts_and_commands_in_every_path(tmp_path):
-    """Of the cache and of the sources; no shell takes a name for a command. And no ninja or interpreter on the path."""
-    home = tmp_path / "Übung 'mit' $(touch pwned) `touch pwned`; touch pwned"
-    home.mkdir()
-    shutil.copytree(ROOT / "tsm_jit", home / "tsm_jit", ignore=shutil.ignore_patterns("__pycache__"))
-    if not (home / "tsm_jit" / "kernels").exists():
-        shutil.copytree(_loader.kernel_folder(), home / "tsm_jit" / "kernels")
-    tools = [Path(tool) for tool in ((_toolchain.find_cxx() or [None])[0], _toolchain.find_nvcc()) if tool]
-    path = os.pathsep.join([*{str(tool.parent) for tool in tools}, "/usr/bin", "/bin"])
+    """Of the cache, the sources and every tool; no shell takes a name for a command. No gcc, for which nvcc would look,
+    and no ninja or interpreter on the path."""
+    odd = tmp_path / "Übung 'mit' $(touch $PWNED) `touch $PWNED`; touch $PWNED"
+    shutil.copytree(ROOT / "tsm_jit", odd / "tsm_jit", ignore=shutil.ignore_patterns("__pycache__"))
+    if not (odd / "tsm_jit" / "kernels").exists():
+        shutil.copytree(_loader.kernel_folder(), odd / "tsm_jit" / "kernels")
+    compiler = script(odd / "bin" / "c++", f'exec {" ".join(_toolchain.find_cxx())} "$@"\n')
+    for name in ("sh", "as", "ld", "cat", "rm"):
+        if found := shutil.which(name):
+            (odd / "bin" / name).symlink_to(found)
+    nvcc = _toolchain.find_nvcc() if _toolchain.torch_has_cuda() else None
+    if nvcc:
+        toolkit = _toolchain.toolkit_root(nvcc)
+        (odd / "toolkit" / "bin").mkdir(parents=True)
+        for path in (*toolkit.glob("*"), *(toolkit / "bin").glob("*")):
+            link = odd / "toolkit" / path.relative_to(toolkit)
+            link.exists() or link.symlink_to(path)
     facts, _ = import_it(
-        home / "cache", PYTHONPATH=os.pathsep.join([str(home), *sys.path]), PATH=path, PYTHONIOENCODING="utf-8"
+        odd / "cache",
+        PYTHONPATH=os.pathsep.join([str(odd), *sys.path]),
+        PATH=odd / "bin",
+        CXX=shlex.quote(str(compiler)),
+        CUDA_HOME=odd / "toolkit",
+        PWNED=tmp_path / "pwned",
+        PYTHONIOENCODING="utf-8",
     )
     assert facts["devices"]["cpu"] == "compiled kernels"
-    assert facts["tools"]["nvcc"] is None or facts["devices"]["cuda"].startswith("compiled kernels")
+    assert facts["tools"]["cxx"] == str(compiler)
+    if nvcc:
+        assert facts["tools"]["nvcc"] == str(odd / "toolkit" / "bin" / "nvcc")
+        assert re.match(r"compiled kernels \((?!NVRTC)", facts["devices"]["cuda"])
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_compiler_whose_name_a_shell_could_read_is_refused(tmp_path):
+    for name in ("g++ $(touch pwned)", "c++;", "c ++", "ü++"):
+        with pytest.raises(_toolchain.BuildError, match="must be of letters, digits"):
+            _build._plain_name(tmp_path, "host", str(tmp_path / name))
 
 
 @pytest.mark.parametrize("required", ["1", "cpu"])

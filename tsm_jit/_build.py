@@ -52,7 +52,7 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
 
     While it runs there is one line on standard error, which counts the seconds if that is a terminal.
     """
-    (folder / "kernels").symlink_to(recipe.kernels)  # short relative names: nvcc, too, hands names to a shell
+    (folder / "kernels").symlink_to(recipe.kernels)
     package = Path(torch.__file__).parent
     cpp = [*recipe.cxx, *recipe.cflags, "-std=c++17", "-fPIC", "-isystem", str(package / "include")]
     libraries = [f"-L{package / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
@@ -67,8 +67,10 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
         if version != torch.version.cuda:
             say(f"warning: {_mismatch(version)}")
         flags = _gencode(codes)
-        host = [] if shutil.which("gcc") else ["-ccbin", recipe.cxx[0]]  # gcc is all that nvcc looks for
-        compile_cuda = [str(recipe.compiler), *recipe.cuda_cflags, *flags, *host, "-std=c++17", "-Xcompiler=-fPIC"]
+        # gcc is all that nvcc looks for.
+        host = [] if shutil.which("gcc") else ["-ccbin", _plain_name(folder, "host", recipe.cxx[0])]
+        nvcc = _plain_name(folder, "cuda", str(recipe.compiler))
+        compile_cuda = [nvcc, *recipe.cuda_cflags, *flags, *host, "-std=c++17", "-Xcompiler=-fPIC"]
         if toolkit != Path("/usr"):  # whose headers g++ must find by itself
             cpp += ["-isystem", str(toolkit / "include")]
         libraries += _toolchain.cudart(toolkit)
@@ -104,7 +106,8 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
                 if older is None:
                     raise
                 output.truncate(0)
-                _run([*with_nvcc("-ccbin", older), *commands], folder, output, progress)
+                host = _plain_name(folder, "older", older)
+                _run([*with_nvcc("-ccbin", host), *commands], folder, output, progress)
         elif recipe.by == "NVRTC":
             from tsm_jit._nvrtc import assembly
 
@@ -120,6 +123,16 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
         objects = [f"{name}.o" for name in names]
         _run([[*recipe.cxx, "-shared", "-o", library, *objects, *libraries]], folder, output, progress)
     return {**facts, "architectures": architectures, "seconds": round(progress.seconds(), 1)}
+
+
+def _plain_name(folder: Path, link: str, tool: str) -> str:
+    """A name of ``tool`` in ``folder``: nvcc hands its own and that of the C++ compiler to a shell, and leaves the
+    spaces in them unquoted. Through a link to its folder, from where a tool finds what belongs to it."""
+    where, name = os.path.split(tool)
+    if not re.fullmatch(r"[\w.+-]+", name, re.ASCII):
+        raise BuildError(f"a compiler's name must be of letters, digits and _.+- for nvcc: rename {tool!r}")
+    (folder / link).symlink_to(where)
+    return f"{link}/{name}"
 
 
 def gpu_code(compiler: Path, known: list[str], chosen: str | None) -> list[str]:
