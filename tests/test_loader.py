@@ -16,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -119,11 +120,12 @@ def import_it(cache: Path, **changes) -> tuple[dict, str]:
     return finish(start(cache, **changes))
 
 
-def command(cache: Path, *arguments: str, **changes) -> subprocess.CompletedProcess:
+def command(cache: Path, *arguments: str, umask: int = -1, **changes) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "tsm_jit", *arguments],
         env=environment(cache, **changes),
-        cwd=cache.parent,
+        cwd=cache.parent if cache.parent.is_dir() else "/",
+        umask=umask,
         capture_output=True,
         text=True,
         timeout=300,
@@ -1376,6 +1378,66 @@ def test_build_for_others_leaves_a_cache_that_just_works(tmp_path, cxx, toolkit)
     assert done.returncode == 1
     assert done.stderr.endswith("got 'banana'\n")
     assert import_it(cache, **arguments)[0]["devices"]["cuda"] == "compiled kernels (sm_75, PTX 75)"
+
+
+@pytest.fixture
+def shared():
+    """A folder that another user can come to, as those of pytest are not."""
+    folder = Path(tempfile.mkdtemp(prefix="tsm_jit-"))
+    folder.chmod(0o755)
+    if not all(path.stat().st_mode & stat.S_IXOTH for path in _loader.kernel_folder().parents):
+        pytest.skip("needs kernel sources that another user can read")
+    yield folder
+    shutil.rmtree(folder)
+
+
+# With all imports done, since Python itself may lie where only root can read.
+STRANGER = "import grp, os, pwd; os.setgroups([]); os.setgid(12345); os.setuid(12345)"
+
+
+@needs_root
+@needs_cuda_torch
+def test_what_root_built_serves_another_user_with_other_compilers(shared, cxx, toolkit):
+    """And with other variables; what root's import made is his, and what to do is told."""
+    other = script(shared / "c++", "exit 1\n")
+    arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+    changes = {"CXX": other, "CUDA_HOME": "/nowhere", "TORCH_CUDA_ARCH_LIST": "9.0", "NVCC_APPEND_FLAGS": "-G"}
+    cache = shared / "new" / "cache"
+    assert command(cache, "build", umask=0o077, **arguments).returncode == 0
+    (entry,) = entries(cache)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (cache.parent, cache, entry)} == {0o755}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in entry.iterdir()} == {0o644}
+    for who in (STRANGER, ""):
+        facts, err = import_it(cache, cuda=True, patch=who, **changes)
+        assert err == ""
+        assert facts["devices"]["cuda"] == "compiled kernels (sm_75, sm_80, sm_90, PTX 75)"
+        assert facts["cache"]["key"] == entry.name
+
+    private = shared / "private"
+    import_it(private, **arguments)
+    facts, _ = import_it(private, cuda=True, patch=STRANGER, **changes)
+    assert f"cannot be read: have its owner run chmod -R a+rX {private}, or set TSM_JIT_CACHE" in facts["warnings"][0]
+
+
+@pytest.mark.parametrize("umask", [0, 0o002])
+def test_the_folders_above_a_new_cache_are_private_whatever_the_umask(tmp_path, cxx, umask):
+    cache = tmp_path / "new" / "folders" / "tsm_jit"
+    changes = {"TSM_JIT_CACHE": None, "XDG_CACHE_HOME": cache.parent, "CXX": cxx}
+    for _ in range(2):
+        facts, err = import_it(tmp_path / "cache", before=f"import os; os.umask({umask})", **changes)
+        assert facts["devices"]["cpu"] == "compiled kernels"
+    assert err == ""
+    (entry,) = entries(cache)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (cache.parents[1], cache.parent, cache, entry)} == {0o700}
+
+
+@needs_root
+def test_a_user_without_a_home_is_told_with_the_cure(shared):
+    nothing = {"TSM_JIT_CACHE": None, "XDG_CACHE_HOME": None, "HOME": None}
+    facts, _ = import_it(shared / "cache", patch=STRANGER, **nothing)
+    expected = "HOME is not set and user 12345 has no home folder: set TSM_JIT_CACHE to a folder of your own"
+    assert expected in facts["warnings"][0]
+    assert not list(shared.iterdir())
 
 
 @needs_cuda_torch

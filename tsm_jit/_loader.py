@@ -2,7 +2,8 @@
 
     key      sha256 of the sources, the flags, torch and the platform, and of each compiler's path, size and date
     warm     <cache>/<key>/ is there, is ours, its checksum holds: load it. No lock, no write, no compiler is asked.
-             A compiler that is not here is not compared: what it made elsewhere, or before it was removed, is as good
+             A compiler that is not here is not compared: what it made elsewhere, or before it was removed, is as good.
+             What python -m tsm_jit build made comes first, and no compiler is compared at all
     cold     lock; build in <cache>/tmp-<uuid>; write the manifest; rename to <cache>/<key>
     failed   a compiler's error is published as well, so that the next import does not compile in vain; the step below
              is taken: nvcc -> NVRTC, the library that torch brings, of the same sources -> kernels for the CPU alone
@@ -96,7 +97,9 @@ def cache_folder() -> Path:
     """``TSM_JIT_CACHE``, or ``tsm_jit`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
     if chosen := os.environ.get("TSM_JIT_CACHE"):
         return Path(chosen).absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise OSError(f"HOME is not set and user {os.geteuid()} has no home folder: {_OWN_FOLDER}")
     return Path(base).absolute() / "tsm_jit"
 
 
@@ -112,7 +115,8 @@ class Recipe:
     cxx: list[str] | None
     compiler: Path | None  # nvcc or NVRTC, if it is here
     key: str  # of entries that will do: with a * for each compiler that is not here
-    entry: str  # the one that a build makes
+    entry: str  # the one that an import makes
+    built: str  # the one that ``python -m tsm_jit build`` makes, with whatever it finds
     cpp_sources: tuple[str, ...] = _CPU_SOURCES
     cuda_sources: tuple[str, ...] = _CUDA_SOURCES
     cflags: tuple[str, ...] = _CFLAGS
@@ -140,7 +144,7 @@ class Recipe:
             choices = [os.environ.get(name) for name in _CHOICES]
             part = by.lower() + (_digest(_identity(compiler), choices)[:8] if compiler else "*")
         key = f"{base}-{cxx_part}-{part}"
-        return Recipe(by, kernels, cxx, compiler, key, key.replace("*", "none"))
+        return Recipe(by, kernels, cxx, compiler, key, key.replace("*", "none"), f"{base}-built")
 
 
 def builders() -> tuple[str, ...]:
@@ -214,6 +218,11 @@ def _read(entry: Path) -> dict[str, Any] | None:
                 return None
     except (FileNotFoundError, NotADirectoryError, AttributeError, KeyError, TypeError, ValueError):
         return None
+    except PermissionError as error:
+        if error.errno is None:  # of ours
+            raise
+        cure = f"have its owner run chmod -R a+rX {entry.parent}, or {_OWN_FOLDER}"
+        raise PermissionError(f"{error.filename} cannot be read: {cure}")
     return manifest
 
 
@@ -223,10 +232,14 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _look_up(recipe: Recipe) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The entry that the compilers here made; if they are not here, what others made, the newest first."""
-    for entry in sorted(cache_folder().glob(recipe.key), key=_date, reverse=True):
+    """What ``build`` made, by whatever; the entry that the compilers here made, or, if they are not here, what others
+    made, the newest first."""
+    cache = cache_folder()
+    for entry in (cache / recipe.built, *sorted(cache.glob(recipe.key), key=_date, reverse=True)):
         manifest = _read(entry)
-        if manifest and (entry.name == recipe.entry or "error" not in manifest):
+        if manifest is None or ("error" in manifest and entry.name != recipe.entry):
+            continue
+        if manifest["by"] == recipe.by or (manifest["by"], recipe.by) == (NVRTC, NVCC):
             yield entry, manifest
 
 
@@ -268,14 +281,17 @@ def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, 
         raise BuildError(NOT_FOUND[recipe.by])
     from tsm_jit._build import say  # of no use in a warm import without nvcc
 
+    # A build on purpose, into a folder that was named, is for others too: they may read it.
+    mode = 0o755 if chosen is not None and os.environ.get("TSM_JIT_CACHE") else 0o700
     try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make(cache, mode)
     except OSError as error:
         raise PermissionError(f"{cache} cannot be made ({error.strerror}): {_OWN_FOLDER}") from None
     if not os.access(cache, os.W_OK):
-        raise PermissionError(f"{cache} is read-only and has no kernels for {recipe.entry}: {_OWN_FOLDER}")
+        fill = "fill it with python -m tsm_jit build where it can be written"
+        raise PermissionError(f"{cache} is read-only and has no kernels for {recipe.entry}: {fill}, or {_OWN_FOLDER}")
     _refuse_foreign(cache)
-    entry = cache / recipe.entry
+    entry = cache / (recipe.entry if chosen is None else recipe.built)
     path = cache / f"lock-{entry.name}"
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -292,9 +308,19 @@ def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, 
         if published is None and entry.exists():
             say(f"{entry} is damaged: compiling it again")
         _sweep(cache)
-        return entry, _build(recipe, entry, chosen or os.environ.get("TORCH_CUDA_ARCH_LIST"), replace)
+        return entry, _build(recipe, entry, chosen, replace, mode)
     finally:
         os.close(lock)
+
+
+def _make(folder: Path, mode: int) -> None:
+    """The folder and what is missing above it, whatever the umask."""
+    for path in (*reversed(folder.parents), folder):
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):  # another process has made it
+                path.mkdir(mode=0o700)
+                path.chmod(mode)
+    os.listdir(folder)  # says what is wrong if it is none
 
 
 def _acquire(lock: int, seconds: float) -> bool:
@@ -339,15 +365,16 @@ def _outdated(recipe: Recipe, manifest: dict[str, Any]) -> bool:
     return any(int(arch) < portable and f"sm_{arch}" not in made for arch in _toolchain.gpu_architectures())
 
 
-def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> dict[str, Any]:
+def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool, mode: int) -> dict[str, Any]:
     from tsm_jit._build import build
 
     manifest: dict[str, Any] = {"by": recipe.by, "torch": torch.__version__}
     # What outlives its compiler may go on writing where that ran: what is published is another folder.
     with _new_folder(entry.parent) as work, _new_folder(entry.parent) as made:
         try:
-            manifest |= build(recipe, work, LIBRARY, work / LOG, chosen)
-            manifest["gpu"] = bool(chosen) or _toolchain.gpu_is_visible()
+            architectures = chosen or os.environ.get("TORCH_CUDA_ARCH_LIST")
+            manifest |= build(recipe, work, LIBRARY, work / LOG, architectures)
+            manifest["gpu"] = bool(architectures) or _toolchain.gpu_is_visible()
             manifest["gpus"] = _toolchain.gpu_models()
             data = (work / LIBRARY).read_bytes()
             manifest["sha256"] = hashlib.sha256(data).hexdigest()
@@ -361,7 +388,8 @@ def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool) -> di
                 (made / LOG).write_bytes(log.read(_toolchain.MOST_SAID))
         _write_manifest(made, manifest)
         for path in made.iterdir():
-            path.chmod(0o600)  # whatever the umask
+            path.chmod(mode & 0o666)
+        made.chmod(mode)
         return _publish(made, entry, replace)
 
 
@@ -502,7 +530,7 @@ def clean(everything: bool = False, older_than: float | None = None) -> int:
     made = "[0-9a-f]{32}" if everything or older_than is not None else Recipe.here(CPU_ALONE).key.partition("-")[0]
     before = math.inf if older_than is None else time.time() - older_than * 86400
     for entry in cache.iterdir():
-        if re.fullmatch(made + "(-[0-9a-z]+){2}", entry.name) and _date(entry) < before:
+        if re.fullmatch(made + "(-[0-9a-z]+)+", entry.name) and _date(entry) < before:
             freed += _remove(entry)
             entry.with_name(f"lock-{entry.name}").unlink(missing_ok=True)
     return freed

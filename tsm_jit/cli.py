@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     build = add(
         "build",
         "compile now instead of on the first import, for images and clusters: for every GPU generation there is",
-        "Later imports load it from the cache (TSM_JIT_CACHE), which may be read-only then, without compilers.",
+        "Later imports load it from the cache (TSM_JIT_CACHE), whatever compilers they find. It may be read-only then; "
+        "a new folder that TSM_JIT_CACHE names can be read by all, who take from it what root has built.",
     )
     build.add_argument(
         "--arch",
