@@ -1335,6 +1335,48 @@ def test_info(warm, capsys):
     assert [line for line in lines if not line.startswith(" ")] == list(facts)
 
 
+def test_info_compiles_nothing_and_waits_for_nobody(tmp_path, cxx, toolkit):
+    cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+    shown = command(cache, "info", "--json", **arguments)
+    assert shown.stderr == ""
+    assert not cache.exists()
+    facts = json.loads(shown.stdout)
+    by = _loader.builders()[0]
+    assert facts["devices"]["cpu"] == f"not compiled yet: the next import will do it, with {by}"
+    assert facts["backends"][by] == "to be tried by the next import"
+    key = facts["cache"]["key"]
+    cache.mkdir(mode=0o700)
+    with open(cache / f"lock-{key}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert json.loads(command(cache, "info", "--json", **arguments).stdout) == facts
+    import_it(cache, **arguments)
+    facts = json.loads(command(cache, "info", "--json", **arguments).stdout)
+    assert facts["backends"][by] == f"chosen: it made {key}"
+    assert facts["cache"]["key"] == key
+    assert facts["cache"]["bytes"] > 0
+    facts = json.loads(command(cache, "info", "--json", **{**arguments, "TSM_JIT_NVRTC": "1"}).stdout)
+    if _toolchain.torch_has_cuda():
+        assert facts["backends"]["nvcc"] == "not chosen: TSM_JIT_NVRTC is set"
+    facts = json.loads(command(cache, "info", "--json", CXX="/nowhere/c++", TSM_JIT_CACHE=tmp_path / "other").stdout)
+    for by in _loader.builders():
+        assert facts["backends"][by].startswith("not chosen: BuildError: no C++ compiler was found")
+    assert facts["backends"]["plain torch"].startswith("chosen for cpu")
+    assert facts["cache"]["key"]
+
+
+@pytest.mark.parametrize("name", ["info", "clean"])
+def test_the_command_line_says_what_stops_torch(tmp_path, name):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: too short')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = command(tmp_path / "cache", name, PYTHONPATH=path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for expected in ("OSError: libtorch_cpu.so: too short", str(tmp_path / "torch.py"), sys.executable):
+        assert expected in done.stderr
+    if name == "info":
+        assert "too short" in json.loads(command(tmp_path / "cache", name, "--json", PYTHONPATH=path).stdout)["error"]
+
+
 def test_info_works_when_everything_is_broken(tmp_path):
     """No sources, a file in place of the cache, no compilers, and kernels that are required."""
     ignored = shutil.ignore_patterns("kernels", "__pycache__")
@@ -1459,9 +1501,11 @@ def test_clean(warm, monkeypatch, capsys):
     os.utime(shutil.copytree(entry, old), (0, 0))  # what a killed one left
     os.utime(other, (0, 0))
 
-    cleaned = command(warm, "clean", "--older-than", "99999")
-    assert cleaned.returncode == 0
-    assert cleaned.stderr == "", "it must not compile what it removes"
+    for module in (["-m", "tsm_jit"], ["-mtsm_jit"], ["-Wignore", "-umtsm_jit"]):
+        clean = [sys.executable, *module, "clean", "--older-than", "99999"]
+        cleaned = subprocess.run(clean, env=environment(warm, CXX="/bin/false"), capture_output=True, text=True)
+        assert cleaned.returncode == 0
+        assert cleaned.stderr == "", "it must not compile what it removes"
     assert set(entries(warm)) == {entry, other, young, warm / "not ours"}
 
     monkeypatch.setenv("TSM_JIT_CACHE", str(warm))

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 import importlib
 from types import ModuleType
 
-from tsm_jit import _loader, plans
+from tsm_jit import _command_line, _loader, plans
 from tsm_jit._info import info
 from tsm_jit._networks import n_segment, remove_temporal_shift, shift_before
 from tsm_jit.functional import shift_groups, temporal_shift
@@ -47,5 +47,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_ON_FIRST_USE})
 
 
-if not _loader.is_command_line():  # its commands load what they need
+if not _command_line.is_command_line():  # its commands load what they need
     _loader.load()

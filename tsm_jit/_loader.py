@@ -27,7 +27,6 @@ import platform
 import re
 import shutil
 import stat
-import sys
 import time
 import uuid
 import warnings
@@ -82,6 +81,7 @@ class Status:
     key: str | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
     compiled: bool = False  # by this import, or by another while this one waited
+    pending: str | None = None  # the builder that will be tried first, if nothing was to be compiled
 
 
 def kernel_folder() -> Path:
@@ -271,25 +271,34 @@ def _publish(folder: Path, entry: Path, replace: bool = False) -> dict[str, Any]
     return published
 
 
-def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """Builds what is not there by then, or in any case if GPU architectures are ``chosen``."""
-    cache = cache_folder()
+def _check(recipe: Recipe) -> None:
+    """Raises what can be said against a build beforehand."""
     if recipe.cxx is None:
         cxx = os.environ.get("CXX", "")
         raise BuildError(f"no C++ compiler was found: install g++ or clang++, or set CXX to one, got {cxx!r}")
     if recipe.compiler is None and recipe.by in NOT_FOUND:
         raise BuildError(NOT_FOUND[recipe.by])
+    cache = cache_folder()
+    there = next(path for path in (cache, *cache.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise PermissionError(f"{cache} cannot be made ({there} is no folder): {_OWN_FOLDER}")
+    if not os.access(there, os.W_OK):
+        fill = "fill it with python -m tsm_jit build where it can be written"
+        raise PermissionError(f"{there} is read-only and has no kernels for {recipe.entry}: {fill}, or {_OWN_FOLDER}")
+
+
+def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Builds what is not there by then, or in any case if GPU architectures are ``chosen``."""
+    _check(recipe)
     from tsm_jit._build import say  # of no use in a warm import without nvcc
 
+    cache = cache_folder()
     # A build on purpose, into a folder that was named, is for others too: they may read it.
     mode = 0o755 if chosen is not None and os.environ.get("TSM_JIT_CACHE") else 0o700
     try:
         _make(cache, mode)
     except OSError as error:
         raise PermissionError(f"{cache} cannot be made ({error.strerror}): {_OWN_FOLDER}") from None
-    if not os.access(cache, os.W_OK):
-        fill = "fill it with python -m tsm_jit build where it can be written"
-        raise PermissionError(f"{cache} is read-only and has no kernels for {recipe.entry}: {fill}, or {_OWN_FOLDER}")
     _refuse_foreign(cache)
     entry = cache / (recipe.entry if chosen is None else recipe.built)
     path = cache / f"lock-{entry.name}"
@@ -320,7 +329,6 @@ def _make(folder: Path, mode: int) -> None:
             with contextlib.suppress(FileExistsError):  # another process has made it
                 path.mkdir(mode=0o700)
                 path.chmod(mode)
-    os.listdir(folder)  # says what is wrong if it is none
 
 
 def _acquire(lock: int, seconds: float) -> bool:
@@ -407,7 +415,7 @@ def _new_folder(cache: Path) -> Iterator[Path]:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def _load(status: Status) -> None:
+def _load(status: Status, compiling: bool) -> None:
     spare: list[tuple[Path, dict[str, Any]]] = []  # right for the GPU here, if not the fastest
     for by in builders():
         try:
@@ -418,10 +426,17 @@ def _load(status: Status) -> None:
                     spare.append(found)
                     continue
                 with contextlib.suppress(OSError):  # what other compilers made may need what went with them
-                    return _take(*found, status)
+                    _take(*found, status)
+                    return
+            status.key = recipe.entry
+            if not compiling:
+                _check(recipe)
+                status.pending = by
+                return
             built = _build_under_lock(recipe)
             status.compiled = not spare
-            return _take(*built, status)
+            _take(*built, status)
+            return
         except Exception as error:  # whatever stops one must not stop the next, nor the import
             status.failed[by] = f"{type(error).__name__}: {error}"
 
@@ -451,14 +466,16 @@ def load() -> None:
     _report(find())
 
 
-def find() -> Status:
-    """Loads what can be loaded, once in a process; never raises and warns of nothing."""
+def find(compiling: bool = True) -> Status:
+    """Loads what can be loaded, once in a process, and compiles it if need be; never raises and warns of nothing."""
     if _status.devices:
         return _status
-    _load(_status)
+    _load(_status, compiling)
     for device, needed in (("cpu", {CPU_ALONE}), ("cuda", {NVCC, NVRTC})):
         if device == "cuda" and not _toolchain.torch_has_cuda():
             _status.devices[device] = "this torch has no CUDA"
+        elif device not in _status.devices and _status.pending:
+            _status.devices[device] = f"not compiled yet: the next import will do it, with {_status.pending}"
         elif device not in _status.devices:
             why = dict.fromkeys(reason for by, reason in _status.failed.items() if by in needed)
             _status.missing[device] = "; ".join(why)
@@ -497,13 +514,6 @@ def _report(status: Status) -> None:
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
-
-
-def is_command_line() -> bool:
-    """True for ``python -m tsm_jit`` and ``tsm-jit``: clean must not compile what it removes, info tells what stops an
-    import."""
-    program = sys.argv[0] if sys.argv else ""
-    return os.path.basename(program) == "tsm-jit" or (program == "-m" and sys.orig_argv[-len(sys.argv)] == "tsm_jit")
 
 
 def entry_bytes(status: Status) -> int | None:

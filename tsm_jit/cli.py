@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def add(name: str, does: str, more: str = "") -> argparse.ArgumentParser:
         return commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}")
 
-    show = add("info", "show what serves CPU and GPU tensors and why, the compilers found, and the cache")
+    show = add("info", "show what serves CPU and GPU tensors and why, the tools found, the cache; compile nothing")
     show.add_argument("--json", action="store_true", help="print JSON")
 
     build = add(
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _info(as_json: bool) -> int:
-    _loader.find()
+    _loader.find(compiling=False)
     facts = info()
     if as_json:
         _print(json.dumps(facts, indent=2))
