@@ -4,6 +4,7 @@ What is not about compilers takes stand-ins for them, since they need most of th
 nvcc and NVRTC.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -488,6 +489,77 @@ def test_the_second_of_two_publishers_takes_the_first_ones_entry(warm):
     assert (entry / "late").exists()
 
 
+def test_leftovers_of_a_killed_build_go_at_once(tmp_path, cxx):
+    """With the next build, or clean; but not what is being built, nor what another machine may be building."""
+    text = cxx.read_text().partition("\n")[2]
+    script(cxx, f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done\n" + text)
+    cache = tmp_path / "cache"
+    killed, alive = start(cache, CXX=cxx), start(cache, CXX=f"{cxx} -O0")
+    while len(entries(cache) if cache.exists() else ()) < 4:
+        time.sleep(0.02)
+    elsewhere = cache / ("tmp-" + "0" * 8 + "-" + "0" * 32)
+    elsewhere.mkdir()
+    assert command(cache, "clean").returncode == 0
+    assert len(entries(cache)) == 5
+    assert len(list(cache.glob("lock-*"))) == 2
+    killed.kill()
+    killed.communicate()
+    assert command(cache, "clean").returncode == 0
+    assert len(entries(cache)) == 3
+    assert len(list(cache.glob("lock-*"))) == 1
+    (tmp_path / "go").touch()
+    assert finish(alive)[0]["devices"]["cpu"] == "compiled kernels"
+    assert [path for path in entries(cache) if path.name.startswith("tmp-")] == [elsewhere]
+
+
+def test_files_are_on_the_disk_before_they_are_published(warm, monkeypatch):
+    (entry,) = entries(warm)
+    made = Path(shutil.copytree(entry, warm / "tmp-made"))
+    shutil.rmtree(entry)
+    files, calls, replace = {path.stat().st_ino for path in made.iterdir()}, [], os.replace
+
+    def fsync(descriptor):
+        calls.append(os.fstat(descriptor).st_ino)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")  # as on some network drives
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    _loader._publish(made, entry)
+    assert files < set(calls[: calls.index("replace")])
+
+
+SMALL_DISK = """
+mount -t tmpfs -o mode=700,size={size} none "$1" && "$2" -c "$3" && ls -A "$1/cache" &&
+mount -o remount,size=9m "$1" && "$2" -c "$3"
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("size", ["40k", "300k", "900k"])
+def test_a_disk_that_is_really_full_is_told_with_the_cure(tmp_path, cxx, size):
+    """To a compiler that has no room for its last words, and says them in other words than ours."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs unshare")
+    fails = "{ seq 99999; echo 'schwerer Fehler: Kein Platz'; rm x; exit 1; } 2>/dev/null"
+    script(cxx, f"head -c 1000000 /dev/zero >x || {fails}\nrm x\n" + cxx.read_text().partition("\n")[2])
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    program = [disk, sys.executable, SCRIPT.format(before="")]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-ec", SMALL_DISK.format(size=size), "sh", *program],
+        env=environment(disk / "cache", CXX=cxx),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    full, *left, larger = done.stdout.splitlines()
+    (warning,) = json.loads(full)["warnings"]
+    assert f"{disk / 'cache'} is full: free some of it, or set TSM_JIT_CACHE to a folder of your own" in warning
+    assert all(name.startswith("lock-") for name in left), "and it is tried again"
+    assert json.loads(larger)["devices"]["cpu"] == "compiled kernels"
+
+
 @pytest.mark.parametrize("size", [100, 30_000])
 def test_a_full_disk_leaves_no_half_entry_and_is_told(tmp_path, size):
     """No file may grow beyond that: not the log, not what a compiler makes."""
@@ -554,7 +626,9 @@ def test_locks_that_do_not_exclude(tmp_path, cxx):
     assert import_it(cache, CXX=cxx)[1] == ""
     folders = {Path(call.split(" ")[0]).name for call in (tmp_path / "calls").read_text().splitlines()}
     assert len(folders) == 4
-    assert all(re.fullmatch("tmp-[0-9a-f]{32}", name) for name in folders), "nobody can guess where a build is"
+    assert all(re.fullmatch("tmp-[0-9a-f]{8}-[0-9a-f]{32}", name) for name in folders), (
+        "nobody can guess where a build is"
+    )
 
 
 def test_who_waits_says_for_whom_and_gives_up(warm):
@@ -700,6 +774,24 @@ def test_an_nvcc_that_hangs_or_talks_nonsense_leaves_the_cpu_part(tmp_path, cxx,
         "had not ended after 0.5 s" if "sleep" in says else "nvcc --list-gpu-arch must list GPU architectures, got"
     )
     assert expected in facts["devices"]["cuda"]
+
+
+@needs_cuda_torch
+def test_output_without_end_is_bounded(tmp_path, cxx, toolkit):
+    """Of an nvcc that is asked, and of a compiler."""
+    endless = script(tmp_path / "endless", "exec yes error\n")
+    memory = "import resource; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
+    memory += "; _toolchain.find_nvrtc = lambda: None"
+    after = "import resource; assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 200_000"
+    (toolkit / "bin" / "nvcc").unlink()
+    (toolkit / "bin" / "nvcc").symlink_to(endless)
+    patch = f"{memory}; _loader.load(); {after}"
+    facts, _ = import_it(tmp_path / "cache", patch=patch, cuda=True, CXX=cxx, CUDA_HOME=toolkit)
+    assert "says more than" in facts["devices"]["cuda"]
+    facts, _ = import_it(tmp_path / "cache", patch=patch, CXX=endless)
+    assert "the compilers said more than" in facts["devices"]["cpu"]
+    for entry in entries(tmp_path / "cache"):
+        assert sum(path.stat().st_size for path in entry.iterdir()) < 2 * _toolchain.MOST_SAID
 
 
 def test_a_compiler_that_makes_nothing_is_named(tmp_path):

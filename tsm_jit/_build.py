@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tsm_jit._loader import Recipe
 
 SECONDS = 300  # a compiler that takes longer hangs
+MOST_LOGGED = 2**24  # bytes; a compiler that says more never ends
 EVERY_GENERATION = "all"
 _NAMES = {
     "Volta": "7.0+PTX",
@@ -37,6 +38,7 @@ _NAMES = {
 }
 # Such failures pass by themselves: the next import may try again.
 _PASSING = "Killed|signal 9\\b|o space left|quota exceeded|ile size limit|File too large|ut of memory|annot allocate"
+_PASSING += "|Input/output error|tale file handle|temporarily unavailable"
 # So does what somebody else does to a compiler; one that crashes will do so again.
 _ENDED = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGXFSZ}
 
@@ -248,7 +250,7 @@ def _run(commands: list[list[str]], folder: Path, output: Any, progress: _Progre
                     os.setpriority(os.PRIO_PGRP, process.pid, 5)
             processes.append(process)
         for command, process in zip(commands, processes, strict=True):
-            code = _wait(command, process, progress)
+            code = _wait(command, process, output, progress)
             if code != 0:
                 said = _said(output)
                 passing = -code in _ENDED or re.search(_PASSING, said)
@@ -258,10 +260,12 @@ def _run(commands: list[list[str]], folder: Path, output: Any, progress: _Progre
                 raise BuildError(f"{command[0]} reported success and made no {made}")
 
 
-def _wait(command: list[str], process: subprocess.Popen, progress: _Progress) -> int:
+def _wait(command: list[str], process: subprocess.Popen, output: Any, progress: _Progress) -> int:
     while (code := _toolchain.exit_code(process)) is None:
         if progress.seconds() > SECONDS:
             raise BuildError(f"{command[0]} had not ended after {SECONDS} s")
+        if os.fstat(output.fileno()).st_size > MOST_LOGGED:
+            raise BuildError(f"the compilers said more than {MOST_LOGGED} bytes, of which the log has the first")
         progress.tick()
         time.sleep(0.01)
     return code

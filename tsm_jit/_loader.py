@@ -18,6 +18,7 @@ What was built where no GPU was is built again once where there is one, unless `
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -67,6 +68,7 @@ NOT_FOUND = {
 }
 _OWN_FOLDER = "set TSM_JIT_CACHE to a folder of your own"
 _NAME_HOLDER_AFTER_SECONDS = 2
+_LEAST_FREE = 2**20
 _LOCK_SECONDS = 600  # longer than a build may take, its second try with another C++ compiler included
 
 
@@ -250,6 +252,9 @@ def _publish(folder: Path, entry: Path, replace: bool = False) -> dict[str, Any]
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError:
+            if path != folder:  # which some network drives cannot
+                raise
         finally:
             os.close(descriptor)
     for _ in range(3):
@@ -305,11 +310,12 @@ def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, 
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if not _acquire(lock, _NAME_HOLDER_AFTER_SECONDS):
-            holder = path.read_text() or "another process"
+            holder = os.pread(lock, 1000, 0).decode(errors="replace") or "another process"
             say(f"waiting for {holder}, which is compiling the kernels")
             if not _acquire(lock, _LOCK_SECONDS):
                 raise TimeoutError(f"{holder} held {path} for {_LOCK_SECONDS} s: end it and try again")
-        path.write_text(f"process {os.getpid()} on {platform.node()}")
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         published = _read(entry)  # while we waited
         replace = chosen is not None or (published is not None and _outdated(recipe, published))
         if published is not None and not replace:
@@ -318,6 +324,10 @@ def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, 
             say(f"{entry} is damaged: compiling it again")
         _sweep(cache)
         return entry, _build(recipe, entry, chosen, replace, mode)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or re.search("o space left|quota exceeded", str(error)):
+            raise OSError(f"{cache} is full: free some of it, or {_OWN_FOLDER} ({error})")
+        raise
     finally:
         os.close(lock)
 
@@ -349,8 +359,37 @@ def _acquire(lock: int, seconds: float) -> bool:
 
 
 def _sweep(cache: Path) -> int:
-    """Removes what killed builds left, and not what another process may be building; returns the bytes freed."""
-    return sum(_remove(folder) for folder in cache.glob("tmp-*") if time.time() - _date(folder) > _LOCK_SECONDS)
+    """Removes what killed builds left, and not what another process may be building; returns the bytes freed. Its
+    builder holds it by a lock, which a killed one has lost; where locks do not tell, its age does."""
+    freed = 0
+    for folder in cache.glob("tmp-*"):
+        with contextlib.suppress(OSError), _held(folder) as first, _held(folder) as second:
+            left = (
+                first and not second and folder.name.startswith(_of_this_machine())
+            )  # a lock that two can have is none
+            if left or time.time() - _date(folder) > _LOCK_SECONDS:
+                freed += _remove(folder)
+    return freed
+
+
+@contextlib.contextmanager
+def _held(path: Path, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> Iterator[bool]:
+    """Whether ``path`` could be locked; it stays so until the end."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, how)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _of_this_machine() -> str:
+    """How folders begin that are built here: network drives may keep locks to each machine."""
+    return f"tmp-{_digest(platform.node())[:8]}-"
 
 
 def _date(path: Path) -> float:
@@ -390,6 +429,8 @@ def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool, mode:
         except BuildError as error:
             if replace:
                 raise  # what is there may work
+            if shutil.disk_usage(work).free < _LEAST_FREE:  # it may have had no room to say so
+                raise OSError(errno.ENOSPC, str(error))
             manifest["error"] = str(error)
         if (work / LOG).is_file():
             with open(work / LOG, "rb") as log:
@@ -403,13 +444,19 @@ def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool, mode:
 
 @contextlib.contextmanager
 def _new_folder(cache: Path) -> Iterator[Path]:
-    """One with a name that nobody can guess, gone in the end unless it has been renamed."""
-    folder = cache / f"tmp-{uuid.uuid4().hex}"
-    folder.mkdir(mode=0o700)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """One with a name that nobody can guess, held as long as this process lives; gone in the end unless renamed."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder = cache / f"{_of_this_machine()}{uuid.uuid4().hex}"
+            folder.mkdir(mode=0o700)
+            with contextlib.suppress(FileNotFoundError):  # another process took it for a leftover, before it was held
+                stack.enter_context(_held(folder, fcntl.LOCK_EX))
+                if folder.exists():
+                    break
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -542,14 +589,19 @@ def clean(everything: bool = False, older_than: float | None = None) -> int:
     for entry in cache.iterdir():
         if re.fullmatch(made + "(-[0-9a-z]+)+", entry.name) and _date(entry) < before:
             freed += _remove(entry)
-            entry.with_name(f"lock-{entry.name}").unlink(missing_ok=True)
+            if entry.exists():
+                raise PermissionError(f"{entry} cannot be removed: make {cache} writable, or clean it as its owner")
+    for lock in cache.glob("lock-*"):
+        with contextlib.suppress(OSError), _held(lock) as free:
+            if free:
+                lock.unlink()
     return freed
 
 
 def _remove(folder: Path) -> int:
     size = _bytes_below(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    return size
+    return size - _bytes_below(folder)
 
 
 def _bytes_below(folder: Path) -> int:

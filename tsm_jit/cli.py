@@ -110,7 +110,7 @@ def _clean(everything: bool, older_than: float | None) -> int:
     try:
         freed = _loader.clean(everything, older_than)
     except OSError as error:
-        sys.stderr.write(f"nothing was removed: {error}\n")
+        sys.stderr.write(f"not everything was removed: {error}\n")
         return 1
     _print(f"removed {freed} bytes of compiled kernels from {_loader.cache_folder()}")
     return 0
