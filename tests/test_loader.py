@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1378,6 +1379,48 @@ def test_a_folder_above_that_a_group_could_write_is_refused(deep):
     os.chown(deep.parent, -1, 12345)
     with pytest.raises(PermissionError, match="above can be written by others"):
         _loader._refuse_foreign(deep)
+
+
+@needs_root
+def test_a_group_in_which_others_are_is_refused_whatever_its_name(deep, monkeypatch):
+    """One may be the first group of others without listing them."""
+    import pwd
+
+    deep.parent.chmod(0o775)
+    users = pwd.getpwall()
+    stranger = pwd.struct_passwd(("stranger", "x", 12345, 0, "", "/", "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwall", lambda: [*users, stranger])
+    with pytest.raises(PermissionError, match="above can be written by others"):
+        _loader._refuse_foreign(deep)
+
+
+def test_a_folder_above_that_an_access_control_list_opens_is_refused(deep):
+    def entry(tag: int, rights: int, who: int = 0xFFFFFFFF) -> bytes:
+        return struct.pack("<HHI", tag, rights, who)
+
+    stranger = struct.pack("<I", 2) + entry(1, 7) + entry(2, 7, 12345) + entry(4, 5) + entry(0x10, 7) + entry(0x20, 0)
+    try:
+        os.setxattr(deep.parent, "system.posix_acl_access", stranger)
+    except OSError:
+        pytest.skip("needs a file system with access control lists")
+    with pytest.raises(PermissionError, match="above can be written by others"):
+        _loader._refuse_foreign(deep)
+
+
+@needs_root
+def test_a_user_who_seems_to_have_the_root_folder_is_trusted_above_the_cache_alone(deep, monkeypatch):
+    """As where only one user of a container is known outside: everybody else is nobody, the system's files too."""
+    really = os.stat
+    nobody = os.stat_result([*os.stat("/")[:4], 65534, *os.stat("/")[5:]])
+    monkeypatch.setattr(os, "stat", lambda path, **more: nobody if path == "/" else really(path, **more))
+    os.chown(deep.parent, 65534, -1)
+    (deep / "entry").mkdir()
+    _loader._refuse_foreign(deep)
+    for path in (deep / "entry", deep):
+        os.chown(path, 65534, -1)
+        with pytest.raises(PermissionError, match=f"{path} belongs to user 65534"):
+            _loader._read(deep / "entry")
+        os.chown(path, 0, -1)
 
 
 @needs_root

@@ -176,26 +176,31 @@ def _identity(tool: Path) -> list[Any]:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """A shared library is code: ours comes from no folder that somebody else could write to or put in its place."""
-    trusted = {os.geteuid(), 0, os.stat("/").st_uid}  # without a user 0, as in some containers, whoever has / is root
-    for path in (*reversed(folder.parents), folder):
+def _refuse_foreign(target: Path, above: bool = False) -> None:
+    """A shared library is code: ours comes from no file or folder that somebody else could write to or put in its
+    place. Folders ``above`` may be shared as far as nobody can rename what is in them."""
+    for path in (*reversed(target.parents), target):
+        above_it = above or path != target
         found = os.lstat(path)
-        if found.st_uid not in trusted:
+        # Without a user 0, as in some containers, whoever has / is root; but so seems everybody from outside.
+        if found.st_uid not in {os.geteuid(), 0, *([os.stat("/").st_uid] if above_it else [])}:
             raise PermissionError(f"{path} belongs to user {found.st_uid}, not to you: {_OWN_FOLDER}")
         if stat.S_ISLNK(found.st_mode):
             path.stat()  # raises for a link to itself
-            _refuse_foreign(path.parent / os.readlink(path))
-        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (path == folder or not _safely_shared(found)):
+            _refuse_foreign(path.parent / os.readlink(path), above_it)
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (above_it and _safely_shared(path, found)):
             raise PermissionError(f"{path} can be written by others: run chmod go-w on it, or {_OWN_FOLDER}")
 
 
-def _safely_shared(found: os.stat_result) -> bool:
+def _safely_shared(path: Path, found: os.stat_result) -> bool:
     """Whether only its owner can rename what lies in a folder: it is sticky, or of a group that is its owner alone."""
     if found.st_mode & stat.S_ISVTX:
         return True
     if found.st_mode & stat.S_IWOTH:
         return False
+    with contextlib.suppress(OSError):  # there are no access control lists here
+        if "system.posix_acl_access" in os.listxattr(path):
+            return False  # of whom it may be, too
     import grp
     import pwd
 
@@ -203,13 +208,14 @@ def _safely_shared(found: os.stat_result) -> bool:
         owner, group = pwd.getpwuid(found.st_uid).pw_name, grp.getgrgid(found.st_gid)
     except KeyError:
         return False
-    return group.gr_name == owner and set(group.gr_mem) <= {owner}
+    members = {*group.gr_mem, *(user.pw_name for user in pwd.getpwall() if user.pw_gid == found.st_gid)}
+    return group.gr_name == owner and members <= {owner}
 
 
 def _read(entry: Path) -> dict[str, Any] | None:
     """The manifest of a cache entry that is whole and ours, else None."""
     try:
-        for path in (entry, entry / MANIFEST):
+        for path in (entry.parent, entry, entry / MANIFEST):
             _refuse_foreign(path)
         manifest = json.loads((entry / MANIFEST).read_bytes())
         if manifest.pop("seal") != _digest(manifest):
