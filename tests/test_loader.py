@@ -991,6 +991,39 @@ def test_what_was_built_for_newer_gpus_is_built_again_where_one_is_older(tmp_pat
         assert on(*gpu) == (["sm_75", "PTX 75"], "")
 
 
+@needs_cuda_torch
+def test_an_entry_without_code_for_the_gpu_is_not_loaded_even_if_no_other_can_be_built(tmp_path, cxx, toolkit):
+    """It would fail at the first operator."""
+    cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+    newer = "_toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
+    import_it(cache, patch=newer, **arguments)
+    nvcc = toolkit / "bin" / "nvcc"
+    text, date = nvcc.read_text(), nvcc.stat().st_mtime_ns
+    nvcc.write_text(text.replace(": >$made", "exit 1  "))
+    os.utime(nvcc, ns=(date, date))
+    older = (
+        newer.replace("'90'", "'75'") + "; _toolchain.find_nvrtc = lambda: None; _toolchain.gpu_models = lambda: [1]"
+    )
+    assert nvcc.stat().st_size == len(text), "the same to the key"
+    facts, _ = import_it(cache, patch=older, **arguments)
+    assert facts["devices"]["cpu"] == "compiled kernels"
+    assert facts["devices"]["cuda"].startswith("plain torch: BuildError: ")
+    (warning,) = facts["warnings"]
+    assert "has no code for the GPU here, but ['sm_90', 'PTX 80']" in warning
+
+
+@needs_cuda_torch
+def test_what_an_nvcc_that_is_a_script_calls_is_compared_too(tmp_path, cxx, toolkit):
+    wrapper = script(tmp_path / "wrapper" / "bin" / "nvcc", f'exec {toolkit / "bin" / "nvcc"} "$@"\n')
+    arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": wrapper.parent.parent}
+    assert "compiling" in import_it(tmp_path / "cache", **arguments)[1]
+    assert import_it(tmp_path / "cache", **arguments)[1] == ""
+    with open(toolkit / "bin" / "nvcc", "a") as nvcc:
+        nvcc.write("# of the next version\n")
+    assert "compiling" in import_it(tmp_path / "cache", **arguments)[1]
+    assert import_it(tmp_path / "cache", **arguments)[1] == ""
+
+
 def test_the_users_environment_is_left_alone(tmp_path, cxx):
     script = "import os; before = dict(os.environ); import tsm_jit; assert dict(os.environ) == before"
     subprocess.run(

@@ -66,6 +66,7 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
         codes = gpu_code(recipe.compiler, _toolchain.nvcc_architectures(recipe.compiler), chosen)
         toolkit, version = _toolchain.toolkit_root(recipe.compiler), _toolchain.nvcc_version(recipe.compiler)
         facts["toolkit"] = f"{toolkit} (CUDA {version})"
+        facts["nvcc"] = str(toolkit / "bin" / "nvcc")
         if version != torch.version.cuda:
             say(f"warning: {_mismatch(version)}")
         flags = _gencode(codes)

@@ -168,8 +168,11 @@ def _digest(*facts: Any) -> str:
 
 def _identity(tool: Path) -> list[Any]:
     """A tool by its path, size and date; running it would take longer than the rest of the import."""
-    real = tool.resolve()
-    found = real.stat()
+    try:
+        real = tool.resolve()
+        found = real.stat()
+    except OSError:  # what a script called is gone
+        return [str(tool)]
     return [str(tool), str(real), found.st_size, found.st_mtime_ns]
 
 
@@ -406,11 +409,17 @@ def _date(path: Path) -> float:
 
 
 def _outdated(recipe: Recipe, manifest: dict[str, Any]) -> bool:
-    """True where there is a GPU, and an entry was made where none was seen, or newer ones."""
+    """True where there is a GPU, and an entry was made where none was seen, or newer ones; and where nvcc is a script
+    and what it calls has changed."""
+    if recipe.compiler and "nvcc" in manifest and _identity(Path(manifest["nvcc"][0])) != manifest["nvcc"]:
+        return True
     if recipe.by == CPU_ALONE or not _toolchain.gpu_is_visible():
         return False
-    if manifest.get("gpu") is False:
-        return True
+    return manifest.get("gpu") is False or _lacks_code(manifest)
+
+
+def _lacks_code(manifest: dict[str, Any]) -> bool:
+    """Whether a GPU here can run nothing of it."""
     made = manifest.get("architectures", ())
     portable = min((int(name[4:].rstrip("af")) for name in made if name.startswith("PTX ")), default=0)
     if portable <= int(_toolchain.PORTABLE_ARCHITECTURES[0]) or manifest.get("gpus") == _toolchain.gpu_models():
@@ -429,6 +438,9 @@ def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool, mode:
             manifest |= build(recipe, work, LIBRARY, work / LOG, architectures)
             manifest["gpu"] = bool(architectures) or _toolchain.gpu_is_visible()
             manifest["gpus"] = _toolchain.gpu_models()
+            if nvcc := manifest.pop("nvcc", None):
+                # The key has that of a script, if nvcc is one. What was built on purpose is not compared.
+                manifest |= {"nvcc": _identity(Path(nvcc))} if chosen is None else {}
             data = (work / LIBRARY).read_bytes()
             manifest["sha256"] = hashlib.sha256(data).hexdigest()
             (made / LIBRARY).write_bytes(data)
@@ -471,12 +483,16 @@ def _new_folder(cache: Path) -> Iterator[Path]:
 def _load(status: Status, compiling: bool) -> None:
     spare: list[tuple[Path, dict[str, Any]]] = []  # right for the GPU here, if not the fastest
     for by in builders():
+        useless = ""
         try:
             status.cache = str(cache_folder())
             recipe = Recipe.here(by)
             for found in (*spare, *_look_up(recipe)) if by == CPU_ALONE else _look_up(recipe):
                 if _outdated(recipe, found[1]):
-                    spare.append(found)
+                    if _lacks_code(found[1]):
+                        useless = f"; {found[0]} has no code for the GPU here, but {found[1]['architectures']}"
+                    else:
+                        spare.append(found)
                     continue
                 with contextlib.suppress(OSError):  # what other compilers made may need what went with them
                     _take(*found, status)
@@ -491,7 +507,7 @@ def _load(status: Status, compiling: bool) -> None:
             _take(*built, status)
             return
         except Exception as error:  # whatever stops one must not stop the next, nor the import
-            status.failed[by] = f"{type(error).__name__}: {error}"
+            status.failed[by] = f"{type(error).__name__}: {error}{useless}"
 
 
 def _take(entry: Path, manifest: dict[str, Any], status: Status) -> None:
