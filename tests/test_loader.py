@@ -1758,6 +1758,15 @@ def test_clean(warm, monkeypatch, capsys):
     assert "must be a number of days, 0 or more, got '-1'" in capsys.readouterr().err
 
 
+def test_clean_says_what_it_could_not_remove(warm, monkeypatch, capsys):
+    (entry,) = entries(warm)
+    monkeypatch.setenv("TSM_JIT_CACHE", str(warm))
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    assert cli.main(["clean", "--all"]) == 1
+    expected = f"not everything was removed: {entry} cannot be removed: make {warm} writable, or clean it as its owner"
+    assert expected in capsys.readouterr().err
+
+
 def test_help_compiles_nothing(tmp_path, capsys):
     done = command(tmp_path / "cache", "--help")
     assert done.returncode == 0

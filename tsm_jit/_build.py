@@ -264,7 +264,7 @@ def _run(commands: list[list[str]], folder: Path, output: Any, progress: _Progre
 def _wait(command: list[str], process: subprocess.Popen, output: Any, progress: _Progress) -> int:
     while (code := _toolchain.exit_code(process)) is None:
         if progress.seconds() > SECONDS:
-            raise BuildError(f"{command[0]} had not ended after {SECONDS} s")
+            raise BuildError(f"{command[0]} had not ended after {SECONDS} s: set CXX or CUDA_HOME to another")
         if os.fstat(output.fileno()).st_size > MOST_LOGGED:
             raise BuildError(f"the compilers said more than {MOST_LOGGED} bytes, of which the log has the first")
         progress.tick()

@@ -1,10 +1,11 @@
 """Finds the compiled kernels in the cache or compiles them into it, and loads them. Runs once, on ``import tsm_jit``.
 
-    key      sha256 of the sources, the flags, torch and the platform, and of each compiler's path, size and date
+    key      sha256 of the sources, the flags, torch and the platform; and of each compiler's path, size and date
     warm     <cache>/<key>/ is there, is ours, its checksum holds: load it. No lock, no write, no compiler is asked.
              A compiler that is not here is not compared: what it made elsewhere, or before it was removed, is as good.
              What python -m tsm_jit build made comes first, and no compiler is compared at all
-    cold     lock; build in <cache>/tmp-<uuid>; write the manifest; rename to <cache>/<key>
+    cold     lock; build in <cache>/tmp-<random>; copy what was made into another, which no compiler knows, with its
+             manifest; rename that to <cache>/<key>
     failed   a compiler's error is published as well, so that the next import does not compile in vain; the step below
              is taken: nvcc -> NVRTC, the library that torch brings, of the same sources -> kernels for the CPU alone
              -> plain torch. One warning says why
@@ -274,7 +275,7 @@ def _publish(folder: Path, entry: Path, replace: bool = False) -> dict[str, Any]
             if published is not None and not replace:
                 return published
             with contextlib.suppress(FileNotFoundError):  # so does another process in this moment
-                removed = entry.with_name(f"tmp-{uuid.uuid4().hex}")
+                removed = entry.with_name(f"{_of_this_machine()}{uuid.uuid4().hex}")
                 os.replace(entry, removed)
                 shutil.rmtree(removed, ignore_errors=True)
         else:
@@ -298,7 +299,7 @@ def _check(recipe: Recipe) -> None:
         raise PermissionError(f"{cache} cannot be made ({there} is no folder): {_OWN_FOLDER}")
     if not os.access(there, os.W_OK):
         fill = "fill it with python -m tsm_jit build where it can be written"
-        raise PermissionError(f"{there} is read-only and has no kernels for {recipe.entry}: {fill}, or {_OWN_FOLDER}")
+        raise PermissionError(f"{cache} is read-only and has no kernels for {recipe.entry}: {fill}, or {_OWN_FOLDER}")
 
 
 def _build_under_lock(recipe: Recipe, chosen: str | None = None) -> tuple[Path, dict[str, Any]]:
@@ -373,10 +374,8 @@ def _sweep(cache: Path) -> int:
     freed = 0
     for folder in cache.glob("tmp-*"):
         with contextlib.suppress(OSError), _held(folder) as first, _held(folder) as second:
-            left = (
-                first and not second and folder.name.startswith(_of_this_machine())
-            )  # a lock that two can have is none
-            if left or time.time() - _date(folder) > _LOCK_SECONDS:
+            works = not second and folder.name.startswith(_of_this_machine())  # a lock that two can have is none
+            if (first and works) or time.time() - _date(folder) > _LOCK_SECONDS:
                 freed += _remove(folder)
     return freed
 
@@ -438,9 +437,9 @@ def _build(recipe: Recipe, entry: Path, chosen: str | None, replace: bool, mode:
             manifest |= build(recipe, work, LIBRARY, work / LOG, architectures)
             manifest["gpu"] = bool(architectures) or _toolchain.gpu_is_visible()
             manifest["gpus"] = _toolchain.gpu_models()
-            if nvcc := manifest.pop("nvcc", None):
-                # The key has that of a script, if nvcc is one. What was built on purpose is not compared.
-                manifest |= {"nvcc": _identity(Path(nvcc))} if chosen is None else {}
+            nvcc = manifest.pop("nvcc", None)
+            if nvcc and chosen is None:  # the key has the script that calls it, if there is one
+                manifest["nvcc"] = _identity(Path(nvcc))
             data = (work / LIBRARY).read_bytes()
             manifest["sha256"] = hashlib.sha256(data).hexdigest()
             (made / LIBRARY).write_bytes(data)
