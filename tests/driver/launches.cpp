@@ -52,6 +52,10 @@ const char* residual(Sum type, int64_t unit, int32_t norms) {
   ResidualForward f{};
   f.z = f.out = address(unit);
   if (const char* error = residual_forward_cuda(r, f, kStream)) return error;
+  f.identity = address(unit);
+  if (const char* error = residual_forward_cuda(r, f, kStream)) return error;
+  f.out_is_shifted = true;  // in place of z, so in order
+  if (const char* error = residual_forward_cuda(r, f, kStream)) return error;
   ResidualBackward b{};
   b.out = b.grad = address(unit);
   for (int32_t n = 0; n < norms; ++n) b.normed[n] = address(unit);
@@ -59,7 +63,8 @@ const char* residual(Sum type, int64_t unit, int32_t norms) {
   ChannelStatistics c{};
   c.x = address(unit);
   c.slices = 2;
-  return channel_statistics_cuda(r, c, kStream);
+  if (const char* error = channel_statistics_cuda(r, c, kStream)) return error;
+  return norm_gradients_cuda(type, 1024, NormGradients{}, kStream);
 }
 
 }  // namespace
