@@ -47,7 +47,9 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 #else
   const void* addresses[] = {&arguments...};
 #if defined(__CUDACC__)
-  cudaLaunchKernel(kernel, grid, block, const_cast<void**>(addresses), shared_bytes, static_cast<cudaStream_t>(stream));
+  const void* const function = reinterpret_cast<const void*>(kernel);  // CUDA 11 takes nothing else
+  cudaLaunchKernel(function, grid, block, const_cast<void**>(addresses), shared_bytes,
+                   static_cast<cudaStream_t>(stream));
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #else

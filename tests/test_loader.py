@@ -55,8 +55,8 @@ PATCHED = """
     {}
     _loader.load()
 """
-# In a process that has no nvcc, but a GPU.
-WITHOUT_NVCC = "_toolchain.find_nvcc = lambda: None; _toolchain.gpu_is_visible = lambda: True"
+SEES = "_toolchain.gpu_is_visible = lambda: True"  # there is a GPU
+WITHOUT_NVCC = f"_toolchain.find_nvcc = lambda: None; {SEES}"
 # What stands in for NVRTC, and needs none of its time.
 NVRTC = """
 #include <cstring>
@@ -198,6 +198,16 @@ def nvrtc(tmp_path) -> Path:
     library.parent.mkdir()
     subprocess.run([*_toolchain.find_cxx(), "-shared", "-fPIC", source, "-o", library], check=True)
     return library
+
+
+@pytest.fixture(scope="session")
+def nvml(tmp_path_factory) -> dict:
+    """What makes a process see the GPUs that NVML_GPUS lists, with the driver of NVML_DRIVER."""
+    folder = tmp_path_factory.mktemp("nvml")
+    source = Path(__file__).parent / "driver" / "nvml.cpp"
+    command = [*_toolchain.find_cxx(), "-std=c++17", "-shared", "-fPIC", source, "-o", folder / "libnvidia-ml.so.1"]
+    subprocess.run(command, check=True)
+    return {"LD_LIBRARY_PATH": os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])}
 
 
 def compilations(cxx: Path) -> int:
@@ -964,6 +974,32 @@ def test_an_nvcc_of_another_version_is_told(tmp_path, cxx, toolkit, major, minor
 
 
 @needs_cuda_torch
+@pytest.mark.parametrize("driver", ["before", "same", "none"])
+def test_an_nvcc_newer_than_the_driver_is_passed_over(tmp_path, cxx, toolkit, nvrtc, nvml, driver):
+    """The runtime that it links to would refuse every launch, while torch's own CUDA runs."""
+    major = int(torch.version.cuda.split(".")[0])
+    (toolkit / "version").write_text(f"release {major + 1}.0, V{major + 1}.0.1")
+    version = {"before": f"{major}080", "same": f"{major + 1}000", "none": None}[driver]
+    facts, _ = import_it(
+        tmp_path / "cache",
+        cuda=True,
+        CXX=cxx,
+        CUDA_HOME=toolkit,
+        patch=f"_toolchain.find_nvrtc = lambda: _toolchain.Path({str(nvrtc)!r}); {SEES}",
+        **nvml,
+        NVML_GPUS="90",
+        NVML_DRIVER=version,
+    )
+    if driver == "before":
+        assert facts["devices"]["cuda"] == "compiled kernels (NVRTC: sm_90, PTX 80)"
+        (warning,) = facts["warnings"]
+        assert f"nvcc is of CUDA {major + 1}.0, but the driver runs none newer than {major}.8: set CUDA_H" in warning
+    else:
+        assert facts["devices"]["cuda"] == "compiled kernels (sm_90, PTX 80)"
+        assert facts["warnings"] == []
+
+
+@needs_cuda_torch
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
@@ -1009,14 +1045,14 @@ def test_an_absurd_list_of_architectures_leaves_the_cpu_part(tmp_path, cxx, tool
 
 
 @needs_cuda_torch
-def test_what_was_built_without_a_gpu_is_built_again_once_where_there_is_one(tmp_path, cxx, toolkit):
-    cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
-    blind = "_toolchain.gpu_is_visible = lambda: False; _toolchain.gpu_architectures = lambda: []"
-    sees = "_toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
-    assert import_it(cache, patch=blind, **arguments)[0]["cache"]["architectures"] == ["PTX 75"]
-    assert import_it(cache, patch=sees, **arguments)[0]["cache"]["architectures"] == ["sm_90", "PTX 80"]
+def test_what_was_built_without_a_gpu_is_built_again_once_where_there_is_one(tmp_path, cxx, toolkit, nvml):
+    cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit, **nvml}
+    blind = {"patch": "_toolchain.gpu_is_visible = lambda: False", "NVML_GPUS": ""}
+    sees = {"patch": SEES, "NVML_GPUS": "90 90"}
+    assert import_it(cache, **blind, **arguments)[0]["cache"]["architectures"] == ["PTX 75"]
+    assert import_it(cache, **sees, **arguments)[0]["cache"]["architectures"] == ["sm_90", "PTX 80"]
     for eyes in (sees, blind):
-        facts, err = import_it(cache, patch=eyes, **arguments)
+        facts, err = import_it(cache, **eyes, **arguments)
         assert facts["cache"]["architectures"] == ["sm_90", "PTX 80"]
         assert err == ""
     assert len(entries(cache)) == 1
@@ -1138,8 +1174,7 @@ def test_required_cuda_kernels_that_are_missing_are_an_error(built):
 
 @needs_cuda_torch
 def test_required_kernels_are_those_of_cuda_too_where_a_gpu_is(built):
-    patch = "_toolchain.gpu_is_visible = lambda: True"
-    process = start(built, patch=patch, TSM_JIT_REQUIRE="1")
+    process = start(built, patch=SEES, TSM_JIT_REQUIRE="1")
     assert "ImportError: TSM_JIT_REQUIRE=1, but cuda tensors would take plain" in process.communicate(timeout=300)[1]
 
 

@@ -67,6 +67,7 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
         toolkit, version = _toolchain.toolkit_root(recipe.compiler), _toolchain.nvcc_version(recipe.compiler)
         facts["toolkit"] = f"{toolkit} (CUDA {version})"
         facts["nvcc"] = str(toolkit / "bin" / "nvcc")
+        _refuse_newer_than_driver(version)
         if version != torch.version.cuda:
             say(f"warning: {_mismatch(version)}")
         flags = _gencode(codes)
@@ -186,6 +187,16 @@ def _gencode(codes: list[str]) -> list[str]:
 
 def _age(architecture: str) -> int:
     return int(architecture.rstrip("abcdefghijklmnopqrstuvwxyz"))
+
+
+def _refuse_newer_than_driver(version: str) -> None:
+    """The CUDA runtime that goes with nvcc runs on no driver of an older major version."""
+    driver = _toolchain.driver_cuda_version()
+    if driver is not None and int(version.split(".")[0]) > int(driver.split(".")[0]):
+        raise BuildError(
+            f"nvcc is of CUDA {version}, but the driver runs none newer than {driver}: set CUDA_HOME to a toolkit of "
+            f"CUDA {torch.version.cuda}, or install a newer driver"
+        )
 
 
 def _mismatch(version: str, compiler: str = "nvcc") -> str:

@@ -204,19 +204,29 @@ def gpu_models() -> list[str]:
     return sorted({match[1] for text in told if (match := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))})
 
 
-def gpu_architectures() -> list[str]:
-    """The compute capabilities of the machine's GPUs, as ``["90"]``, asked of NVML: CUDA itself must not be started
-    by an import, since a process that started it cannot fork."""
+@contextlib.contextmanager
+def _nvml() -> Iterator[ctypes.CDLL | None]:
+    """What tells of GPUs and their driver, if it is here: CUDA itself must not be started by an import, since a process
+    that started it cannot fork."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return []
-    if nvml.nvmlInit_v2() != 0:
-        return []
-    found = set()
+        nvml = None
+    if nvml is None or nvml.nvmlInit_v2() != 0:
+        yield None
+        return
     try:
+        yield nvml
+    finally:
+        nvml.nvmlShutdown()
+
+
+def gpu_architectures() -> list[str]:
+    """The compute capabilities of the machine's GPUs, as ``["90"]``."""
+    found = set()
+    with _nvml() as nvml:
         count = ctypes.c_uint()
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        if nvml is None or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return []
         for index in range(count.value):
             device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
@@ -224,9 +234,16 @@ def gpu_architectures() -> list[str]:
                 continue
             if nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)) == 0:
                 found.add((major.value, minor.value))
-    finally:
-        nvml.nvmlShutdown()
     return [f"{major}{minor}" for major, minor in sorted(found)]
+
+
+def driver_cuda_version() -> str | None:
+    """The newest CUDA that the driver of the machine's GPUs runs, as ``13.0``; None where it cannot be asked."""
+    version = ctypes.c_int()
+    with _nvml() as nvml:
+        if nvml is None or nvml.nvmlSystemGetCudaDriverVersion(ctypes.byref(version)) != 0:
+            return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def torch_has_cuda() -> bool:
