@@ -73,7 +73,7 @@ _LEAST_FREE = 2**20
 _LOCK_SECONDS = 600  # longer than a build may take, its second try with another C++ compiler included
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # whose code takes time to make
 class Status:
     """What this process runs on, for :func:`tsm_jit.info`."""
 
@@ -109,7 +109,7 @@ def cache_folder() -> Path:
 # --- what to build ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Recipe:
     """Everything that decides what the compiled library is."""
 
@@ -120,15 +120,16 @@ class Recipe:
     key: str  # of entries that will do: with a * for each compiler that is not here
     entry: str  # the one that an import makes
     built: str  # the one that ``python -m tsm_jit build`` makes, with whatever it finds
-    cpp_sources: tuple[str, ...] = _CPU_SOURCES
-    cuda_sources: tuple[str, ...] = _CUDA_SOURCES
-    cflags: tuple[str, ...] = _CFLAGS
-    cflags_of: dict[str, tuple[str, ...]] = field(default_factory=_CFLAGS_OF.copy)
-    cuda_cflags: tuple[str, ...] = _CUDA_CFLAGS
-    cuda_defines: tuple[str, ...] = _CUDA_DEFINES
-    nvrtc_sources: tuple[str, ...] = _NVRTC_SOURCES
-    nvrtc_defines: tuple[str, ...] = _NVRTC_DEFINES
-    nvrtc_flags: tuple[str, ...] = _NVRTC_FLAGS
+
+    cpp_sources = _CPU_SOURCES
+    cuda_sources = _CUDA_SOURCES
+    cflags = _CFLAGS
+    cflags_of = _CFLAGS_OF
+    cuda_cflags = _CUDA_CFLAGS
+    cuda_defines = _CUDA_DEFINES
+    nvrtc_sources = _NVRTC_SOURCES
+    nvrtc_defines = _NVRTC_DEFINES
+    nvrtc_flags = _NVRTC_FLAGS
 
     @staticmethod
     def here(by: str) -> Recipe:

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import select
-import shlex
 import shutil
 import signal
 import subprocess
@@ -39,10 +38,14 @@ class BuildError(Exception):
 
 def find_cxx() -> list[str] | None:
     """The C++ compiler and its options: ``CXX`` if set, else c++, g++ or clang++ on the path."""
-    try:
-        chosen = shlex.split(os.environ.get("CXX", ""))
-    except ValueError:  # a quote that is not closed
-        return None
+    chosen = []
+    if "CXX" in os.environ:
+        import shlex  # of no use in most imports
+
+        try:
+            chosen = shlex.split(os.environ["CXX"])
+        except ValueError:  # a quote that is not closed
+            return None
     for name, *options in [chosen] if chosen else _CXX:
         if found := shutil.which(name):
             return [os.path.abspath(found), *options]

@@ -95,7 +95,7 @@ class Shift(NamedTuple):
 
     @staticmethod
     def decode(encoded: str) -> Shift:
-        match = _ENCODED.fullmatch(encoded)
+        match = re.fullmatch(_ENCODED, encoded)
         if match is None:
             raise ValueError(f"shift must look like {_EXAMPLE!r}, got {encoded!r}")
         n_segment, n_segment_shifted, channel_dim, padding, groups = match.groups()
@@ -104,7 +104,7 @@ class Shift(NamedTuple):
 
 
 _EXAMPLE = "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=zeros plan=8:1,8:-1"
-_ENCODED = re.compile(
+_ENCODED = (
     r"n_segment=(\d+) n_segment_shifted=(\d+) channel_dim=(\d+) "
     rf"padding=({'|'.join(PADDINGS)}) plan=((?:\d+:-?\d+(?:,\d+:-?\d+)*)?)"
 )
