@@ -7,6 +7,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -285,6 +289,18 @@ bool is_dense(const Tensor& x) {
   return true;
 }
 
+// Memory that the C library maps anew for each tensor: the system hands out its pages at their first write, and of 4 KiB
+// each that takes four times as long as a shift.
+void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr int64_t kMappedAnew = int64_t{32} << 20;  // glibc: DEFAULT_MMAP_THRESHOLD_MAX
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  if (bytes < kMappedAnew) return;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data), begin = (address + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), (address + bytes) / kPage * kPage - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // torch.empty_like. Its operator is looked up by name at every call, which takes longer than a small shift.
 Tensor new_like(const Tensor& x) {
   if (x.dim() > 64 || x.numel() == 0 || !is_dense(x)) return torch::stable::empty_like(x);
@@ -294,7 +310,9 @@ Tensor new_like(const Tensor& x) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype, device_type,
                                                   x.get_device_index(), &out));
-  return Tensor(out);
+  Tensor result(out);
+  if (x.is_cpu()) ask_for_huge_pages(result.mutable_data_ptr(), x.numel() * x.element_size());
+  return result;
 }
 
 template <bool kAdjoint>

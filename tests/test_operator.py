@@ -1,5 +1,8 @@
 """The kernels against the oracle, bit by bit: plans x paddings x layouts x dtypes x odd shapes, in place and not."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from support import DTYPES, FLOATING, assert_same_bits, layouts, poison, random_bits, random_values
@@ -8,6 +11,7 @@ import tsm_jit
 from tsm_jit import ops, reference
 from tsm_jit.plans import PADDINGS, Shift
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 PLANS = {
     "TSM": ((2, 1), (2, -1)),
     "uni-directional": ((2, -1),),
@@ -221,3 +225,23 @@ def test_operators_refuse_what_would_be_unsafe(device):
     ]:
         with pytest.raises(RuntimeError):
             torch.ops.tsm_jit.temporal_shift(x, good.replace(old, new))
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="needs a system that has huge pages")
+def test_a_large_result_is_of_huge_pages():
+    """Of the C library's own mapping; its first write would take longer than the shift."""
+    if tsm_jit.info()["devices"]["cpu"] != "compiled kernels":
+        pytest.skip("needs compiled kernels")
+    shift = Shift(8, 8, 1, "zeros", ((8, 1), (8, -1)))
+    x = random_bits((3 * 8, 64, 151, 153), torch.uint8)
+    actual = ops.temporal_shift(x, shift.encode())
+    assert_same_bits(actual, reference.temporal_shift(x, shift))
+    advised = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            mapping = range(int(match[1], 16), int(match[2], 16))
+        elif line.startswith("VmFlags:"):
+            advised[mapping] = "hg" in line.split()
+    for tensor, expected in ((actual, True), (x, False)):
+        middle = tensor.data_ptr() + tensor.numel() // 2
+        assert [flag for mapping, flag in advised.items() if middle in mapping] == [expected]
