@@ -248,6 +248,14 @@ void execute([[maybe_unused]] const Tensor& x, const Shift& shift, const void* s
                               [&](int64_t first, int64_t last) { tsm_jit::shift_cpu(shift, src, dst, first, last); });
 }
 
+// What is expanded over anything but frames and channels, as the gradient of a mean over pixels is, once.
+Tensor unexpanded(Tensor x, const Plan& plan) {
+  for (int64_t d = clips_apart(x, plan) ? 2 : 1; d < x.dim(); ++d) {
+    if (d != plan.channel_dim && x.stride(d) == 0 && x.size(d) > 1) x = torch::stable::narrow(x, d, 0, 1);
+  }
+  return x;
+}
+
 void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint) {
   if (src.numel() == 0) return;
   const bool adds = adjoint && (plan.padding == Padding::keep || plan.padding == Padding::replicate);
@@ -257,6 +265,13 @@ void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint) {
   Work work;
   const bool in_place = src.get() == dst.get();
   if (!describe(src, dst, plan, work)) {  // strides that no run of bytes follows
+    if (Tensor few = unexpanded(src, plan); !in_place && few.numel() < src.numel()) {
+      few = torch::stable::contiguous(few);
+      Tensor moved = torch::stable::empty_like(few);
+      run(few, moved, std::move(plan), adds);
+      torch::stable::copy_(dst, moved);
+      return;
+    }
     if (Work of_dst; !in_place && describe(dst, dst, plan, of_dst)) {
       torch::stable::copy_(dst, src);
       return run(dst, dst, std::move(plan), adds);

@@ -71,6 +71,8 @@ def test_incoming_gradients_of_any_layout(device, padding):
         torch.ones((), device=device).expand(10, 6, 4, 4),
         torch.randn(10, 1, 1, 1, device=device).expand(10, 6, 4, 4),
         torch.randn(6, 1, 1, device=device).expand(10, 6, 4, 4),
+        torch.randn(10, 6, 1, 1, device=device).expand(10, 6, 4, 4),
+        torch.randn(10, 6, 4, 1, device=device).expand(10, 6, 4, 4),
         torch.randn(10, 6, 4, 4, device=device).transpose(2, 3),
         torch.randn(4, 4, 6, 10, device=device).permute(3, 2, 1, 0),
         torch.randn(10, 12, 4, 8, device=device)[:, ::2, :, ::2],

@@ -40,8 +40,9 @@ def temporal_shift(
     Args:
         x: frames ``[N*T, C, *]`` (``[N*T, C, H, W]``, say), clips ``[N, T, C, H, W]``, or with ``channel_dim=-1``
             tokens ``[N*T, L, C]``; any dtype, any strides. NCHW, channels_last and every other layout in which the
-            channels of one frame lie in equal runs are read and written natively; others (cropped or expanded, say) are
-            copied into the result and shifted there, or in place go through one contiguous copy.
+            channels of one frame lie in equal runs are read and written natively; what is expanded is shifted before it
+            is; others (cropped, say) are copied into the result and shifted there, or in place go through one
+            contiguous copy.
         n_segment: the clip length ``T`` in frames. May be left out for clips of five dimensions.
         fold_div: a fold is this part of the channels: ``C // fold_div``, the ``n_div`` of TSM's constructors.
         inplace: shift ``x`` itself and return it. See below.
