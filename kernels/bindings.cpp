@@ -304,8 +304,8 @@ bool is_dense(const Tensor& x) {
   return true;
 }
 
-// Memory that the C library maps anew for each tensor: the system hands out its pages at their first write, and of 4 KiB
-// each that takes four times as long as a shift.
+// Memory that the C library maps anew for each tensor: the system hands out its pages at their first write, and of 4
+// KiB each that takes four times as long as a shift.
 void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr int64_t kMappedAnew = int64_t{32} << 20;  // glibc: DEFAULT_MMAP_THRESHOLD_MAX

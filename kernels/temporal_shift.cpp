@@ -99,16 +99,18 @@ class Piece {
   void forward() {
     const int32_t shifted = s_.n_segment_shifted;
     if (src_ == dst_ && s_.padding == Padding::circular) save_overwritten_frames();
-    for (int32_t i = 0; i < shifted; ++i) {
-      const int32_t t = offset_ >= 0 ? i : shifted - 1 - i;
-      const int32_t from = source_frame(t, offset_, shifted, s_.padding);
-      if (from == kNoFrame) {
-        zero(out(t), rows_, width_);
-      } else {
-        copy(out(t), is_saved(from) ? saved(from) : in(from), rows_, width_);
-      }
-    }
+    for (int32_t i = 0; i < shifted; ++i) forward(offset_ >= 0 ? i : shifted - 1 - i);
     keep_frames_beyond_shift();
+  }
+
+  // One frame of it, for which the order must not matter: out of place.
+  void forward(int32_t t) {
+    const int32_t from = t < s_.n_segment_shifted ? source_frame(t, offset_, s_.n_segment_shifted, s_.padding) : t;
+    if (from == kNoFrame) {
+      zero(out(t), rows_, width_);
+    } else {
+      copy(out(t), is_saved(from) ? saved(from) : in(from), rows_, width_);
+    }
   }
 
   void adjoint_sum() {
@@ -131,6 +133,8 @@ class Piece {
     }
     keep_frames_beyond_shift();
   }
+
+  bool is_still() const { return offset_ == 0; }
 
  private:
   Rows<const char> in(int64_t t) const { return {src_ + t * s_.src.frame, s_.src.outer}; }
@@ -171,13 +175,23 @@ void shift_cpu(const Shift& shift, const void* src, void* dst, int64_t first_tas
     const int64_t clip = task / tiling.per_clip(), within = task % tiling.per_clip();
     const int64_t row = within / tiling.run_tiles * tiling.rows, begin = within % tiling.run_tiles * tiling.bytes;
     const int64_t rows = std::min(tiling.rows, shift.outer - row), end = std::min(begin + tiling.bytes, shift.run);
+    std::vector<Piece> pieces;
     for (int32_t g = 0; g < shift.n_groups; ++g) {
       const Group& group = shift.groups[g];
       const int64_t from = std::max(begin, group.begin), to = std::min(end, group.end);
       if (from >= to || (src == dst && group.offset == 0)) continue;
-      Piece piece(shift, group, static_cast<const char*>(src) + clip * shift.src.clip + row * shift.src.outer + from,
-                  static_cast<char*>(dst) + clip * shift.dst.clip + row * shift.dst.outer + from, rows, to - from);
-      if (shift.sum == Sum::none || group.offset == 0) {
+      pieces.emplace_back(
+          shift, group, static_cast<const char*>(src) + clip * shift.src.clip + row * shift.src.outer + from,
+          static_cast<char*>(dst) + clip * shift.dst.clip + row * shift.dst.outer + from, rows, to - from);
+    }
+    if (src != dst && shift.sum == Sum::none) {
+      for (int32_t t = 0; t < shift.frames; ++t) {
+        for (Piece& piece : pieces) piece.forward(t);
+      }
+      continue;
+    }
+    for (Piece& piece : pieces) {
+      if (shift.sum == Sum::none || piece.is_still()) {
         piece.forward();
       } else {
         piece.adjoint_sum();

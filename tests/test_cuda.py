@@ -110,7 +110,7 @@ def test_memory(cuda):
         leaf = x.detach().requires_grad_()
         out, grad = tsm_jit.temporal_shift(leaf, **arguments), torch.ones_like(x)
         assert peak_of(lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)) == one, name
-        grad = grad.new_ones(()).expand(grad.shape)  # shifted before it is expanded: a number for each channel and frame
+        grad = grad.new_ones(()).expand(grad.shape)  # shifted before it is
         few = 2 * 8 * 8 * 64 * 4
         assert one <= peak_of(lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)) <= one + few, name
 
