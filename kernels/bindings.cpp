@@ -18,6 +18,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -304,8 +305,8 @@ bool is_dense(const Tensor& x) {
   return true;
 }
 
-// Memory that the C library maps anew for each tensor: the system hands out its pages at their first write, and of 4
-// KiB each that takes four times as long as a shift.
+// Memory that the C library maps anew for each tensor: the system hands out its pages at their first write, which takes
+// four times as long as a shift if they are small.
 void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr int64_t kMappedAnew = int64_t{32} << 20;  // glibc: DEFAULT_MMAP_THRESHOLD_MAX
@@ -316,18 +317,29 @@ void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t by
 #endif
 }
 
-// torch.empty_like. Its operator is looked up by name at every call, which takes longer than a small shift.
+// Of the device of `like`. torch.empty and its kin are looked up by name at every call, which takes longer than a small
+// shift.
+Tensor new_tensor(const Tensor& like, int32_t dtype, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  AtenTensorHandle out = nullptr;
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, like.get_device_index(), &out));
+  return Tensor(out);
+}
+
+int32_t type_of(const Tensor& x) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+// torch.empty_like.
 Tensor new_like(const Tensor& x) {
   if (x.dim() > 64 || x.numel() == 0 || !is_dense(x)) return torch::stable::empty_like(x);
-  AtenTensorHandle out = nullptr;
-  int32_t dtype = 0, device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype, device_type,
-                                                  x.get_device_index(), &out));
-  Tensor result(out);
-  if (x.is_cpu()) ask_for_huge_pages(result.mutable_data_ptr(), x.numel() * x.element_size());
-  return result;
+  Tensor out = new_tensor(x, type_of(x), x.dim(), x.sizes().data(), x.strides().data());
+  if (x.is_cpu()) ask_for_huge_pages(out.mutable_data_ptr(), x.numel() * x.element_size());
+  return out;
 }
 
 template <bool kAdjoint>
@@ -356,6 +368,56 @@ using Optional = std::optional<Tensor>;
 
 const void* data(const Optional& x) { return x ? x->const_data_ptr() : nullptr; }
 void* mutable_data(const Optional& x) { return x ? x->mutable_data_ptr() : nullptr; }
+
+// Of a tensor in memory order or, like activations in channels_last, with its channels innermost; as torch has them, of
+// empty tensors too.
+std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes, bool channels_last) {
+  channels_last = channels_last && sizes.size() > 1;
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  const auto next = [&](size_t d) {
+    strides[d] = stride;
+    stride *= channels_last ? sizes[d] : std::max<int64_t>(sizes[d], 1);
+  };
+  if (channels_last) next(1);
+  for (size_t d = sizes.size(); d-- > 0;) {
+    if (d != 1 || !channels_last) next(d);
+  }
+  return strides;
+}
+
+// A new tensor of the type and device of x, of these sizes, and with its channels where those of `like` are.
+Tensor new_in_format_of(const Tensor& like, const Tensor& x, const std::vector<int64_t>& sizes) {
+  const std::vector<int64_t> strides = strides_of(sizes, !like.is_contiguous());
+  return new_tensor(x, type_of(x), strides.size(), sizes.data(), strides.data());
+}
+
+// x, or a copy of it in the memory format of `like`.
+Optional in_format_of(const Tensor& like, const Optional& x) {
+  if (!x || x->numel() == 0) return x;
+  const std::vector<int64_t> sizes(x->sizes().begin(), x->sizes().end());
+  const std::vector<int64_t> strides = strides_of(sizes, !like.is_contiguous());
+  bool fits = true;
+  for (size_t d = 0; d < sizes.size(); ++d) fits = fits && (sizes[d] == 1 || x->stride(d) == strides[d]);
+  if (fits) return x;
+  Tensor copy = new_in_format_of(like, *x, sizes);
+  torch::stable::copy_(copy, *x);
+  return copy;
+}
+
+// For the frames of x that a shift does not read: as tsm_jit.plans.Shift.unread_channels counts them.
+Tensor new_unread(const Tensor& x, const std::string& shift) {
+  const Plan plan = plan_for(x, shift);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[0] /= plan.n_segment;
+  sizes[1] = 0;
+  for (const auto& [width, offset] : plan.groups) {
+    if (plan.padding != Padding::circular) sizes[1] += width * std::abs(offset);
+  }
+  return new_in_format_of(x, x, sizes);
+}
+
+Tensor nothing(const Tensor& like) { return new_in_format_of(like, like, {0}); }
 
 // Sees activations like x; `like` must be laid out as x is, `unread` as far as memory safety needs it.
 void describe_residual(const Tensor& x, const std::string& encoded, const std::vector<const Optional*>& like,
@@ -453,6 +515,16 @@ void residual_shift(const Tensor& out, const Optional& unread_out, const Tensor&
   parallel_frames(work.residual, f, tsm_jit::residual_forward_cpu);
 }
 
+std::tuple<Tensor, Tensor> new_residual_shift(const Tensor& z, const std::vector<Tensor>& z_norm, double z_epsilon,
+                                              const Optional& identity, const std::vector<Tensor>& identity_norm,
+                                              double identity_epsilon, const Optional& unread, const std::string& shift,
+                                              bool shifted) {
+  const Tensor out = new_like(z), unread_out = shifted ? new_unread(z, shift) : nothing(z);
+  residual_shift(out, shifted ? Optional(unread_out) : std::nullopt, z, z_norm, z_epsilon, in_format_of(z, identity),
+                 identity_norm, identity_epsilon, in_format_of(z, unread), shift, true);
+  return {out, unread_out};
+}
+
 // Is x in the type that activations like `like` are added in, as sums by channel and what is made of them are?
 bool is_wide(const Tensor& x, const Tensor& like, int64_t count) {
   const ScalarType wide = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -465,16 +537,12 @@ void check_sums(const Tensor& x, const Residual& r) {
   if (!x.is_cuda() || r.inner != 1) fail("sums by channel are made on CUDA, in channels_last");
 }
 
-// Memory for `count` numbers of the type that activations like x are added in, until the kernels that are launched with
-// it are done.
-Tensor scratch(const Tensor& x, int64_t count) {
-  const int64_t stride = 1;
-  int32_t device_type = 0;
-  AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+// For `count` numbers of the type that activations like x are added in. Its memory is kept until the kernels that are
+// launched with it are done.
+Tensor new_wide(const Tensor& x, std::initializer_list<int64_t> sizes) {
   const int32_t dtype = x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, dtype, device_type, x.get_device_index(), &out));
-  return Tensor(out);
+  const std::vector<int64_t> strides = strides_of(sizes, false);
+  return new_tensor(x, dtype, strides.size(), sizes.begin(), strides.data());
 }
 
 void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, const Optional& grad_unread_in,
@@ -532,7 +600,7 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
     return on_stream(out, [&](void* stream) {
       if (!norm_gradients) return tsm_jit::residual_backward_cuda(r, b, stream);
       b.slices = n.slices = tsm_jit::backward_slices(r);
-      const Tensor sums = scratch(out, b.slices * (1 + tsm_jit::kNorms) * channels);
+      const Tensor sums = new_wide(out, {b.slices * (1 + tsm_jit::kNorms) * channels});
       n.sums = b.sums = sums.mutable_data_ptr();
       if (const char* error = tsm_jit::residual_backward_cuda(r, b, stream)) return error;
       return tsm_jit::norm_gradients_cuda(r.type, channels, n, stream);
@@ -540,6 +608,25 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
   }
 #endif
   parallel_frames(r, b, tsm_jit::residual_backward_cpu);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> new_residual_shift_backward(
+    const Optional& grad_a, const Optional& grad_b, const Optional& grad_unread, const Tensor& out,
+    const Optional& unread_out, const Optional& z, const std::vector<Tensor>& z_norm, double z_epsilon,
+    const Optional& identity, const std::vector<Tensor>& identity_norm, double identity_epsilon,
+    const std::string& shift, bool shifted) {
+  const Optional a = in_format_of(out, grad_a);
+  // A plain gradient that had to be copied (that of a mean over pixels is one value) is ours to overwrite.
+  const bool is_ours = a && a->get() != grad_a->get() && !unread_out;
+  const bool has_norm = !z_norm.empty() || !identity_norm.empty();
+  const Tensor grad = is_ours ? *a : new_like(out), grad_shifted = shifted ? new_like(out) : nothing(out),
+               grad_unread_in = shifted ? new_unread(out, shift) : nothing(out),
+               made = has_norm ? new_wide(out, {1 + 4 * tsm_jit::kNorms, out.size(1)}) : nothing(out);
+  const auto if_any = [](bool wanted, const Tensor& x) { return wanted ? Optional(x) : std::nullopt; };
+  residual_shift_backward(grad, if_any(shifted, grad_shifted), if_any(shifted, grad_unread_in), if_any(has_norm, made),
+                          a, in_format_of(out, grad_b), in_format_of(out, grad_unread), out, unread_out, z, z_norm,
+                          z_epsilon, in_format_of(out, identity), identity_norm, identity_epsilon, shift);
+  return {grad, grad_shifted, grad_unread_in, made};
 }
 
 #ifdef TSM_JIT_CUDA
@@ -564,7 +651,7 @@ void channel_statistics(const Tensor& x, const Tensor& mean, const Tensor& varia
   c.momentum = momentum;
   on_stream(x, [&](void* stream) {
     c.slices = tsm_jit::statistics_slices(r);
-    const Tensor sums = scratch(x, 2 * c.slices * x.size(1));
+    const Tensor sums = new_wide(x, {2 * c.slices * x.size(1)});
     c.sums = sums.mutable_data_ptr();
     return tsm_jit::channel_statistics_cuda(r, c, stream);
   });
@@ -580,6 +667,8 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("temporal_shift_backward_", TORCH_BOX(&in_place<true>));
   m.impl("residual_shift_", TORCH_BOX(&residual_shift));
   m.impl("residual_shift_backward_", TORCH_BOX(&residual_shift_backward));
+  m.impl("residual_shift", TORCH_BOX(&new_residual_shift));
+  m.impl("residual_shift_backward", TORCH_BOX(&new_residual_shift_backward));
 }
 
 }  // namespace

@@ -5,8 +5,8 @@ or in shifted form: the shifted x, and beside it ``unread``, the frames that the
 in ``kernels/residual_shift.h``.
 
 - ``residual_shift_(out!, unread_out!, z, z_norm, ..., shift)`` and ``residual_shift_backward_`` write into tensors that
-  they are given; these are what ``kernels/bindings.cpp`` implements;
-- ``residual_shift`` and ``residual_shift_backward`` make these tensors: what compilers see.
+  they are given;
+- ``residual_shift`` and ``residual_shift_backward`` make these tensors.
 
 All are unknown to autograd; :func:`end_of_block` is not.
 """
@@ -46,8 +46,8 @@ for _schema in (
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+_new = torch.ops.tsm_jit.residual_shift.default._op
 _write = torch.ops.tsm_jit.residual_shift_.default._op
-_write_gradients = torch.ops.tsm_jit.residual_shift_backward_.default._op
 _write_statistics = torch.ops.tsm_jit.channel_statistics_.default._op
 
 
@@ -192,8 +192,7 @@ class _EndOfBlock(Function):
                 (saved[0], saved[4]), norms, (ctx.needs_input_grad[5:7], ctx.needs_input_grad[9:11]), strict=True
             )
         ]
-        operator = torch.ops.tsm_jit.residual_shift_backward.default if is_compiling() else _new_gradients
-        grad, grad_shifted, grad_unread_in, made = operator(
+        grad, grad_shifted, grad_unread_in, made = _new_gradients(
             grad_a,
             grad_b,
             grad_unread if shifted else None,
@@ -241,14 +240,6 @@ def _through_norm(
 # --- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
-    identity, unread = _laid_out_as(identity, z), _laid_out_as(unread, z)
-    out = torch.empty_like(z)
-    unread_out = _new_unread(z, shift) if shifted else None
-    _write(out, unread_out, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, True)
-    return out, z.new_empty(0) if unread_out is None else unread_out
-
-
 def _new_gradients(
     grad_a,
     grad_b,
@@ -265,19 +256,13 @@ def _new_gradients(
     shifted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The last: see ``NormGradients`` in ``kernels/residual_shift.h``. A norm is its mean, variance and weight."""
-    grads = (_laid_out_as(grad_a, out), _laid_out_as(grad_b, out), _laid_out_as(grad_unread, out))
-    # A plain gradient that had to be copied (that of a mean over pixels is one value) is ours to overwrite.
-    grad = grads[0] if grads[0] is not grad_a and unread_out is None else torch.empty_like(out)
-    grad_shifted = torch.empty_like(out) if shifted else None
-    grad_unread_in = _new_unread(out, shift) if shifted else None
-    normed = (z, z_norm, z_epsilon, _laid_out_as(identity, out), identity_norm, identity_epsilon)
-    norm, made, given = z_norm or identity_norm, None, _NOT_NORMED * 2
-    if norm and sums_are_in_kernel(out):
-        made, given = norm[0].new_empty((9, out.shape[1])), normed
-    _write_gradients(grad, grad_shifted, grad_unread_in, made, *grads, out, unread_out, *given, shift)
-    if norm and made is None:
-        made = _norm_gradients(grad, *normed)
-    return grad, *(out.new_empty(0) if each is None else each for each in (grad_shifted, grad_unread_in, made))
+    norms = (z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon)
+    in_kernel = sums_are_in_kernel(out)
+    operator = torch.ops.tsm_jit.residual_shift_backward.default
+    made = (operator if is_compiling() else operator._op)(
+        grad_a, grad_b, grad_unread, out, unread_out, *(norms if in_kernel else _NOT_NORMED * 2), shift, shifted
+    )
+    return made if in_kernel or not (z_norm or identity_norm) else (*made[:3], _norm_gradients(made[0], *norms))
 
 
 def _norm_gradients(grad, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon) -> Tensor:
@@ -400,13 +385,28 @@ def _like_new_gradients(
     )
 
 
+def _plain_new(*given):
+    *parts, shift, shifted = given
+    out, unread_out = _like_new(*given)
+    _plain_write(out, unread_out if shifted else None, *parts, shift, True)
+    return out, unread_out
+
+
+def _plain_new_gradients(*given):
+    *parts, shift, shifted = given
+    made = _like_new_gradients(*given)
+    wanted = (True, shifted, shifted, made[3].numel() > 0)
+    _plain_write_gradients(*(each if want else None for each, want in zip(made, wanted, strict=True)), *parts, shift)
+    return made
+
+
 _schemas = torch.ops.tsm_jit
 for _operator, _compute, _fake in (
     (_schemas.residual_shift_.default, _plain_write, lambda *_: None),
     (_schemas.residual_shift_backward_.default, _plain_write_gradients, lambda *_: None),
     (_schemas.channel_statistics_.default, _plain_write_statistics, lambda *_: None),
-    (_schemas.residual_shift.default, _new, _like_new),
-    (_schemas.residual_shift_backward.default, _new_gradients, _like_new_gradients),
+    (_schemas.residual_shift.default, _plain_new, _like_new),
+    (_schemas.residual_shift_backward.default, _plain_new_gradients, _like_new_gradients),
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")
     _library.impl(_operator, _fake, "Meta")
