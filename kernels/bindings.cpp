@@ -569,7 +569,7 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
   b.grad_unread_in = mutable_data(grad_unread_in);
   if (grad_shifted.has_value() != grad_unread_in.has_value()) fail("grad_shifted must come with grad_unread_in");
   const int64_t channels = out.size(1);
-  tsm_jit::NormGradients n{};
+  [[maybe_unused]] tsm_jit::NormGradients n{};
   if (norm_gradients) {
     check_sums(out, r);
     if (!is_wide(*norm_gradients, out, (1 + 4 * tsm_jit::kNorms) * channels)) {
