@@ -966,7 +966,8 @@ def test_an_nvcc_of_another_version_is_told(tmp_path, cxx, toolkit, major, minor
     mine = [int(part) for part in torch.version.cuda.split(".")]
     version = f"{mine[0] + major}.{mine[1] + minor}"
     (toolkit / "version").write_text(f"release {version}, V{version}.1")
-    facts, err = import_it(tmp_path / "cache", cuda=True, CXX=cxx, CUDA_HOME=toolkit)
+    arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit, "patch": "_toolchain.find_nvrtc = lambda: None"}
+    facts, err = import_it(tmp_path / "cache", **arguments)
     assert facts["cache"]["toolkit"] == f"{toolkit} (CUDA {version})"
     assert facts["devices"]["cuda"].startswith("compiled kernels")
     assert f"warning: nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}: " in err
@@ -974,29 +975,34 @@ def test_an_nvcc_of_another_version_is_told(tmp_path, cxx, toolkit, major, minor
 
 
 @needs_cuda_torch
-@pytest.mark.parametrize("driver", ["before", "same", "none"])
-def test_an_nvcc_newer_than_the_driver_is_passed_over(tmp_path, cxx, toolkit, nvrtc, nvml, driver):
-    """The runtime that it links to would refuse every launch, while torch's own CUDA runs."""
+@pytest.mark.parametrize("major", [-1, 1])
+def test_an_nvcc_of_another_major_version_is_passed_over_where_nvrtc_is(tmp_path, cxx, toolkit, nvrtc, nvml, major):
+    """Its kernels would bring a second CUDA runtime into the process."""
+    version = f"{int(torch.version.cuda.split('.')[0]) + major}.0"
+    (toolkit / "version").write_text(f"release {version}, V{version}.1")
+    patch = f"_toolchain.find_nvrtc = lambda: _toolchain.Path({str(nvrtc)!r}); {SEES}"
+    arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit, **nvml, "NVML_GPUS": "90", "NVML_DRIVER": "99000"}
+    facts, _ = import_it(tmp_path / "cache", patch=patch, **arguments)
+    assert facts["devices"]["cuda"] == "compiled kernels (NVRTC: sm_90, PTX 80)"
+    (warning,) = facts["warnings"]
+    assert f"nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}: set CUDA_HOME to" in warning
+
+
+@needs_cuda_torch
+def test_an_nvcc_whose_runtime_the_driver_is_too_old_for_is_passed_over(tmp_path, cxx, toolkit, nvml):
+    """It would refuse every launch, while torch's own CUDA runs."""
     major = int(torch.version.cuda.split(".")[0])
     (toolkit / "version").write_text(f"release {major + 1}.0, V{major + 1}.0.1")
-    version = {"before": f"{major}080", "same": f"{major + 1}000", "none": None}[driver]
-    facts, _ = import_it(
-        tmp_path / "cache",
-        cuda=True,
-        CXX=cxx,
-        CUDA_HOME=toolkit,
-        patch=f"_toolchain.find_nvrtc = lambda: _toolchain.Path({str(nvrtc)!r}); {SEES}",
-        **nvml,
-        NVML_GPUS="90",
-        NVML_DRIVER=version,
-    )
-    if driver == "before":
-        assert facts["devices"]["cuda"] == "compiled kernels (NVRTC: sm_90, PTX 80)"
-        (warning,) = facts["warnings"]
-        assert f"nvcc is of CUDA {major + 1}.0, but the driver runs none newer than {major}.8: set CUDA_H" in warning
-    else:
-        assert facts["devices"]["cuda"] == "compiled kernels (sm_90, PTX 80)"
-        assert facts["warnings"] == []
+    patch = f"_toolchain.find_nvrtc = lambda: None; {SEES}"
+    for driver, served in (
+        (f"{major}080", "plain torch: BuildError: "),
+        (f"{major + 1}000", "compiled kernels (sm_90"),
+    ):
+        cache = tmp_path / driver
+        arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit, **nvml, "NVML_GPUS": "90", "NVML_DRIVER": driver}
+        facts, _ = import_it(cache, patch=patch, **arguments)
+        assert facts["devices"]["cuda"].startswith(served)
+        assert ("the driver runs none newer than" in facts["devices"]["cuda"]) == served.startswith("plain")
 
 
 @needs_cuda_torch

@@ -67,7 +67,7 @@ def build(recipe: Recipe, folder: Path, library: str, log: Path, chosen: str | N
         toolkit, version = _toolchain.toolkit_root(recipe.compiler), _toolchain.nvcc_version(recipe.compiler)
         facts["toolkit"] = f"{toolkit} (CUDA {version})"
         facts["nvcc"] = str(toolkit / "bin" / "nvcc")
-        _refuse_newer_than_driver(version)
+        _refuse_second_runtime(version)
         if version != torch.version.cuda:
             say(f"warning: {_mismatch(version)}")
         flags = _gencode(codes)
@@ -189,14 +189,18 @@ def _age(architecture: str) -> int:
     return int(architecture.rstrip("abcdefghijklmnopqrstuvwxyz"))
 
 
-def _refuse_newer_than_driver(version: str) -> None:
-    """The CUDA runtime that goes with nvcc runs on no driver of an older major version."""
-    driver = _toolchain.driver_cuda_version()
-    if driver is not None and int(version.split(".")[0]) > int(driver.split(".")[0]):
-        raise BuildError(
-            f"nvcc is of CUDA {version}, but the driver runs none newer than {driver}: set CUDA_HOME to a toolkit of "
-            f"CUDA {torch.version.cuda}, or install a newer driver"
-        )
+def _refuse_second_runtime(version: str) -> None:
+    """nvcc of another major version than torch's CUDA links to a CUDA runtime of its own beside torch's, which an older
+    driver refuses: not where NVRTC, which is of torch's version and as good, can do it."""
+    driver, major = _toolchain.driver_cuda_version(), int(version.split(".")[0])
+    if major == int(torch.version.cuda.split(".")[0]):
+        return
+    said = f"nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}"
+    cure = f"set CUDA_HOME to a toolkit of CUDA {torch.version.cuda}, or TSM_JIT_NVRTC=1"
+    if driver is not None and major > int(driver.split(".")[0]):
+        raise BuildError(f"{said}, and the driver runs none newer than {driver}: {cure}")
+    if _toolchain.find_nvrtc() is not None:
+        raise BuildError(f"{said}: {cure}")
 
 
 def _mismatch(version: str, compiler: str = "nvcc") -> str:
