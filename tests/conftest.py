@@ -10,6 +10,13 @@ DEVICES = ("cpu", "cuda")
 
 
 def pytest_configure(config):
+    # Processes of tests, and those that they start, share the cores: threads that wait for each other take most of the
+    # time. With more threads the operators run without pytest-xdist, as in .ci/sanitize.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
     config.addinivalue_line(
         "markers", "feature(name, column=..., says='yes'): the cell of README's table that this tests"
     )
