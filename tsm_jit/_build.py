@@ -190,11 +190,12 @@ def _age(architecture: str) -> int:
 
 
 def _refuse_second_runtime(version: str) -> None:
-    """nvcc of another major version than torch's CUDA links to a CUDA runtime of its own beside torch's, which an older
+    """nvcc of another major version than torch's CUDA brings a CUDA runtime of its own beside torch's, which an older
     driver refuses: not where NVRTC, which is of torch's version and as good, can do it."""
-    driver, major = _toolchain.driver_cuda_version(), int(version.split(".")[0])
+    major = int(version.split(".")[0])
     if major == int(torch.version.cuda.split(".")[0]):
         return
+    driver = _toolchain.driver_cuda_version()
     said = f"nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}"
     cure = f"set CUDA_HOME to a toolkit of CUDA {torch.version.cuda}, or TSM_JIT_NVRTC=1"
     if driver is not None and major > int(driver.split(".")[0]):
