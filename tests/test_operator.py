@@ -242,6 +242,8 @@ def test_a_large_result_is_of_huge_pages():
             mapping = range(int(match[1], 16), int(match[2], 16))
         elif line.startswith("VmFlags:"):
             advised[mapping] = "hg" in line.split()
+    if not advised:
+        pytest.skip("needs a system that tells what memory was asked for")
     for tensor, expected in ((actual, True), (x, False)):
         middle = tensor.data_ptr() + tensor.numel() // 2
         assert [flag for mapping, flag in advised.items() if middle in mapping] == [expected]
