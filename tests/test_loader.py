@@ -210,6 +210,16 @@ def nvml(tmp_path_factory) -> dict:
     return {"LD_LIBRARY_PATH": os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])}
 
 
+def sees(architecture: str) -> str:
+    """In a process that has a GPU of it."""
+    return f"{SEES}; _toolchain.gpu_architectures = lambda: [{architecture!r}]"
+
+
+def finds(nvrtc: Path | None) -> str:
+    """In a process that has this NVRTC."""
+    return f"_toolchain.find_nvrtc = lambda: {nvrtc and f'_toolchain.Path({str(nvrtc)!r})'}"
+
+
 def compilations(cxx: Path) -> int:
     return (cxx.parent.parent / "calls").read_text().count(" -shared ")
 
@@ -864,8 +874,7 @@ def test_without_nvcc_and_nvrtc_only_the_cpu_part_is_there(built):
 def test_where_nvcc_fails_nvrtc_compiles_and_without_it_the_cpu_part_is_left(tmp_path, cxx, toolkit, nvrtc, with_nvrtc):
     nvcc = toolkit / "bin" / "nvcc"
     script(nvcc, nvcc.read_text().partition("\n")[2].replace(": >$made", 'echo "nvcc fatal : out of luck"; exit 1'))
-    found = f"__import__('pathlib').Path({str(nvrtc)!r})" if with_nvrtc else "None"
-    patch = f"_toolchain.find_nvrtc = lambda: {found}; _toolchain.gpu_is_visible = lambda: True"
+    patch = f"{finds(nvrtc if with_nvrtc else None)}; {SEES}"
     patch += "; _toolchain.gpu_architectures = lambda: ['90']"
     arguments = {"patch": patch, "cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
     cuda = "compiled kernels (NVRTC: sm_90, PTX 80)" if with_nvrtc else "plain torch: BuildError: nvcc fatal : out of"
@@ -966,7 +975,7 @@ def test_an_nvcc_of_another_version_is_told(tmp_path, cxx, toolkit, major, minor
     mine = [int(part) for part in torch.version.cuda.split(".")]
     version = f"{mine[0] + major}.{mine[1] + minor}"
     (toolkit / "version").write_text(f"release {version}, V{version}.1")
-    arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit, "patch": "_toolchain.find_nvrtc = lambda: None"}
+    arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit, "patch": finds(None)}
     facts, err = import_it(tmp_path / "cache", **arguments)
     assert facts["cache"]["toolkit"] == f"{toolkit} (CUDA {version})"
     assert facts["devices"]["cuda"].startswith("compiled kernels")
@@ -980,7 +989,7 @@ def test_an_nvcc_of_another_major_version_is_passed_over_where_nvrtc_is(tmp_path
     """Its kernels would bring a second CUDA runtime into the process."""
     version = f"{int(torch.version.cuda.split('.')[0]) + major}.0"
     (toolkit / "version").write_text(f"release {version}, V{version}.1")
-    patch = f"_toolchain.find_nvrtc = lambda: _toolchain.Path({str(nvrtc)!r}); {SEES}"
+    patch = f"{finds(nvrtc)}; {SEES}"
     arguments = {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit, **nvml, "NVML_GPUS": "90", "NVML_DRIVER": "99000"}
     facts, _ = import_it(tmp_path / "cache", patch=patch, **arguments)
     assert facts["devices"]["cuda"] == "compiled kernels (NVRTC: sm_90, PTX 80)"
@@ -993,7 +1002,7 @@ def test_an_nvcc_whose_runtime_the_driver_is_too_old_for_is_passed_over(tmp_path
     """It would refuse every launch, while torch's own CUDA runs."""
     major = int(torch.version.cuda.split(".")[0])
     (toolkit / "version").write_text(f"release {major + 1}.0, V{major + 1}.0.1")
-    patch = f"_toolchain.find_nvrtc = lambda: None; {SEES}"
+    patch = f"{finds(None)}; {SEES}"
     for driver, served in (
         (f"{major}080", "plain torch: BuildError: "),
         (f"{major + 1}000", "compiled kernels (sm_90"),
@@ -1054,10 +1063,10 @@ def test_an_absurd_list_of_architectures_leaves_the_cpu_part(tmp_path, cxx, tool
 def test_what_was_built_without_a_gpu_is_built_again_once_where_there_is_one(tmp_path, cxx, toolkit, nvml):
     cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit, **nvml}
     blind = {"patch": "_toolchain.gpu_is_visible = lambda: False", "NVML_GPUS": ""}
-    sees = {"patch": SEES, "NVML_GPUS": "90 90"}
+    sighted = {"patch": SEES, "NVML_GPUS": "90 90"}
     assert import_it(cache, **blind, **arguments)[0]["cache"]["architectures"] == ["PTX 75"]
-    assert import_it(cache, **sees, **arguments)[0]["cache"]["architectures"] == ["sm_90", "PTX 80"]
-    for eyes in (sees, blind):
+    assert import_it(cache, **sighted, **arguments)[0]["cache"]["architectures"] == ["sm_90", "PTX 80"]
+    for eyes in (sighted, blind):
         facts, err = import_it(cache, **eyes, **arguments)
         assert facts["cache"]["architectures"] == ["sm_90", "PTX 80"]
         assert err == ""
@@ -1069,10 +1078,7 @@ def test_what_was_built_for_newer_gpus_is_built_again_where_one_is_older(tmp_pat
     cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
 
     def on(model: str, architecture: str) -> tuple[list[str], str]:
-        patch = (
-            "_toolchain.gpu_is_visible = lambda: True; "
-            f"_toolchain.gpu_models = lambda: [{model!r}]; _toolchain.gpu_architectures = lambda: [{architecture!r}]"
-        )
+        patch = f"{sees(architecture)}; _toolchain.gpu_models = lambda: [{model!r}]"
         facts, err = import_it(cache, patch=patch, **arguments)
         return facts["cache"]["architectures"], err
 
@@ -1087,15 +1093,12 @@ def test_what_was_built_for_newer_gpus_is_built_again_where_one_is_older(tmp_pat
 def test_an_entry_without_code_for_the_gpu_is_not_loaded_even_if_no_other_can_be_built(tmp_path, cxx, toolkit):
     """It would fail at the first operator."""
     cache, arguments = tmp_path / "cache", {"cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
-    newer = "_toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
-    import_it(cache, patch=newer, **arguments)
+    import_it(cache, patch=sees("90"), **arguments)
     nvcc = toolkit / "bin" / "nvcc"
     text, date = nvcc.read_text(), nvcc.stat().st_mtime_ns
     nvcc.write_text(text.replace(": >$made", "exit 1  "))
     os.utime(nvcc, ns=(date, date))
-    older = (
-        newer.replace("'90'", "'75'") + "; _toolchain.find_nvrtc = lambda: None; _toolchain.gpu_models = lambda: [1]"
-    )
+    older = f"{sees('75')}; {finds(None)}; _toolchain.gpu_models = lambda: [1]"
     assert nvcc.stat().st_size == len(text), "the same to the key"
     facts, _ = import_it(cache, patch=older, **arguments)
     assert facts["devices"]["cpu"] == "compiled kernels"
@@ -1349,7 +1352,7 @@ def test_no_driver_or_an_old_one_is_told(by_nvrtc, stub, tmp_path):
 
 def test_a_kernel_that_is_not_in_the_images_does_not_link(tmp_path, nvrtc):
     """NVRTC made images, without a kernel in them; the compiler and the linker are real."""
-    patch = f"{WITHOUT_NVCC}; _toolchain.find_nvrtc = lambda: __import__('pathlib').Path({str(nvrtc)!r})"
+    patch = f"{WITHOUT_NVCC}; {finds(nvrtc)}"
     facts, _ = import_it(tmp_path / "cache", patch=patch, cuda=True)
     assert facts["devices"]["cpu"] == "compiled kernels"
     assert facts["devices"]["cuda"].startswith("plain torch: BuildError: ")
@@ -1371,9 +1374,8 @@ def test_the_images_of_a_gpu():
 
 @needs_cuda_torch
 def test_the_switch_chooses_nvrtc_and_both_builds_stay(tmp_path, cxx, toolkit, nvrtc):
-    cache, found = tmp_path / "cache", f"_toolchain.find_nvrtc = lambda: __import__('pathlib').Path({str(nvrtc)!r})"
-    sees = f"{found}; _toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
-    arguments = {"patch": sees, "cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
+    cache = tmp_path / "cache"
+    arguments = {"patch": f"{finds(nvrtc)}; {sees('90')}", "cuda": True, "CXX": cxx, "CUDA_HOME": toolkit}
     for _ in range(2):
         for switch, served in [("1", "NVRTC: sm_90, PTX 80"), ("0", "sm_90, PTX 80"), (None, "sm_90, PTX 80")]:
             facts, _ = import_it(cache, TSM_JIT_NVRTC=switch, **arguments)
@@ -1389,7 +1391,7 @@ def test_the_switch_chooses_nvrtc_and_both_builds_stay(tmp_path, cxx, toolkit, n
 @needs_cuda_torch
 def test_what_nvcc_made_is_taken_before_nvrtc_is_asked(tmp_path, cxx, toolkit, nvrtc):
     """And NVRTC is asked where all that was made is for the CPU alone."""
-    cache, found = tmp_path / "cache", f"_toolchain.find_nvrtc = lambda: __import__('pathlib').Path({str(nvrtc)!r})"
+    cache, found = tmp_path / "cache", finds(nvrtc)
     arguments = {"cuda": True, "CXX": cxx, "TORCH_CUDA_ARCH_LIST": "9.0"}
     import_it(cache, patch="_toolchain.find_nvcc = _toolchain.find_nvrtc = lambda: None", **arguments)
     facts, _ = import_it(cache, patch=f"{WITHOUT_NVCC}; {found}", **arguments)
@@ -1429,8 +1431,8 @@ def test_without_nvcc_and_a_working_nvrtc_the_cpu_part_is_left(tmp_path, cxx, li
         subprocess.run([*_toolchain.find_cxx(), "-shared", "-fPIC", source, "-o", made], check=True)
     elif library == "":
         made.touch()
-    found = "None" if library is None else f"__import__('pathlib').Path({str(made)!r})"
-    arguments = {"patch": f"{WITHOUT_NVCC}; _toolchain.find_nvrtc = lambda: {found}", "cuda": True, "CXX": cxx}
+    found = finds(None if library is None else made)
+    arguments = {"patch": f"{WITHOUT_NVCC}; {found}", "cuda": True, "CXX": cxx}
     for switch in (None, "1"):
         facts, err = import_it(tmp_path / "cache", TSM_JIT_NVRTC=switch, **arguments)
         assert facts["devices"]["cpu"] == "compiled kernels"
@@ -1684,11 +1686,10 @@ def test_build_for_others_leaves_a_cache_that_just_works(tmp_path, cxx, toolkit)
         assert done.returncode == 0, done.stderr
         (entry,) = entries(cache)
         assert done.stdout == f"compiled {entry} for CPU, {architectures}\n"
-    sees = "_toolchain.gpu_is_visible = lambda: True; _toolchain.gpu_architectures = lambda: ['90']"
     for path in (entry, cache):
         path.chmod(0o500)
     for changes in (arguments, {"CXX": "/nowhere/c++"}):
-        facts, err = import_it(cache, patch=sees, **changes)
+        facts, err = import_it(cache, patch=sees("90"), **changes)
         assert facts["devices"]["cuda"] == "compiled kernels (sm_75, PTX 75)"
         assert facts["cache"]["key"] == entry.name
         assert err == ""

@@ -192,23 +192,29 @@ def _age(architecture: str) -> int:
 def _refuse_second_runtime(version: str) -> None:
     """nvcc of another major version than torch's CUDA brings a CUDA runtime of its own beside torch's, which an older
     driver refuses: not where NVRTC, which is of torch's version and as good, can do it."""
-    major = int(version.split(".")[0])
-    if major == int(torch.version.cuda.split(".")[0]):
+    if _major(version) == _major(torch.version.cuda):
         return
-    driver = _toolchain.driver_cuda_version()
-    said = f"nvcc is of CUDA {version}, torch of CUDA {torch.version.cuda}"
+    driver, said = _toolchain.driver_cuda_version(), _versions("nvcc", version)
     cure = f"set CUDA_HOME to a toolkit of CUDA {torch.version.cuda}, or TSM_JIT_NVRTC=1"
-    if driver is not None and major > int(driver.split(".")[0]):
+    if driver is not None and _major(version) > _major(driver):
         raise BuildError(f"{said}, and the driver runs none newer than {driver}: {cure}")
     if _toolchain.find_nvrtc() is not None:
         raise BuildError(f"{said}: {cure}")
 
 
 def _mismatch(version: str, compiler: str = "nvcc") -> str:
-    said = f"{compiler} is of CUDA {version}, torch of CUDA {torch.version.cuda}"
-    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+    said = _versions(compiler, version)
+    if _major(version) != _major(torch.version.cuda):
         return f"{said}: the kernels use a CUDA runtime of their own, and need a driver that knows both"
     return f"{said}: with a driver older than {compiler}, the kernels run on no other GPUs than they are compiled for"
+
+
+def _versions(compiler: str, version: str) -> str:
+    return f"{compiler} is of CUDA {version}, torch of CUDA {torch.version.cuda}"
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
 
 
 def _older_gxx(said: str) -> str | None:
