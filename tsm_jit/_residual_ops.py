@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
@@ -62,9 +62,9 @@ class Norm(NamedTuple):
     of_batch: bool = False  # are mean and variance those of the values, so that gradients go through them as well?
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The type in which activations like ``x`` are added and their norms computed."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+def wide(in_type: torch.dtype) -> torch.dtype:
+    """The type in which activations of a type are added and their norms computed."""
+    return torch.float64 if in_type is torch.float64 else torch.float32
 
 
 def sums_are_in_kernel(x: Tensor) -> bool:
@@ -118,7 +118,7 @@ def end_of_block(
         elif own_z and (not shifted or (z.is_cuda and "=circular" not in shift)):
             out, unread_out = z, _new_unread(z, shift) if shifted else None
         else:
-            out, unread_out = _forward(*given, shifted)
+            out, unread_out = write_new(z, z_norm, identity, identity_norm, unread, shift, shifted)
             return [out] * readers, unread_out if shifted else None
         write = torch.ops.tsm_jit.residual_shift_.default if is_compiling() else _write
         write(out, unread_out, *given, True)
@@ -129,12 +129,34 @@ def end_of_block(
     return out, unread_out if shifted else None
 
 
-def _forward(*given) -> tuple[Tensor, Tensor]:
-    return (torch.ops.tsm_jit.residual_shift.default if is_compiling() else _new)(*given)
+def write_new(
+    z: Tensor,
+    z_norm: Norm | None,
+    identity: Tensor | None,
+    identity_norm: Norm | None,
+    unread: Tensor | None,
+    shift: str,
+    shifted: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`end_of_block` as new tensors, unknown to autograd."""
+    write = torch.ops.tsm_jit.residual_shift.default if is_compiling() else _new
+    return write(z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
 
 
 def _parts(norm: Norm | None) -> tuple[list[Tensor], float]:
     return ([], 0.0) if norm is None else (list(norm[:4]), norm.epsilon)
+
+
+def applied_norm(module: nn.BatchNorm2d, x: Tensor, recorded: bool) -> Norm:
+    """The batch normalization of ``x`` by ``module``, whose running statistics are updated."""
+    parts = [module.running_mean, module.running_var, module.weight, module.bias]
+    if not recorded:
+        return Norm(*parts, module.eps)
+    if module.training:
+        module.num_batches_tracked.add_(1)
+        parts[:2] = batch_statistics(x.detach(), *parts[:2], module.momentum)
+    in_type = wide(x.dtype)
+    return Norm(*(part if part.dtype is in_type else part.to(in_type) for part in parts), module.eps, module.training)
 
 
 def batch_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
@@ -149,7 +171,7 @@ def batch_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momen
 
 def _plain_statistics(x, running_mean, running_var, momentum) -> tuple[Tensor, Tensor]:
     count = x.numel() // x.shape[1]
-    variance, mean = torch.var_mean(x.to(wide(x)), (0, 2, 3), correction=0)
+    variance, mean = torch.var_mean(x.to(wide(x.dtype)), (0, 2, 3), correction=0)
     running_mean.lerp_(mean, momentum)
     running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
     return mean, variance
@@ -167,53 +189,88 @@ class _EndOfBlock(Function):
         *parts, how, readers = rest
         z_how, identity_how, shift, shifted = how
         z_norm, identity_norm = z_how and Norm(*parts[:4], *z_how), identity_how and Norm(*parts[4:], *identity_how)
-        out, unread_out = _forward(z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
+        out, unread_out = write_new(z, z_norm, identity, identity_norm, unread, shift, shifted)
         ctx.how = how
         ctx.identity_is_shifted = unread is not None
-        # Without a norm the values are not needed, and a norm's bias is not.
-        saved = [
-            (values, *norm[:3]) if norm else (None,) * 4 for values, norm in ((z, z_norm), (identity, identity_norm))
-        ]
-        ctx.save_for_backward(out, unread_out if shifted else None, *saved[0], *saved[1])
+        ctx.save_for_backward(out, unread_out if shifted else None, *kept(z, z_norm), *kept(identity, identity_norm))
         ctx.set_materialize_grads(False)
-        # No output that nobody reads: a compiler fills its gradient with zeros.
-        return unread_out, out, *(out.view_as(out) for _ in range(readers - 1))
+        return unread_out, *for_readers(out, readers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_unread, grad_a, grad_b=None):
         out, unread_out, *saved = ctx.saved_tensors
         *hows, shift, shifted = ctx.how
-        norms = [how and Norm(*part[1:], None, *how) for how, part in zip(hows, (saved[:4], saved[4:]), strict=True)]
-        # Those whose gradients are made of sums over all but the channels.
-        summed = [
-            (values, list(norm[:3]), norm.epsilon) if norm and (norm.of_batch or any(needed)) else _NOT_NORMED
-            for values, norm, needed in zip(
-                (saved[0], saved[4]), norms, (ctx.needs_input_grad[5:7], ctx.needs_input_grad[9:11]), strict=True
-            )
-        ]
-        grad, grad_shifted, grad_unread_in, made = _new_gradients(
-            grad_a,
-            grad_b,
-            grad_unread if shifted else None,
-            out,
-            unread_out,
-            *summed[0],
-            *summed[1],
-            shift,
-            ctx.identity_is_shifted,
+        needed = ctx.needs_input_grad
+        z = Operand.of_kept(saved[:4], hows[0], needed[0], any(needed[5:7]))
+        identity = Operand.of_kept(saved[4:], hows[1], needed[1], any(needed[9:11]))
+        grads = grad_a, grad_b, grad_unread if shifted else None
+        of_z, of_identity, grad_unread_in = gradients_of_end(
+            *grads, out, unread_out, z, identity, shift, ctx.identity_is_shifted
         )
-        zero, *rows = made.unbind(0) if made.numel() else [None]
-        grads = [grad, grad_shifted if ctx.identity_is_shifted else grad]
-        of_norms = []
-        for k, (norm, values) in enumerate(zip(norms, (saved[0], saved[4]), strict=True)):
-            of_weight, of_bias, *beside = rows[4 * k : 4 * k + 4] if summed[k][1] else (None,) * 4
-            if norm is not None and ctx.needs_input_grad[k]:
-                # The last one that reads `grad`, where that is nobody's gradient itself.
-                last = ctx.identity_is_shifted if k == 0 else norms[0] is not None
-                grads[k] = _through_norm(grad, values, norm, zero, beside, last)
-            of_norms += [None, None, of_weight, of_bias]
-        return *grads, grad_unread_in if ctx.identity_is_shifted else None, *of_norms, None, None
+        of_norms = (None, None, *of_z[1:], None, None, *of_identity[1:])
+        return of_z[0], of_identity[0], grad_unread_in, *of_norms, None, None
+
+
+def for_readers(out: Tensor, readers: int) -> list[Tensor]:
+    """``out`` for each of them. None for nobody: a compiler would fill its gradient with zeros."""
+    return [out, *(out.view_as(out) for _ in range(readers - 1))]
+
+
+def kept(values: Tensor, norm: Norm | None) -> tuple[Tensor | None, ...]:
+    """What the backward needs of an operand: without a norm not its values, and of a norm not its bias."""
+    return (values, *norm[:3]) if norm else (None,) * 4
+
+
+class Operand(NamedTuple):
+    """One of the two that the end of a block adds, backward: which of its gradients are wanted."""
+
+    values: Tensor | None = None
+    norm: Norm | None = None
+    wanted: bool = False
+    norm_is_wanted: bool = False
+
+    @classmethod
+    def of_kept(
+        cls, saved: Sequence[Tensor], how: tuple[float, bool] | None, wanted: bool, norm_is_wanted: bool
+    ) -> Operand:
+        """Out of what :func:`kept` made, and the rest of its norm."""
+        return cls(saved[0], how and Norm(*saved[1:], None, *how), wanted, norm_is_wanted)
+
+    def summed(self) -> tuple[Tensor | None, list[Tensor], float]:
+        """Norm and values, if gradients are made of sums over all but the channels."""
+        if self.norm and (self.norm.of_batch or self.norm_is_wanted):
+            return self.values, list(self.norm[:3]), self.norm.epsilon
+        return _NOT_NORMED
+
+
+def gradients_of_end(
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+    grad_unread: Tensor | None,
+    out: Tensor,
+    unread_out: Tensor | None,
+    z: Operand,
+    identity: Operand,
+    shift: str,
+    identity_is_shifted: bool,
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], Tensor | None]:
+    """The gradients of z and those of the identity: of the values, and of the norm's weight and bias; and of unread."""
+    of_z, of_identity = z.summed(), identity.summed()
+    grad, grad_shifted, grad_unread_in, made = _new_gradients(
+        grad_a, grad_b, grad_unread, out, unread_out, *of_z, *of_identity, shift, identity_is_shifted
+    )
+    zero, *rows = made.unbind(0) if made.numel() else [None]
+    found = []
+    for k, (each, summed) in enumerate(((z, of_z), (identity, of_identity))):
+        of_weight, of_bias, *beside = rows[4 * k : 4 * k + 4] if summed[1] else (None,) * 4
+        of_values = grad_shifted if k == 1 and identity_is_shifted else grad
+        if each.norm is not None and each.wanted:
+            # The last one that reads `grad`, where that is nobody's gradient itself.
+            last = z.norm is not None if k == 1 else identity_is_shifted or not identity.wanted
+            of_values = _through_norm(grad, each.values, each.norm, zero, beside, last)
+        found.append((of_values if each.wanted else None, of_weight, of_bias))
+    return *found, grad_unread_in if identity_is_shifted else None
 
 
 def _through_norm(
@@ -316,9 +373,9 @@ def _plain_write(
 def _normed(values: Tensor, norm: Sequence[Tensor], epsilon: float) -> Tensor:
     if not norm:
         return values
-    parts = [part.to(wide(values)) for part in norm]
+    parts = [part.to(wide(values.dtype)) for part in norm]
     scale = torch.rsqrt(parts[1] + epsilon) * parts[2]
-    return values.to(wide(values)) * scale[:, None, None] + (parts[3] - parts[0] * scale)[:, None, None]
+    return values.to(wide(values.dtype)) * scale[:, None, None] + (parts[3] - parts[0] * scale)[:, None, None]
 
 
 def _plain_write_gradients(

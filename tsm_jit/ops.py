@@ -126,7 +126,7 @@ class _ShiftForReader(Function):
         differentiated = grad.requires_grad and torch.is_grad_enabled()
         if differentiated or not eager() or type(grad) is not Tensor or not elements_are_apart(grad):
             return temporal_shift_backward(grad, ctx.shift), None
-        _backward_in_place(grad, ctx.shift)
+        temporal_shift_backward_(grad, ctx.shift)
         return grad, None
 
 
@@ -193,6 +193,11 @@ def temporal_shift_backward(grad: Tensor, shift: str) -> Tensor:
     if grad.requires_grad and torch.is_grad_enabled():
         return _RecordedAdjoint.apply(grad, shift)
     return _adjoint_kernel(grad, shift)
+
+
+def temporal_shift_backward_(grad: Tensor, shift: str) -> None:
+    """The adjoint in place of ``grad``, a gradient of a type of :data:`_ADDED` that nobody else has."""
+    _backward_in_place(grad, shift)
 
 
 def elements_are_apart(x: Tensor) -> bool:

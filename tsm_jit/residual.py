@@ -28,10 +28,11 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from tsm_jit import ops, tsam, tsm
 from tsm_jit._families import resnet_stages
 from tsm_jit._networks import ShiftedModule, has_global_hooks, has_hooks, unwrapped
+from tsm_jit._residual_block import Layer, block_of_layers
 from tsm_jit._residual_ops import (
     NO_SHIFT,
     Norm,
-    batch_statistics,
+    applied_norm,
     end_of_block,
     relu_of_norm_,
     sums_are_in_kernel,
@@ -142,32 +143,53 @@ class _Stream(NamedTuple):
 
 def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Stream:
     modules = _branch_modules(block)
-    z, z_norm = _branch(modules, stream)
     identity, identity_norm = stream.identity, None
     if block.downsample is not None:
         *before, last = block.downsample
         for module in before:
             identity = module(identity)
         identity, identity_norm = _deferred(last, identity)
-    wanted = _wanted(following, z)
+    wanted = _wanted(following, identity)
     if stream.shift is not None and wanted != stream.shift:
         wanted = None  # one pass knows one shift
-    # A shifted stream is nobody else's, unless a module before kept it; a convolution keeps and returns nothing of its.
-    own_identity = stream.shift is not None and _is_convolution(modules[0].shifted_module)
-    own_z = z_norm is not None and _is_convolution(modules[-2])
-    x, unread = end_of_block(
-        z,
-        z_norm,
-        identity,
-        identity_norm,
-        stream.unread,
-        wanted or stream.shift or NO_SHIFT,
-        wanted is not None,
-        readers=1 if following is None else 2,
-        own_z=own_z,
-        own_identity=own_identity,
-    )
+    end = (identity, identity_norm, stream.unread, wanted or stream.shift or NO_SHIFT, wanted is not None)
+    readers = 1 if following is None else 2
+    recorded = _recorded_layers(modules, stream.first)
+    if recorded is not None:
+        first_shift = None
+        if stream.shift is None and _is_shifted(modules[0]):
+            first_shift = modules[0].shift_of(stream.first)
+        x, unread = block_of_layers(*recorded, first_shift, *end, readers)
+    else:
+        z, z_norm = _branch(modules, stream)
+        # A shifted stream is nobody else's, unless a module before kept it; a convolution keeps and returns nothing of
+        # its.
+        own_identity = stream.shift is not None and _is_convolution(_unshifted(modules[0]))
+        own_z = z_norm is not None and _is_convolution(modules[-2])
+        x, unread = end_of_block(z, z_norm, *end, readers=readers, own_z=own_z, own_identity=own_identity)
     return _Stream(x[-1], x[0], unread, wanted)
+
+
+def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
+    """``x``, of the type in which the residual branch computes, and its layers; None if its modules are to be called:
+    nothing is recorded, a compiler does it better, or not all are convolution, norm and ReLU, again and again."""
+    if not torch.is_grad_enabled() or is_compiling() or not sums_are_in_kernel(x) or len(x) < 2:
+        return None
+    device, in_type = x.device.type, x.dtype
+    autocast = torch.is_autocast_enabled(device) and in_type is not torch.float64
+    if autocast:
+        in_type = torch.get_autocast_dtype(device)
+    layers = [Layer(_unshifted(c), norm) for c, norm in zip(modules[::3], modules[1::3], strict=False)]
+    if len(modules) != 3 * len(layers) - 1 or not all(map(_is_relu, modules[2::3])):
+        return None
+    for c, norm in layers:
+        if not _is_convolution(c) or c.padding_mode != "zeros" or isinstance(c.padding, str):
+            return None
+        if not (c.weight.dtype is in_type or (autocast and c.weight.dtype is torch.float32)):
+            return None
+        if not _is_applied(norm, in_type) or norm.weight.dtype is not wide(in_type):
+            return None
+    return x.to(in_type), layers
 
 
 def _branch(modules: list[nn.Module], stream: _Stream) -> tuple[Tensor, Norm | None]:
@@ -180,7 +202,7 @@ def _branch(modules: list[nn.Module], stream: _Stream) -> tuple[Tensor, Norm | N
         z = conv1.call_shifted(stream.first, conv1.shift_of(stream.first), inplace=recorded)
     else:
         z = conv1(stream.first)
-    before = conv1.shifted_module if _is_shifted(conv1) else conv1
+    before = _unshifted(conv1)
     in_place = not torch.is_grad_enabled() and not is_compiling()
     relu_is_done = False
     for module, after in zip(modules, (*modules[1:], last), strict=True):
@@ -218,25 +240,27 @@ def _deferred(norm: nn.Module, x: Tensor) -> tuple[Tensor, Norm | None]:
 
 def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
     """The batch normalization ``norm`` of ``x``, its running statistics updated; None if it has to be called."""
+    if not _is_applied(norm, x.dtype):
+        return None
+    recorded = torch.is_grad_enabled()
+    if recorded and not sums_are_in_kernel(x):  # which its gradient takes
+        return None
+    if norm.training and x.numel() == x.shape[1]:  # of which there are no statistics: an error, when called
+        return None
+    return applied_norm(norm, x, recorded)
+
+
+def _is_applied(norm: nn.Module, in_type: torch.dtype) -> bool:
+    """Whether ``norm`` need not be called for activations of a type: it is a batch normalization as they all are."""
     if type(norm) is not nn.BatchNorm2d or has_hooks(norm) or not norm.affine or norm.running_mean is None:
-        return None
-    parts = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
-    types, in_type = {part.dtype for part in parts}, wide(x)
-    if types not in ({torch.float32}, {x.dtype}):
-        return None
-    if not torch.is_grad_enabled():
-        return None if norm.training else Norm(*parts, norm.eps)
-    if not sums_are_in_kernel(x):  # which its gradient takes
-        return None
-    if norm.training:
-        one_value = x.numel() == x.shape[1]  # of which there are no statistics: an error, when called
-        if one_value or types != {in_type} or norm.num_batches_tracked is None:
-            return None
-        if norm.momentum is None or not norm.track_running_stats:
-            return None
-        norm.num_batches_tracked.add_(1)
-        parts[:2] = batch_statistics(x.detach(), *parts[:2], norm.momentum)
-    return Norm(*(part if part.dtype is in_type else part.to(in_type) for part in parts), norm.eps, norm.training)
+        return False
+    types = {part.dtype for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias)}
+    if types not in ({torch.float32}, {in_type}):
+        return False
+    if not norm.training:
+        return True
+    tracked = norm.num_batches_tracked is not None and norm.momentum is not None and norm.track_running_stats
+    return torch.is_grad_enabled() and types == {wide(in_type)} and tracked
 
 
 # --- what is understood ----------------------------------------------------------------------------------------------
@@ -263,6 +287,10 @@ def _refusal(block: nn.Module) -> str | None:
 
 def _kind(block: nn.Module) -> str:
     return f"{type(block).__module__}.{type(block).__qualname__}"
+
+
+def _unshifted(module: nn.Module) -> nn.Module:
+    return module.shifted_module if _is_shifted(module) else module
 
 
 def _is_shifted(module: nn.Module) -> bool:
