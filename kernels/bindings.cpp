@@ -392,14 +392,21 @@ Tensor new_in_format_of(const Tensor& like, const Tensor& x, const std::vector<i
   return new_tensor(x, type_of(x), strides.size(), sizes.data(), strides.data());
 }
 
+// Has x these sizes, and its elements in memory order or with its channels innermost?
+bool is_laid_out(const Tensor& x, const std::vector<int64_t>& sizes, bool channels_last) {
+  const std::vector<int64_t> strides = strides_of(sizes, channels_last);
+  bool fits = x.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t d = 0; fits && d < sizes.size(); ++d) {
+    fits = x.size(d) == sizes[d] && (sizes[d] == 1 || x.stride(d) == strides[d]);
+  }
+  return fits;
+}
+
 // x, or a copy of it in the memory format of `like`.
 Optional in_format_of(const Tensor& like, const Optional& x) {
   if (!x || x->numel() == 0) return x;
   const std::vector<int64_t> sizes(x->sizes().begin(), x->sizes().end());
-  const std::vector<int64_t> strides = strides_of(sizes, !like.is_contiguous());
-  bool fits = true;
-  for (size_t d = 0; d < sizes.size(); ++d) fits = fits && (sizes[d] == 1 || x->stride(d) == strides[d]);
-  if (fits) return x;
+  if (is_laid_out(*x, sizes, !like.is_contiguous())) return x;
   Tensor copy = new_in_format_of(like, *x, sizes);
   torch::stable::copy_(copy, *x);
   return copy;
@@ -484,9 +491,10 @@ void parallel_frames(const Residual& r, const Work& work, Run run) {
                               [&](int64_t first, int64_t last) { run(r, work, first, last); });
 }
 
-void residual_shift(const Tensor& out, const Optional& unread_out, const Tensor& z, const std::vector<Tensor>& z_norm,
-                    double z_epsilon, const Optional& identity, const std::vector<Tensor>& identity_norm,
-                    double identity_epsilon, const Optional& unread, const std::string& shift, bool relu) {
+void residual_shift(const Tensor& out, const Optional& unread_out, const Optional& plain, int64_t step, const Tensor& z,
+                    const std::vector<Tensor>& z_norm, double z_epsilon, const Optional& identity,
+                    const std::vector<Tensor>& identity_norm, double identity_epsilon, const Optional& unread,
+                    const std::string& shift, bool relu) {
   if (z.numel() == 0) return;
   ResidualWork work;
   const Optional written = out;
@@ -504,6 +512,20 @@ void residual_shift(const Tensor& out, const Optional& unread_out, const Tensor&
   f.out_is_shifted = unread_out.has_value();
   f.relu = relu;
   if (!identity && (unread || unread_out)) fail("identity must be given where activations are shifted");
+  if (plain) {
+    const bool steps = z.dim() == 4 && step >= 1 && step <= std::numeric_limits<int32_t>::max();
+    const auto kept = [&](int64_t d) { return steps ? (z.size(d) + step - 1) / step : 0; };
+    if (!steps || !is_laid_out(*plain, {z.size(0), z.size(1), kept(2), kept(3)}, !z.is_contiguous()) ||
+        plain->scalar_type() != z.scalar_type() || plain->get_device_index() != z.get_device_index()) {
+      fail("plain must be every step-th row and column of pixels of z, of its type and layout");
+    }
+    if (!unread_out || f.out == f.z) fail("plain must come beside a shifted out that is not z");
+    if (z.is_cuda() && work.residual.inner != 1)
+      fail("plain comes beside a shifted out on CUDA in channels_last alone");
+    f.plain = plain->mutable_data_ptr();
+    f.width = static_cast<int32_t>(z.size(3));
+    f.step = static_cast<int32_t>(step);
+  }
   if (tsm_jit::shifts_z_in_place(f) && (!z.is_cuda() || work.residual.shift.padding == Padding::circular)) {
     fail("out must not be z if it is shifted, but on CUDA and by no circular shift");
   }
@@ -520,9 +542,43 @@ std::tuple<Tensor, Tensor> new_residual_shift(const Tensor& z, const std::vector
                                               double identity_epsilon, const Optional& unread, const std::string& shift,
                                               bool shifted) {
   const Tensor out = new_like(z), unread_out = shifted ? new_unread(z, shift) : nothing(z);
-  residual_shift(out, shifted ? Optional(unread_out) : std::nullopt, z, z_norm, z_epsilon, in_format_of(z, identity),
-                 identity_norm, identity_epsilon, in_format_of(z, unread), shift, true);
+  residual_shift(out, shifted ? Optional(unread_out) : std::nullopt, std::nullopt, 1, z, z_norm, z_epsilon,
+                 in_format_of(z, identity), identity_norm, identity_epsilon, in_format_of(z, unread), shift, true);
   return {out, unread_out};
+}
+
+std::tuple<Tensor, Tensor, Tensor> residual_pool(const Tensor& z, const std::vector<Tensor>& z_norm, double z_epsilon,
+                                                 const std::string& shift, bool plain, bool shifted) {
+  if (z.dim() != 4 || z.size(1) < 2 || !is_laid_out(z, {z.sizes().begin(), z.sizes().end()}, true)) {
+    fail("z must be [N*T, C, H, W] in channels_last, of more than one channel, to be pooled");
+  }
+  const auto half = [](int64_t size) { return (size + 1) / 2; };
+  const auto pooled = [&](bool wanted) {
+    return wanted ? new_in_format_of(z, z, {z.size(0), z.size(1), half(z.size(2)), half(z.size(3))}) : nothing(z);
+  };
+  const Tensor plain_out = pooled(plain), out = pooled(shifted);
+  const Tensor unread_out = shifted ? new_unread(out, shift) : nothing(z);
+  if (z.numel() == 0 || (!plain && !shifted)) return {plain_out, out, unread_out};
+  ResidualWork work;
+  describe_residual(plain ? plain_out : out, shift, {}, {}, work);
+  tsm_jit::ResidualPool p{};
+  p.z = z.const_data_ptr();
+  p.z_norm = norm_of(z, z.size(1), z_norm, z_epsilon);
+  p.height = static_cast<int32_t>(z.size(2));
+  p.width = static_cast<int32_t>(z.size(3));
+  if (plain) p.plain = plain_out.mutable_data_ptr();
+  if (shifted) {
+    p.out = out.mutable_data_ptr();
+    p.unread_out = unread_out.mutable_data_ptr();
+  }
+#ifdef TSM_JIT_CUDA
+  if (z.is_cuda()) {
+    on_stream(z, [&](void* stream) { return tsm_jit::residual_pool_cuda(work.residual, p, stream); });
+    return {plain_out, out, unread_out};
+  }
+#endif
+  parallel_frames(work.residual, p, tsm_jit::residual_pool_cpu);
+  return {plain_out, out, unread_out};
 }
 
 // Is x in the type that activations like `like` are added in, as sums by channel and what is made of them are?
@@ -668,6 +724,7 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("residual_shift_", TORCH_BOX(&residual_shift));
   m.impl("residual_shift_backward_", TORCH_BOX(&residual_shift_backward));
   m.impl("residual_shift", TORCH_BOX(&new_residual_shift));
+  m.impl("residual_pool", TORCH_BOX(&residual_pool));
   m.impl("residual_shift_backward", TORCH_BOX(&new_residual_shift_backward));
 }
 

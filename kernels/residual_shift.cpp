@@ -43,6 +43,30 @@ struct Piece {
   }
 };
 
+// x where it is wanted as itself: `row` of a piece of frame s, one pixel of all its channels or all pixels of each.
+template <class Stored>
+void store_plain(const Residual& r, const ResidualForward& f, const Piece& piece, int64_t s, int64_t row,
+                 const Stored* x) {
+  if (f.plain == nullptr) return;
+  const int64_t width = f.width, step = f.step, pixels = r.inner == 1 ? r.shift.outer : r.inner;
+  const int64_t columns = (width + step - 1) / step, kept = (pixels / width + step - 1) / step * columns;
+  const auto size = static_cast<int64_t>(sizeof(Stored)), channels = r.shift.run / size / r.inner;
+  const int64_t first = piece.begin() / size / r.inner, count = piece.width() / size / r.inner;
+  Stored* const frame = static_cast<Stored*>(f.plain) + (piece.clip * r.shift.frames + s) * kept * channels;
+  if (r.inner == 1) {
+    const int64_t h = row / width, w = row % width;
+    if (h % step != 0 || w % step != 0) return;
+    std::copy(x, x + count, frame + (h / step * columns + w / step) * channels + first);
+    return;
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    Stored* to = frame + (first + c) * kept;
+    for (int64_t h = 0; h < pixels / width; h += step) {
+      for (int64_t w = 0; w < width; w += step) *to++ = x[c * pixels + h * width + w];
+    }
+  }
+}
+
 template <class Visit>
 void for_each_piece(const Residual& r, int64_t first_task, int64_t last_task, Visit visit) {
   for (int64_t task = first_task; task < last_task; ++task) {
@@ -116,10 +140,54 @@ void forward(const Residual& r, const ResidualForward& f, int64_t first_task, in
           values(at, at + r.inner, [&](int64_t) { return c; });
         }
       }
+      store_plain(r, f, piece, s, row, to);
       for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
         auto* padding = reinterpret_cast<Stored*>(piece.plain(static_cast<char*>(f.out), t)[row]);
         for (int64_t at = 0; at < count; ++at) padding[at] = r.shift.padding == Padding::zeros ? Stored{} : to[at];
       }
+    }
+  });
+}
+
+template <class Element>
+void pool(const Residual& r, const ResidualPool& p, int64_t first_task, int64_t last_task) {
+  using Stored = typename Element::Stored;
+  using Wide = typename Element::Wide;
+  const auto channels = r.shift.run / static_cast<int64_t>(sizeof(Stored));
+  ResidualForward norm_alone{};
+  norm_alone.z_norm = p.z_norm;
+  const Affine<Element> affine(norm_alone, channels);
+  const int64_t columns = (p.width + 1) / 2;
+  std::vector<Wide> largest(channels);
+  std::vector<Stored> x(channels);
+  for_each_piece(r, first_task, last_task, [&](const Piece& piece, int32_t s, const Place& place) {
+    const int64_t first = piece.begin() / static_cast<int64_t>(sizeof(Stored));
+    const int64_t count = piece.width() / static_cast<int64_t>(sizeof(Stored));
+    const auto* const frame =
+        static_cast<const Stored*>(p.z) + (piece.clip * r.shift.frames + s) * p.height * p.width * channels + first;
+    const auto plain = piece.plain(static_cast<char*>(p.plain), s);
+    const auto out = piece.at(place, static_cast<char*>(p.out), static_cast<char*>(p.unread_out));
+    for (int64_t row = 0; row < r.shift.outer; ++row) {
+      std::fill(largest.begin(), largest.end(), Wide{0});  // the least that a ReLU leaves
+      const int64_t top = row / columns * 2 - 1, left = row % columns * 2 - 1;
+      for (int64_t h = std::max<int64_t>(top, 0); h < std::min<int64_t>(top + 3, p.height); ++h) {
+        for (int64_t w = std::max<int64_t>(left, 0); w < std::min<int64_t>(left + 3, p.width); ++w) {
+          const Stored* const z = frame + (h * p.width + w) * channels;
+          for (int64_t c = 0; c < count; ++c) {
+            const Wide value = Element::widen(z[c]) * affine.z_scale[first + c] + affine.bias[first + c];
+            largest[c] = value <= largest[c] || largest[c] != largest[c] ? largest[c] : value;  // NaN stays
+          }
+        }
+      }
+      for (int64_t c = 0; c < count; ++c) x[c] = Element::narrow(largest[c]);
+      const auto store = [&](char* to) {
+        if (to != nullptr) std::memcpy(to, x.data(), count * sizeof(Stored));
+      };
+      store(plain[row]);
+      store(out[row]);
+      if (p.out == nullptr) continue;
+      if (r.shift.padding == Padding::zeros) std::fill(x.begin(), x.end(), Stored{});
+      for (int32_t t = place.pads.begin; t < place.pads.end; ++t) store(piece.plain(static_cast<char*>(p.out), t)[row]);
     }
   });
 }
@@ -175,6 +243,15 @@ void residual_forward_cpu(const Residual& r, const ResidualForward& f, int64_t f
     case Sum::bfloat16: return forward<BFloat16>(r, f, first_task, last_task);
     case Sum::float32: return forward<Native<float>>(r, f, first_task, last_task);
     default: return forward<Native<double>>(r, f, first_task, last_task);
+  }
+}
+
+void residual_pool_cpu(const Residual& r, const ResidualPool& p, int64_t first_task, int64_t last_task) {
+  switch (r.type) {
+    case Sum::float16: return pool<Float16>(r, p, first_task, last_task);
+    case Sum::bfloat16: return pool<BFloat16>(r, p, first_task, last_task);
+    case Sum::float32: return pool<Native<float>>(r, p, first_task, last_task);
+    default: return pool<Native<double>>(r, p, first_task, last_task);
   }
 }
 

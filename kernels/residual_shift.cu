@@ -36,6 +36,7 @@ struct Shares {
   int32_t slices;    // blocks that share the tasks; 0: as many as fill the GPU, of which
   int32_t resident;  // a multiprocessor holds so many
   bool in_order;     // does one thread visit all frames?
+  bool by_pixel;     // are the rows of a frame its pixels, whatever else could be?
 };
 
 const char* plan(const Residual& r, int64_t unit, const Shares& shares, Launch& launch) {
@@ -45,11 +46,11 @@ const char* plan(const Residual& r, int64_t unit, const Shares& shares, Launch& 
   while (x > 1 && x / 2 >= units) x /= 2;
   launch.block = dim3(x, kResidualThreads / x);
   ResidualArgs& a = launch.args;
-  const bool is_still = s.n_groups == 1 && s.groups[0].offset == 0;
+  const bool is_still = !shares.by_pixel && s.n_groups == 1 && s.groups[0].offset == 0;
   const bool in_order = shares.in_order && !is_still;
   // All that lies at the same frame may be rows of it, so that a thread has several: what is still has one frame, and
   // where a frame is one row, its rows are those of all clips.
-  const bool one_row = s.outer == 1;
+  const bool one_row = !shares.by_pixel && s.outer == 1;
   const int64_t clips = is_still || one_row ? 1 : s.clips, frames = is_still ? 1 : s.frames;
   const int64_t rows = s.outer * (s.clips / clips) * (s.frames / frames);
   const int64_t x_blocks = ceil_div(units, x);
@@ -132,6 +133,11 @@ struct Forward {
 };
 
 template <class Element, int kLanes>
+struct Pool {
+  static auto kernel() { return residual_pool<Element, kLanes>; }
+};
+
+template <class Element, int kLanes>
 struct Backward {
   static auto one_norm() { return residual_backward<Element, kLanes, (kLanes == 1 ? 2 : 1)>; }
   static auto two_norms() { return residual_backward<Element, kLanes, 2>; }
@@ -147,10 +153,10 @@ struct Statistics {
 
 const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream) {
   const bool in_order = shifts_z_in_place(f), alone = f.identity == nullptr;
-  const Shares shares{0, in_order ? kBlocksInOrder : alone ? kBlocksAlone : kBlocksOfSum, in_order};
+  const Shares shares{0, in_order ? kBlocksInOrder : alone ? kBlocksAlone : kBlocksOfSum, in_order, f.plain != nullptr};
   const bool floats = f.z_norm.in_float || f.identity_norm.in_float;
   return with_kernels<Forward>(
-      r, shares, {f.z, f.identity, f.unread, f.out, f.unread_out}, floats ? 4 : element_bytes(r.type),
+      r, shares, {f.z, f.identity, f.unread, f.out, f.unread_out, f.plain}, floats ? 4 : element_bytes(r.type),
       {f.z_norm.mean, f.z_norm.variance, f.z_norm.weight, f.z_norm.bias, f.identity_norm.mean, f.identity_norm.variance,
        f.identity_norm.weight, f.identity_norm.bias},
       [&](const Launch& on, auto kernels) {
@@ -159,8 +165,17 @@ const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, v
       });
 }
 
+const char* residual_pool_cuda(const Residual& r, const ResidualPool& p, void* stream) {
+  const Norm& norm = p.z_norm;
+  return with_kernels<Pool>(r, {0, kBlocksOfPool, false, true}, {p.z, p.plain, p.out, p.unread_out},
+                            norm.in_float ? 4 : element_bytes(r.type),
+                            {norm.mean, norm.variance, norm.weight, norm.bias}, [&](const Launch& on, auto kernels) {
+                              return launch(kernels.kernel(), on.grid, on.block, 0, stream, on.args, p);
+                            });
+}
+
 const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b, void* stream) {
-  const Shares shares{b.sums == nullptr ? 0 : b.slices, kBlocksOfBackward, false};
+  const Shares shares{b.sums == nullptr ? 0 : b.slices, kBlocksOfBackward, false, false};
   return with_kernels<Backward>(r, shares,
                                 {b.out, b.unread_out, b.grad_a, b.grad_b, b.grad_unread, b.grad, b.grad_shifted,
                                  b.grad_unread_in, b.normed[0], b.normed[1]},
@@ -192,7 +207,7 @@ int32_t backward_slices(const Residual& r) { return slices(r, kBlocksOfBackward)
 int32_t statistics_slices(const Residual& r) { return slices(r, kBlocksOfStatistics); }
 
 const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream) {
-  return with_kernels<Statistics>(r, {c.slices, 0, false}, {c.x}, 1, {}, [&](const Launch& on, auto kernels) {
+  return with_kernels<Statistics>(r, {c.slices, 0, false, false}, {c.x}, 1, {}, [&](const Launch& on, auto kernels) {
     const int64_t channels = r.shift.run / element_bytes(r.type),
                   count = r.shift.clips * r.shift.frames * r.shift.outer;
     const Launch last = by_channel(channels);

@@ -19,7 +19,8 @@ constexpr int kResidualGroups = 32;
 constexpr int kRowsOfThread = 4;  // in one task: more would reach over more pages of memory at once
 
 // How many blocks of a kernel a multiprocessor holds: the registers that this leaves are what its loads take.
-constexpr int kBlocksOfSum = 2, kBlocksAlone = 4, kBlocksInOrder = 3, kBlocksOfBackward = 2, kBlocksOfStatistics = 3;
+constexpr int kBlocksOfSum = 2, kBlocksAlone = 4, kBlocksInOrder = 3, kBlocksOfPool = 3, kBlocksOfBackward = 2,
+              kBlocksOfStatistics = 3;
 
 struct ResidualArgs {
   int32_t frames, n_segment_shifted;
@@ -43,6 +44,8 @@ __global__ void residual_forward(const __grid_constant__ ResidualArgs a, const _
 template <class Element, int kLanes>
 __global__ void residual_forward_in_order(const __grid_constant__ ResidualArgs a,
                                           const __grid_constant__ ResidualForward f);
+template <class Element, int kLanes>
+__global__ void residual_pool(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualPool p);
 template <class Element, int kLanes, int kRead>
 __global__ void residual_backward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualBackward b);
 template <class Element, int kLanes>
@@ -136,6 +139,8 @@ struct Unit {
     const int64_t frame = unread + place.unread * unread_frame;
     return {unread_frames, clip * a.unread_clip + row * a.unread_row + frame, a.unread_row * blockDim.y};
   }
+  // Row after row of a tensor without gaps, of any number of them.
+  __device__ Line<Values> at_row(const void* tensor, int64_t row) const { return {tensor, row * a.run + begin, a.run}; }
   // The frames of a row: of a whole tensor, and the unread ones.
   __device__ Line<Values> frames(const void* tensor, int32_t clip, int32_t row) const {
     return {tensor, clip * a.clip + row * a.row + begin, a.frame};
@@ -213,16 +218,16 @@ __device__ void read_norm(const ResidualArgs& a, const Norm& norm, const Channel
   }
 }
 
-// The greater one; NaN stays.
+// The larger one, NaN if either is.
 template <class Wide>
-__device__ Wide at_least(Wide lowest, Wide x) {
+__device__ Wide larger(Wide a, Wide b) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (sizeof(Wide) == sizeof(float)) {
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(lowest));
-    return x;
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(b) : "f"(a));
+    return b;
   }
 #endif
-  return x <= lowest ? lowest : x;
+  return b <= a || a != a ? a : b;
 }
 
 // What a block sums up by channel: each thread in registers, then the threads of a column through shared memory.
@@ -280,18 +285,18 @@ struct EndOfBlock {
     for (int lane = 0; lane < kLanes; ++lane) {
       Wide rest = bias[lane];
       if constexpr (kAdds) rest += identity[lane] * identity_scale[lane];
-      x[lane] = at_least(lowest, z[lane] * z_scale[lane] + rest);
+      x[lane] = larger(lowest, z[lane] * z_scale[lane] + rest);
     }
     return Values::of(x);
   }
 };
 
-// What these frames, which are written, pad.
-template <class Values>
-__device__ void pad(const ResidualForward& f, const Unit<Values>& unit, int32_t clip, FrameRange frames, int32_t row,
+// What these frames, which are written into a shifted `out`, pad.
+template <class Values, class Outputs>
+__device__ void pad(const Outputs& f, const Unit<Values>& unit, int32_t clip, FrameRange frames, int32_t row,
                     int32_t last) {
 #pragma unroll 1
-  for (int32_t s = frames.begin; f.out_is_shifted && s < frames.end; ++s) {
+  for (int32_t s = frames.begin; s < frames.end; ++s) {
     const Place place = unit.place(s);
 #pragma unroll 1
     for (int32_t t = place.pads.begin; t < place.pads.end; ++t) {
@@ -302,6 +307,19 @@ __device__ void pad(const ResidualForward& f, const Unit<Values>& unit, int32_t 
       }
     }
   }
+}
+
+// x where it is wanted as itself: pixel `row` of frame s.
+template <class Values>
+__device__ void store_plain(const ResidualForward& f, const Unit<Values>& unit, int32_t clip, int32_t s, uint32_t row,
+                            const Values& x) {
+  if (f.plain == nullptr) return;
+  const ResidualArgs& a = unit.a;
+  const uint32_t width = f.width, step = f.step, h = row / width, w = row - h * width;
+  if (h % step != 0 || w % step != 0) return;
+  const uint32_t columns = (width + step - 1) / step, rows = (a.rows / width + step - 1) / step;
+  const int64_t pixel = (int64_t{clip} * a.frames + s) * rows * columns + h / step * columns + w / step;
+  unit.at_row(f.plain, pixel).store(0, x);
 }
 
 // Block: units of the run x rows. Grid: blocks that cover the run x tasks. kAdds: is there an identity?
@@ -322,9 +340,14 @@ __global__ void __launch_bounds__(kResidualThreads, kAdds ? kBlocksOfSum : kBloc
       of_z[k] = z.load(k);
       if constexpr (kAdds) of_identity[k] = identity.load(k);
     });
-    for_each_of<kRowsOfThread>(row, blockDim.y, last,
-                               [&](int k) { out.store(k, end_of_block(of_z[k], of_identity[k])); });
-    if constexpr (kAdds) pad(f, unit, clip, frames, row, last);
+    for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
+      const Values x = end_of_block(of_z[k], of_identity[k]);
+      out.store(k, x);
+      if constexpr (kAdds) store_plain(f, unit, clip, s, row + k * blockDim.y, x);
+    });
+    if constexpr (kAdds) {
+      if (f.out_is_shifted) pad(f, unit, clip, frames, row, last);
+    }
   });
 }
 
@@ -356,10 +379,58 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksInOrder)
           const Place to = unit.place(frame(start + k), f.out_is_shifted);
           const Values x = end_of_block(of_z[k], of_identity[k]);
           to.t != kNoFrame ? out.store(to.t, x) : unread_out.store(to.unread, x);
+          if constexpr (kLanes == 1) store_plain(f, unit, clip, frame(start + k), row, x);
         });
       }
     }
-    pad(f, unit, clip, frames, first + threadIdx.y, last);
+    if (f.out_is_shifted) pad(f, unit, clip, frames, first + threadIdx.y, last);
+  });
+}
+
+// A thread has one pixel of the result at a time, and the nine of its window in flight.
+template <class Element, int kLanes>
+__global__ void __launch_bounds__(kResidualThreads, kBlocksOfPool)
+    residual_pool(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualPool p) {
+  using Values = Pack<Element, kLanes>;
+  using Wide = typename Element::Wide;
+  constexpr int kWindow = 3, kStride = 2;
+  const Unit<Values> unit(a);
+  if (!unit.exists()) return;
+  Wide scale[kLanes], bias[kLanes] = {};
+  read_norm<Element>(a, p.z_norm, Channels<kLanes>(a, unit.first_element()), scale, bias);
+  const int32_t columns = (p.width + kStride - 1) / kStride;
+  unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+    const int32_t s = frames.begin;
+    const Place place = unit.place(s);
+    const auto z = unit.at_row(p.z, (int64_t{clip} * a.frames + s) * p.height * p.width);
+    for (int32_t row = first + threadIdx.y; row < last; row += blockDim.y) {
+      const int32_t top = row / columns * kStride - 1, left = row % columns * kStride - 1;
+      const auto is_there = [&](int32_t h, int32_t w) { return 0 <= h && h < p.height && 0 <= w && w < p.width; };
+      Values of_z[kWindow][kWindow];
+#pragma unroll
+      for (int i = 0; i < kWindow; ++i) {
+#pragma unroll
+        for (int j = 0; j < kWindow; ++j) {
+          if (is_there(top + i, left + j)) of_z[i][j] = z.load((top + i) * p.width + left + j);
+        }
+      }
+      Wide x[kLanes] = {};  // the least that a ReLU leaves
+#pragma unroll
+      for (int i = 0; i < kWindow; ++i) {
+#pragma unroll
+        for (int j = 0; j < kWindow; ++j) {
+          if (!is_there(top + i, left + j)) continue;
+#pragma unroll
+          for (int lane = 0; lane < kLanes; ++lane) {
+            x[lane] = larger(x[lane], of_z[i][j][lane] * scale[lane] + bias[lane]);
+          }
+        }
+      }
+      const Values pooled = Values::of(x);
+      unit.plain(p.plain, clip, s, row).store(0, pooled);
+      unit.at(place, p.out, p.unread_out, clip, row).store(0, pooled);
+    }
+    if (p.out != nullptr) pad(p, unit, clip, frames, first + threadIdx.y, last);
   });
 }
 

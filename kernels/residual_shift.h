@@ -43,12 +43,25 @@ struct ResidualForward {
   void* unread_out;
   bool identity_is_shifted, out_is_shifted;
   bool relu;  // or else the sum as it is
+  // The same as itself, of every step-th row and column of pixels, beside an `out` that is shifted (but not in place of
+  // z). May be null.
+  void* plain;
+  int32_t width, step;  // of the pixels of `out`
 };
 
 // Is a plain `z` overwritten by a shifted stream? Then a frame is written where a later one is read: all frames of a
 // unit have to be visited by one thread, from the first on if they read later ones, else from the last. A rotation
 // knows no such order. By CUDA alone.
 inline bool shifts_z_in_place(const ResidualForward& f) { return f.out_is_shifted && f.out == f.z; }
+
+// What a ResNet begins with, in the forms that its first block reads: relu(norm(z)), and of that the largest value in
+// windows of 3x3 pixels, every second one, the first around the first pixel. Channels are innermost.
+struct ResidualPool {
+  const void* z;  // [clips, frames, height * width, run]
+  Norm z_norm;
+  int32_t height, width;
+  void *plain, *out, *unread_out;  // of half as many rows and columns, rounded up; null if not wanted
+};
 
 constexpr int32_t kNorms = 2;  // of z, and of the identity
 
@@ -107,10 +120,13 @@ TSM_HOST_DEVICE inline Place place_of(int32_t s, int32_t offset, int32_t n_segme
 
 // CPU. The work is clips * frames independent tasks. Makes no sums.
 void residual_forward_cpu(const Residual& r, const ResidualForward& f, int64_t first_task, int64_t last_task);
+void residual_pool_cpu(const Residual& r, const ResidualPool& p, int64_t first_task, int64_t last_task);
 void residual_backward_cpu(const Residual& r, const ResidualBackward& b, int64_t first_task, int64_t last_task);
 
-// CUDA, on `stream` of the current device. Return null, or what was wrong. What sums by channel needs inner == 1.
+// CUDA, on `stream` of the current device. Return null, or what was wrong. What sums by channel, or knows pixels, needs
+// inner == 1.
 const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream);
+const char* residual_pool_cuda(const Residual& r, const ResidualPool& p, void* stream);
 const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b, void* stream);
 const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream);
 // For how many slices the sums of these need memory.

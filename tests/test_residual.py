@@ -18,7 +18,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import tsm_jit
 from tsm_jit import _residual_ops, reference, residual
-from tsm_jit._residual_ops import NO_SHIFT, Norm, end_of_block
+from tsm_jit._residual_ops import (
+    NO_SHIFT,
+    Norm,
+    end_in_both_forms,
+    end_of_block,
+    pixels_are_known,
+    pool_of_relu_of_norm,
+)
 from tsm_jit.plans import PADDINGS, Shift
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -116,6 +123,60 @@ def test_norms_on_the_way(device, dtype, layout, padding):
         # Computed in `wide` from numbers around 1 and rounded once.
         close = 4 * torch.finfo(wide).eps * 16 + torch.finfo(dtype).eps
         torch.testing.assert_close(out.double(), expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
+def test_both_forms_are_the_reference_to_the_bit(device, dtype, layout, padding):
+    for from_shifted, own_identity, step in itertools.product((False, True), (False, True), (1, 2, 3)):
+        shift, make = random_case(dtype, layout, device, padding)
+        z, x = make(), make()
+        if not pixels_are_known(z):
+            continue
+        expected, before = torch.relu(z + x), z.clone()
+        identity, unread = x, None
+        if from_shifted:
+            identity = reference.temporal_shift(x, shift)
+            unread = reference.unread_frames(x, shift).contiguous(memory_format=FORMATS[layout])
+        poison(z)
+        with torch.no_grad():
+            out, plain = end_in_both_forms(
+                z, None, identity, None, unread, shift.encode(), step, own_identity=own_identity
+            )
+        assert_same_bits(out, reference.temporal_shift(expected, shift))
+        assert_same_bits(plain, expected[:, :, ::step, ::step])
+        assert (out.data_ptr() == identity.data_ptr()) == (own_identity and from_shifted)
+        assert_same_bits(z, before)
+
+
+@pytest.mark.parametrize(("dtype", "padding"), list(itertools.product(DTYPES, PADDINGS)), ids=str)
+def test_pool_of_relu_of_norm(device, dtype, padding):
+    for given, plain in ((True, True), (True, False), (False, True)):
+        shift, make = random_case(dtype, "channels_last", device, padding)
+        z = make()
+        z = torch.cat([z, z]).reshape(len(z), -1, *z.shape[2:]).contiguous(memory_format=torch.channels_last)
+        z_before, wide = z.clone(), torch.float64 if dtype is torch.float64 else torch.float32
+        norm = Norm(*random_norm(z.shape[1], random.choice((wide, dtype)), device), 1e-3)
+        poison(z)
+        x, shifted, unread = pool_of_relu_of_norm(z, norm, shift.encode() if given else None, plain)
+        whole = x if plain else pool_of_relu_of_norm(z, norm, None, True)[0]
+        normed = F.batch_norm(z.double(), *(part.double() for part in norm[:4]), eps=1e-3)
+        # Computed in `wide` from numbers around 1 and rounded once.
+        close = 4 * torch.finfo(wide).eps * 16 + torch.finfo(dtype).eps
+        torch.testing.assert_close(whole.double(), F.max_pool2d(normed.relu(), 3, 2, 1), rtol=close, atol=close)
+        assert whole.is_contiguous(memory_format=torch.channels_last)
+        assert (x is not None, shifted is not None, unread is not None) == (plain, given, given)
+        if given:
+            assert_same_bits(shifted, reference.temporal_shift(whole, shift))
+            assert_same_bits(unread, reference.unread_frames(whole, shift))
+        assert_same_bits(z, z_before)
+
+
+def test_pooling_keeps_nan(device):
+    z = torch.randn(2, 8, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
+    z[0, 3, 2, 2] = z[1, 0, 0, 0] = float("nan")
+    norm = Norm(*(torch.full((8,), value, device=device) for value in (0.0, 1.0, 1.0, 0.0)), 0.0)
+    x, *_ = pool_of_relu_of_norm(z, norm, None, True)
+    assert_same_bits(x.isnan(), F.max_pool2d(z.relu(), 3, 2, 1).isnan())
 
 
 @pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
@@ -359,6 +420,59 @@ def test_same_scores_without_gradients(device, name, layout):
     assert_same_bits(x, x_before)
 
 
+def counted(monkeypatch, module, name: str) -> list:
+    """A list that grows with each call of this function of a module."""
+    calls, function = [], getattr(module, name)
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["ResNet, bottlenecks", "timm ResNet"])
+def test_without_gradients_the_stream_is_shifted_between_stages_too(device, monkeypatch, name):
+    pools, ends = (counted(monkeypatch, residual, name) for name in ("pool_of_relu_of_norm", "end_in_both_forms"))
+    _, fused, x = pair(NETWORKS[name], device)
+    with torch.no_grad():
+        fused.eval()(x)
+    assert len(pools) == 1
+    assert [args[6] for args in ends] == [2, 2, 2]  # every second pixel is what the next stage's downsample reads
+
+
+def test_blocks_are_recorded_as_one_function_each(device, merged, monkeypatch):
+    blocks = counted(monkeypatch, residual, "block_of_layers")
+    _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    fused.train()(x)
+    assert len(blocks) == (9 if merged else 0)
+    assert sum(args[2] is not None for args in blocks) == (4 if merged else 0)  # shift at the start of each stage
+
+
+def test_a_network_with_a_forward_of_its_own_is_fused_stage_by_stage(device, monkeypatch):
+    class Other(ResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+            seen.append(x.clone())
+            return self.layer4(self.layer3(self.layer2(x.neg_()))).mean((2, 3))
+
+    ends = counted(monkeypatch, residual, "end_in_both_forms")
+    net, fused, x = pair(lambda: tsm(Other(BasicBlock, [2, 2, 2, 2])), device)
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        expected, actual = net.eval()(x), fused.eval()(x)
+    assert not ends
+    for a, b in ((actual, expected), seen):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_timm_checkpoints_gradients_of_stages(device):
+    net, fused, x = pair(NETWORKS["timm ResNet"], device)
+    fused.set_grad_checkpointing()
+    assert_same_step(net.eval(), fused.eval(), x)
+
+
 class OtherNorm(nn.BatchNorm2d):
     """One that is called, and not folded."""
 
@@ -557,7 +671,12 @@ def test_copies_and_pickles_are_fused():
     file.seek(0)
     for each in (copy.deepcopy(fused), torch.load(file, weights_only=False)):
         assert isinstance(each.layer2, residual.Stage)
+        assert type(each) is type(fused)
+        assert isinstance(each, residual.FusedNetwork)
+        assert isinstance(each, ResNet)
         assert_same_bits(each(x), fused(x))
+        residual.unfuse(each)
+        assert type(each) is ResNet
 
 
 def test_clip_lengths_and_removal_after_fusing(device):
@@ -637,7 +756,7 @@ def test_operators_check_what_memory_safety_rests_on(argument):
     if argument == "norm":
         norm = [torch.ones(7)] * 4
     with pytest.raises(RuntimeError, match=argument):
-        _residual_ops._write(torch.empty_like(z), None, z, norm, 0.0, z, [], 0.0, unread, shift.encode(), True)
+        _residual_ops._write(torch.empty_like(z), None, None, 1, z, norm, 0.0, z, [], 0.0, unread, shift.encode(), True)
 
 
 def test_operators_refuse_to_shift_in_place_of_z_what_they_cannot(device):
@@ -646,7 +765,7 @@ def test_operators_refuse_to_shift_in_place_of_z_what_they_cannot(device):
     z, unread = torch.randn(4, 8, 2, 2, device=device), torch.randn(2, 0 if circular else 4, 2, 2, device=device)
     before = z.clone()
     with pytest.raises(RuntimeError, match="out must not be z"):
-        _residual_ops._write(z, unread, z, [], 0.0, before, [], 0.0, None, shift.encode(), True)
+        _residual_ops._write(z, unread, None, 1, z, [], 0.0, before, [], 0.0, None, shift.encode(), True)
     assert_same_bits(z, before)
 
 
@@ -695,12 +814,24 @@ def test_timm_blocks_with_attention_or_stochastic_depth_are_called(device):
         assert_same_step(net.train(), fused.train(), x)
 
 
-def test_hooks_see_what_they_saw_before():
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("layer1.1.conv1", "layer3.1.conv1.net", "layer2.2.bn3", "layer2.1.conv3"),
+        ("layer2",),
+        ("conv1", "bn1"),
+        ("relu", "layer1.0.downsample.0"),
+        ("maxpool", "layer2.0.downsample.0"),
+        ("layer1.0.conv1", "layer2.0.conv1.net", "avgpool"),
+    ],
+    ids=lambda places: places[0],
+)
+def test_hooks_see_what_they_saw_before(places):
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], torch.device("cpu"))
     seen: dict[str, list[Tensor]] = {"net": [], "fused": []}
     for name, each in (("net", net), ("fused", fused)):
         each.eval()
-        for place in ("layer1.1.conv1", "layer3.1.conv1.net", "layer2.2.bn3", "layer2.1.conv3", "layer2"):
+        for place in places:
             each.get_submodule(place).register_forward_hook(
                 lambda module, inputs, out, name=name: seen[name].extend([inputs[0].clone(), out.clone()])
             )

@@ -4,9 +4,10 @@
 or in shifted form: the shifted x, and beside it ``unread``, the frames that the shift does not read. The formulas are
 in ``kernels/residual_shift.h``.
 
-- ``residual_shift_(out!, unread_out!, z, z_norm, ..., shift)`` and ``residual_shift_backward_`` write into tensors that
-  they are given;
-- ``residual_shift`` and ``residual_shift_backward`` make these tensors.
+- ``residual_shift_(out!, unread_out!, plain!, step, z, z_norm, ..., shift)`` and ``residual_shift_backward_`` write
+  into tensors that they are given;
+- ``residual_shift`` and ``residual_shift_backward`` make these tensors;
+- ``residual_pool`` is what a ResNet begins with, ``max_pool2d(relu(norm(z)), 3, 2, 1)``, in the forms of x.
 
 All are unknown to autograd; :func:`end_of_block` is not.
 """
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -36,7 +38,9 @@ _NORMED = (
     "Tensor? z, Tensor[] z_norm, float z_epsilon, Tensor? identity, Tensor[] identity_norm, float identity_epsilon"
 )
 for _schema in (
-    f"residual_shift_(Tensor(a!) out, Tensor(b!)? unread_out, {_NORMS}, bool relu) -> ()",
+    f"residual_shift_(Tensor(a!) out, Tensor(b!)? unread_out, Tensor(c!)? plain, int step, {_NORMS}, bool relu) -> ()",
+    "residual_pool(Tensor z, Tensor[] z_norm, float z_epsilon, str shift, bool plain, bool shifted) "
+    "-> (Tensor, Tensor, Tensor)",
     f"residual_shift({_NORMS}, bool shifted) -> (Tensor, Tensor)",
     "residual_shift_backward_(Tensor(a!) grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_unread_in, "
     f"Tensor(d!)? norm_gradients, {_GRADS}, {_NORMED}, str shift) -> ()",
@@ -48,6 +52,7 @@ for _schema in (
 
 _new = torch.ops.tsm_jit.residual_shift.default._op
 _write = torch.ops.tsm_jit.residual_shift_.default._op
+_pool = torch.ops.tsm_jit.residual_pool.default._op
 _write_statistics = torch.ops.tsm_jit.channel_statistics_.default._op
 
 
@@ -70,6 +75,11 @@ def wide(in_type: torch.dtype) -> torch.dtype:
 def sums_are_in_kernel(x: Tensor) -> bool:
     """Whether kernels sum up activations like ``x`` by channel: on a GPU, where channels are innermost."""
     return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 and x.numel() > 0
+
+
+def pixels_are_known(x: Tensor) -> bool:
+    """Whether kernels tell the pixels of activations like ``x`` apart: not on a GPU where each channel has its own."""
+    return not x.is_cuda or (x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1)
 
 
 _NOT_NORMED = (None, [], 0.0)  # values without a norm, or whose norm's gradients nobody wants
@@ -107,11 +117,8 @@ def end_of_block(
         x for each of its readers, so that one kernel receives both gradients and no addition comes before it; and the
         unread frames, None of a plain x.
     """
-    identity, unread = identity.to(z.dtype), None if unread is None else unread.to(z.dtype)  # as in z += identity
-    if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
-        z = z.contiguous()
+    z, identity, unread = _alike(z, identity, unread)
     if not torch.is_grad_enabled():
-        identity, unread = _laid_out_as(identity, z), _laid_out_as(unread, z)
         given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
         if own_identity and shifted and unread is not None:
             out, unread_out = identity, unread
@@ -120,13 +127,65 @@ def end_of_block(
         else:
             out, unread_out = write_new(z, z_norm, identity, identity_norm, unread, shift, shifted)
             return [out] * readers, unread_out if shifted else None
-        write = torch.ops.tsm_jit.residual_shift_.default if is_compiling() else _write
-        write(out, unread_out, *given, True)
+        _written(out, unread_out, None, 1, *given, True)
         return [out] * readers, unread_out
     parts = [part for norm in (z_norm, identity_norm) for part in (norm[:4] if norm else (None,) * 4)]
     how = (z_norm and z_norm[4:], identity_norm and identity_norm[4:], shift, shifted)
     unread_out, *out = _EndOfBlock.apply(z, identity, unread, *parts, how, readers)
     return out, unread_out if shifted else None
+
+
+def end_in_both_forms(
+    z: Tensor,
+    z_norm: Norm | None,
+    identity: Tensor,
+    identity_norm: Norm | None,
+    unread: Tensor | None,
+    shift: str,
+    step: int,
+    *,
+    own_identity: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`end_of_block` for a block whose convolution reads x shifted, and whose identity is made of a plain x: the
+    shifted one, and of the plain one every ``step``-th row and column. Where nothing is recorded and pixels are known.
+    """
+    z, identity, unread = _alike(z, identity, unread)
+    if own_identity and unread is not None:
+        out, unread_out = identity, unread
+    else:
+        out, unread_out = torch.empty_like(z), _new_unread(z, shift)
+    rows, columns = (-(-size // step) for size in z.shape[2:])
+    plain = _new_like(z, (*z.shape[:2], rows, columns))
+    given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
+    _written(out, unread_out, plain, step, *given, True)
+    return out, plain
+
+
+def pool_of_relu_of_norm(
+    z: Tensor, norm: Norm, shift: str | None, plain: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``x = max_pool2d(relu(norm(z)), 3, 2, 1)`` of ``z`` ``[N*T, C, H, W]`` in channels_last. Nothing is recorded.
+
+    Returns:
+        x itself if ``plain``; and if ``shift`` is given, x in its form, and the unread frames. Else None.
+    """
+    pool = torch.ops.tsm_jit.residual_pool.default if is_compiling() else _pool
+    x, shifted, unread = pool(z, *_parts(norm), shift or NO_SHIFT, plain, shift is not None)
+    return (x if plain else None, *((None, None) if shift is None else (shifted, unread)))
+
+
+def _alike(z: Tensor, identity: Tensor | None, unread: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """All in a layout that kernels take, and of the type of z, as in ``z += identity``."""
+    if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
+        z = z.contiguous()
+    identity, unread = (None if each is None else each.to(z.dtype) for each in (identity, unread))
+    if not torch.is_grad_enabled():
+        identity, unread = _laid_out_as(identity, z), _laid_out_as(unread, z)
+    return z, identity, unread
+
+
+def _written(*given) -> None:
+    (torch.ops.tsm_jit.residual_shift_.default if is_compiling() else _write)(*given)
 
 
 def write_new(
@@ -179,7 +238,7 @@ def _plain_statistics(x, running_mean, running_var, momentum) -> tuple[Tensor, T
 
 def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
     """``relu(norm(z))``, written into the activations ``z`` ``[N*T, C, H, W]``; where nothing is recorded."""
-    _write(z, None, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
+    _write(z, None, None, 1, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
     return z
 
 
@@ -290,7 +349,7 @@ def _through_norm(
     out = grad if overwrite else torch.empty_like(grad)
     values = _laid_out_as(values, grad) if values_norm else None
     grad_norm = [zero, norm.variance, norm.weight, zero]
-    _write(out, None, grad, grad_norm, norm.epsilon, values, values_norm, norm.epsilon, None, NO_SHIFT, False)
+    _write(out, None, None, 1, grad, grad_norm, norm.epsilon, values, values_norm, norm.epsilon, None, NO_SHIFT, False)
     return out
 
 
@@ -340,7 +399,10 @@ def _norm_gradients(grad, z, z_norm, z_epsilon, identity, identity_norm, identit
 
 def _new_unread(like: Tensor, shift: str) -> Tensor:
     shift = Shift.decode(shift) if is_compiling() else decoded(shift)  # compilers warn of what remembers
-    shape = (like.shape[0] // shift.n_segment, shift.unread_channels(), *like.shape[2:])
+    return _new_like(like, (like.shape[0] // shift.n_segment, shift.unread_channels(), *like.shape[2:]))
+
+
+def _new_like(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
 
 
@@ -356,7 +418,19 @@ def _laid_out_as(x: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _plain_write(
-    out, unread_out, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, relu
+    out,
+    unread_out,
+    plain,
+    step,
+    z,
+    z_norm,
+    z_epsilon,
+    identity,
+    identity_norm,
+    identity_epsilon,
+    unread,
+    shift,
+    relu,
 ) -> None:
     z = _normed(z, z_norm, z_epsilon)
     if identity is not None:
@@ -364,10 +438,37 @@ def _plain_write(
     if not relu:
         out.copy_(z if identity is None else z + identity)
         return
-    x, unread_frames = reference.residual_shift(z, identity, unread, decoded(shift), unread_out is not None)
-    out.copy_(x)
-    if unread_out is not None:
-        unread_out.copy_(unread_frames)
+    x = reference.residual_shift(z, identity, unread, decoded(shift), False)[0].to(out.dtype)
+    if plain is not None:
+        plain.copy_(x[:, :, ::step, ::step])
+    _write_forms(out, unread_out, x, shift)
+
+
+def _write_forms(out, unread_out, x, shift) -> None:
+    if unread_out is None:
+        out.copy_(x)
+    else:
+        out.copy_(reference.temporal_shift(x, decoded(shift)))
+        unread_out.copy_(reference.unread_frames(x, decoded(shift)))
+
+
+def _plain_pool(z, z_norm, z_epsilon, shift, plain, shifted):
+    x = F.max_pool2d(torch.relu(_normed(z, z_norm, z_epsilon)), 3, 2, 1).to(z.dtype)
+    made = _like_new_pool(z, z_norm, z_epsilon, shift, plain, shifted)
+    if plain:
+        made[0].copy_(x)
+    if shifted:
+        _write_forms(*made[1:], x, shift)
+    return made
+
+
+def _like_new_pool(z, z_norm, z_epsilon, shift, plain, shifted):
+    none = z.new_empty(0)
+    x, out = (
+        _new_like(z, (*z.shape[:2], (z.shape[2] + 1) // 2, (z.shape[3] + 1) // 2)) if wanted else none
+        for wanted in (plain, shifted)
+    )
+    return x, out, _new_unread(out, shift) if shifted else none
 
 
 def _normed(values: Tensor, norm: Sequence[Tensor], epsilon: float) -> Tensor:
@@ -445,7 +546,7 @@ def _like_new_gradients(
 def _plain_new(*given):
     *parts, shift, shifted = given
     out, unread_out = _like_new(*given)
-    _plain_write(out, unread_out if shifted else None, *parts, shift, True)
+    _plain_write(out, unread_out if shifted else None, None, 1, *parts, shift, True)
     return out, unread_out
 
 
@@ -463,6 +564,7 @@ for _operator, _compute, _fake in (
     (_schemas.residual_shift_backward_.default, _plain_write_gradients, lambda *_: None),
     (_schemas.channel_statistics_.default, _plain_write_statistics, lambda *_: None),
     (_schemas.residual_shift.default, _plain_new, _like_new),
+    (_schemas.residual_pool.default, _plain_pool, _like_new_pool),
     (_schemas.residual_shift_backward.default, _plain_new_gradients, _like_new_gradients),
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")

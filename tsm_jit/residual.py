@@ -18,10 +18,12 @@ Example::
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
@@ -33,7 +35,10 @@ from tsm_jit._residual_ops import (
     NO_SHIFT,
     Norm,
     applied_norm,
+    end_in_both_forms,
     end_of_block,
+    pixels_are_known,
+    pool_of_relu_of_norm,
     relu_of_norm_,
     sums_are_in_kernel,
     wide,
@@ -74,7 +79,7 @@ def fuse(net: nn.Module) -> None:
         UserWarning: some blocks are not understood, and why. They compute what they did.
     """
     resnet_stages(net)
-    stages = {name: _stage(net, name) for name in ("layer1", "layer2", "layer3", "layer4")}
+    stages = {name: _stage(net, name) for name in _STAGES}
     if not any(isinstance(module, ShiftedModule) for module in net.modules()):
         raise ValueError("net must hold temporal shifts to be fused, got one without: call make_temporal_shift first")
     blocks = {f"{name}.{i}": block for name, stage in stages.items() for i, block in enumerate(stage)}
@@ -86,6 +91,8 @@ def fuse(net: nn.Module) -> None:
         warnings.warn(f"tsm_jit.residual.fuse left some blocks as they were ({said})", UserWarning, stacklevel=2)
     for stage in stages.values():
         stage.__class__ = Stage  # and not a new module: hooks, keys and references stay
+    if _kind(net) in _NETWORKS and not isinstance(net, FusedNetwork):
+        net.__class__ = _fused_class(type(net))
 
 
 def unfuse(net: nn.Module) -> None:
@@ -101,6 +108,9 @@ def unfuse(net: nn.Module) -> None:
         raise ValueError(f"net must be fused to be unfused, got {type(net).__name__} without a fused stage")
     for stage in stages:
         stage.__class__ = nn.Sequential
+    for module in net.modules():
+        if isinstance(module, FusedNetwork):
+            module.__class__ = module.network
 
 
 def _stage(net: nn.Module, name: str) -> nn.Module:
@@ -117,57 +127,167 @@ class Stage(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        compiled = is_dynamo_compiling() and not ops.transforms_are_active()
-        if not (ops.eager() or compiled) or has_global_hooks():  # exported, traced, transformed, watched
+        if not _fuses(x):
             return super().forward(x)
-        stream = _Stream(x, x)
-        blocks = list(self)
-        understood = [block if _refusal(block) is None else None for block in blocks]
-        for block, same, following in zip(blocks, understood, [*understood[1:], None], strict=True):
-            if same is not None:
-                stream = _run(block, following, stream)
-            else:
-                x = block(stream.identity)
-                stream = _Stream(x, x)
-        return stream.identity
+        return _run_all(list(self), _Stream(x, x))
+
+
+class FusedNetwork(nn.Module):
+    """Base of the classes of fused networks whose own forward is known: the stream is shifted between stages, too."""
+
+    network: type[nn.Module]  # the class before
+    stem: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _new_fused, (self.network,), *rest
+
+    def _fused_features(self, x: Tensor) -> Tensor | None:
+        """What the last stage returns; None if stages are to be called one by one, as something watches them."""
+        stages = [getattr(self, name) for name in _STAGES]
+        if not _fuses(x) or any(type(stage) is not Stage or has_hooks(stage) for stage in stages):
+            return None
+        blocks = [block for stage in stages for block in stage]
+        return _run_all(blocks, _run_stem(*(getattr(self, name) for name in self.stem), x, blocks[0]))
+
+
+class _FusedTorchvision(FusedNetwork):
+    stem = ("conv1", "bn1", "relu", "maxpool")
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        features = self._fused_features(x)
+        if features is None:
+            return super()._forward_impl(x)
+        return self.fc(torch.flatten(self.avgpool(features), 1))
+
+
+class _FusedTimm(FusedNetwork):
+    stem = ("conv1", "bn1", "act1", "maxpool")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        features = None if self.grad_checkpointing else self._fused_features(x)
+        return super().forward_features(x) if features is None else features
+
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_NETWORKS = {"torchvision.models.resnet.ResNet": _FusedTorchvision, "timm.models.resnet.ResNet": _FusedTimm}
+
+
+@functools.cache
+def _fused_class(network: type[nn.Module]) -> type[nn.Module]:
+    return type(network.__name__, (_NETWORKS[_kind_of(network)], network), {"network": network})
+
+
+def _new_fused(network: type[nn.Module]) -> nn.Module:
+    """For copies and pickles, which know no class that was made here."""
+    kind = _fused_class(network)
+    return kind.__new__(kind)
+
+
+def _fuses(x: Tensor) -> bool:
+    """Not what is exported, traced, transformed, or watched by hooks of all modules."""
+    compiled = is_dynamo_compiling() and not ops.transforms_are_active()
+    return isinstance(x, Tensor) and (ops.eager() or compiled) and not has_global_hooks()
 
 
 class _Stream(NamedTuple):
-    """What a block receives: the same activations for its first convolution and for its sum."""
+    """What a block receives: the same activations for its first convolution, and for its sum or a convolution."""
 
     first: Tensor
     identity: Tensor
     unread: Tensor | None = None
-    shift: str | None = None  # None: plain
+    shift: str | None = None  # of `first`; None: plain
+    step: int = 0  # 0: `identity` is in the form of `first`, else it is plain, every step-th row and column
+
+
+def _run_all(blocks: list[nn.Module], stream: _Stream) -> Tensor:
+    understood = [block if _refusal(block) is None else None for block in blocks]
+    for block, same, following in zip(blocks, understood, [*understood[1:], None], strict=True):
+        if same is not None:
+            stream = _run(block, following, stream)
+        else:
+            x = block(stream.identity)
+            stream = _Stream(x, x)
+    return stream.identity
+
+
+def _run_stem(
+    conv: nn.Module, norm: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor, following: nn.Module
+) -> _Stream:
+    """What comes before the first block: norm, ReLU and pooling in one pass, into the forms that this block wants."""
+    z = conv(x)
+    if not _is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
+        x = pool(relu(norm(z)))
+    elif torch.is_grad_enabled():
+        normed = None if is_compiling() else _norm(norm, z)
+        if normed is None:
+            x = relu(norm(z))
+        else:
+            (x,), _ = end_of_block(z, normed, None, None, None, NO_SHIFT, False, readers=1)
+        x = pool(x)
+    elif not _is_pool(pool) or (normed := _norm(norm, z)) is None:
+        x = pool(relu(norm(z)))
+    else:
+        shift, step = (None, 0) if _refusal(following) else _wanted(following, z)
+        x, shifted, unread = pool_of_relu_of_norm(z, normed, shift, plain=shift is None or step > 0)
+        if shift is not None:
+            return _Stream(shifted, x, None, shift, 1) if step else _Stream(shifted, shifted, unread, shift)
+    return _Stream(x, x)
 
 
 def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Stream:
     modules = _branch_modules(block)
-    identity, identity_norm = stream.identity, None
+    identity, identity_norm, identity_shift = stream.identity, None, None if stream.step else stream.shift
     if block.downsample is not None:
-        *before, last = block.downsample
-        for module in before:
-            identity = module(identity)
-        identity, identity_norm = _deferred(last, identity)
-    wanted = _wanted(following, identity)
-    if stream.shift is not None and wanted != stream.shift:
+        identity, identity_norm = _downsampled(block.downsample, stream)
+        identity_shift = None
+    wanted, step = _wanted(following, identity)
+    if identity_shift is not None and wanted != identity_shift:
         wanted = None  # one pass knows one shift
-    end = (identity, identity_norm, stream.unread, wanted or stream.shift or NO_SHIFT, wanted is not None)
+    unread = None if identity_shift is None else stream.unread
+    end = (identity, identity_norm, unread, wanted or identity_shift or NO_SHIFT)
     readers = 1 if following is None else 2
     recorded = _recorded_layers(modules, stream.first)
     if recorded is not None:
         first_shift = None
         if stream.shift is None and _is_shifted(modules[0]):
             first_shift = modules[0].shift_of(stream.first)
-        x, unread = block_of_layers(*recorded, first_shift, *end, readers)
-    else:
-        z, z_norm = _branch(modules, stream)
-        # A shifted stream is nobody else's, unless a module before kept it; a convolution keeps and returns nothing of
-        # its.
-        own_identity = stream.shift is not None and _is_convolution(_unshifted(modules[0]))
-        own_z = z_norm is not None and _is_convolution(modules[-2])
-        x, unread = end_of_block(z, z_norm, *end, readers=readers, own_z=own_z, own_identity=own_identity)
+        x, unread = block_of_layers(*recorded, first_shift, *end, wanted is not None, readers)
+        return _Stream(x[-1], x[0], unread, wanted)
+    z, z_norm = _branch(modules, stream)
+    # A shifted stream is nobody else's, unless a module before kept it; a convolution keeps and returns nothing of its.
+    own_identity = identity_shift is not None and _is_convolution(_unshifted(modules[0]))
+    if wanted is not None and step:
+        if pixels_are_known(z):
+            shifted, x = end_in_both_forms(z, z_norm, *end, step, own_identity=own_identity)
+            return _Stream(shifted, x, None, wanted, step)
+        wanted = None
+    own_z = z_norm is not None and _is_convolution(modules[-2])
+    x, unread = end_of_block(
+        z, z_norm, *end, wanted is not None, readers=readers, own_z=own_z, own_identity=own_identity
+    )
     return _Stream(x[-1], x[0], unread, wanted)
+
+
+def _downsampled(downsample: nn.Sequential, stream: _Stream) -> tuple[Tensor, Norm | None]:
+    """The identity of a block without the norm that ends its ``downsample``, and that norm; as :func:`_deferred`."""
+    x = stream.identity
+    *before, last = downsample
+    if stream.step > 1:  # the pixels that this convolution reads
+        first, *before = before
+        x = F.conv2d(x, first.weight, first.bias, groups=first.groups)
+    for module in before:
+        x = module(x)
+    return _deferred(last, x)
+
+
+def _step(downsample: nn.Sequential, x: Tensor) -> int:
+    """Which rows and columns of the stream ``x`` it reads: every so many-th. All of them where it has no norm to apply,
+    and is the same to the bit: a convolution of fewer pixels may add in another order."""
+    first, last = downsample[0], downsample[-1]
+    if not _is_convolution(first) or first.kernel_size != (1, 1) or first.padding != (0, 0):
+        return 1
+    return first.stride[0] if first.stride[0] == first.stride[1] and _is_applied(last, x.dtype) else 1
 
 
 def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
@@ -221,12 +341,18 @@ def _branch_modules(block: nn.Module) -> list[nn.Module]:
     return [module for module in modules if type(module) is not nn.Identity]
 
 
-def _wanted(following: nn.Module | None, z: Tensor) -> str | None:
-    """The shift in whose form the next block, if understood, wants the stream; None if it wants it plain."""
-    if following is None or following.downsample is not None or not _is_shifted(following.conv1):
-        return None
-    shift = following.conv1.shift_of(z)
-    return shift if shift.count(",") < _MOST_GROUPS else None
+def _wanted(following: nn.Module | None, x: Tensor) -> tuple[str | None, int]:
+    """The shift in whose form the next block, if understood, reads a stream like ``x``; None if it reads it plain. And
+    if its identity is made of the plain one as well, of which rows and columns; else 0."""
+    if following is None or not _is_shifted(following.conv1):
+        return None, 0
+    shift = following.conv1.shift_of(x)
+    if shift.count(",") >= _MOST_GROUPS:
+        return None, 0
+    if following.downsample is None:
+        return shift, 0
+    # Recorded, x alone is kept, and shifted again backward.
+    return (None, 0) if torch.is_grad_enabled() else (shift, _step(following.downsample, x))
 
 
 # --- batch normalization ---------------------------------------------------------------------------------------------
@@ -285,8 +411,12 @@ def _refusal(block: nn.Module) -> str | None:
     return None
 
 
-def _kind(block: nn.Module) -> str:
-    return f"{type(block).__module__}.{type(block).__qualname__}"
+def _kind(module: nn.Module) -> str:
+    return _kind_of(type(module))
+
+
+def _kind_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _unshifted(module: nn.Module) -> nn.Module:
@@ -299,6 +429,14 @@ def _is_shifted(module: nn.Module) -> bool:
 
 def _is_relu(module: nn.Module) -> bool:
     return type(module) is nn.ReLU and not has_hooks(module)
+
+
+def _is_pool(module: nn.Module) -> bool:
+    """That of a ResNet, whose window of 3x3 pixels moves by two."""
+    if type(module) is not nn.MaxPool2d or has_hooks(module) or module.return_indices or module.ceil_mode:
+        return False
+    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return all(given in (size, (size, size)) for given, size in zip(sizes, (3, 2, 1, 1), strict=True))
 
 
 def _is_convolution(module: nn.Module) -> bool:

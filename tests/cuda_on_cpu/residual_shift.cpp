@@ -78,7 +78,7 @@ class Case {
 
   bool is_right() {
     return told("forward", forward()) && told("backward", backward()) &&
-           (r_.inner != 1 || told("statistics", statistics()));
+           (r_.inner != 1 || (told("pool", pool()) && told("statistics", statistics())));
   }
 
  private:
@@ -154,6 +154,14 @@ class Case {
     const bool into_z = !(f.out_is_shifted && r_.shift.padding == Padding::circular) && one_in(3);
     const bool into_identity = !into_z && adds && f.out_is_shifted == f.identity_is_shifted && one_in(3);
     const Tensor new_out = activations(), new_unread = f.out_is_shifted ? unread() : Tensor{};
+    Tensor plain;
+    if (adds && f.out_is_shifted && !into_z && r_.inner == 1 && one_in(2)) {
+      f.step = static_cast<int32_t>(between(1, 3));
+      do f.width = static_cast<int32_t>(between(1, r_.shift.outer));
+      while (r_.shift.outer % f.width != 0);
+      const int64_t pixels = rounded_up(f.width, f.step) * rounded_up(r_.shift.outer / f.width, f.step);
+      plain = of_bytes(r_.shift.clips * r_.shift.frames * pixels * r_.shift.run);
+    }
 
     const auto outputs = [&](int poison, bool on_cuda, auto kernel) {
       const bool in_z = into_z && (on_cuda || !f.out_is_shifted);  // the CPU shifts no z in place
@@ -164,8 +172,10 @@ class Case {
       f.unread = into_identity ? unread_out.data() : unread_in.data();
       f.out = out.data();
       f.unread_out = unread_out.data();
+      Tensor plain_out = poisoned(plain, poison);
+      f.plain = plain_out.data();
       kernel();
-      return std::vector<Tensor>{out, unread_out};
+      return std::vector<Tensor>{out, unread_out, plain_out};
     };
     const auto expected =
         outputs(kCpuPoison, false, [&] { residual_forward_cpu(r_, f, 0, r_.shift.clips * r_.shift.frames); });
@@ -175,6 +185,36 @@ class Case {
     const auto actual = outputs(kCudaPoison, true, [&] { error = residual_forward_cuda(r_, f, nullptr); });
     return error == nullptr && actual == expected && z.has_bytes_of(old[0]) && identity.has_bytes_of(old[1]) &&
            unread_in.has_bytes_of(old[2]) && z_parts == old_z_parts && identity_parts == old_identity_parts;
+  }
+
+  static int64_t rounded_up(int64_t size, int64_t step) { return (size + step - 1) / step; }
+
+  bool pool() {
+    ResidualPool p{};
+    p.height = static_cast<int32_t>(between(1, 7));
+    p.width = static_cast<int32_t>(between(1, 7));
+    const int64_t outer = r_.shift.outer, frames = r_.shift.clips * r_.shift.frames;
+    r_.shift.outer = rounded_up(p.height, 2) * rounded_up(p.width, 2);
+    const Tensor z = numbers(of_bytes(frames * p.height * p.width * r_.shift.run), false, one_in(4)), old = z;
+    const Parts parts = random_norm(p.z_norm), old_parts = parts;
+    const bool shifted = one_in(2);
+    const Tensor made[] = {!shifted || one_in(2) ? activations() : Tensor{}, shifted ? activations() : Tensor{},
+                           shifted ? unread() : Tensor{}};
+    p.z = const_cast<Tensor&>(z).data();
+    const auto outputs = [&](int poison, auto kernel) {
+      std::vector<Tensor> out;
+      for (const Tensor& each : made) out.push_back(poisoned(each, poison));
+      p.plain = out[0].data();
+      p.out = out[1].data();
+      p.unread_out = out[2].data();
+      kernel();
+      return out;
+    };
+    const auto expected = outputs(kCpuPoison, [&] { residual_pool_cpu(r_, p, 0, frames); });
+    const char* error = nullptr;
+    const auto actual = outputs(kCudaPoison, [&] { error = residual_pool_cuda(r_, p, nullptr); });
+    r_.shift.outer = outer;
+    return error == nullptr && actual == expected && z.has_bytes_of(old) && parts == old_parts;
   }
 
   bool backward() {
