@@ -36,6 +36,7 @@ using tsm_jit::Residual;
 using tsm_jit::Shift;
 using tsm_jit::Strides;
 using tsm_jit::Sum;
+using tsm_jit::Unread;
 
 // Not STD_TORCH_CHECK, which writes its message through a stream: where the C++ library is linked statically into us,
 // as some compilers are set up to do, its streams crash.
@@ -257,7 +258,17 @@ Tensor unexpanded(Tensor x, const Plan& plan) {
   return x;
 }
 
-void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint) {
+// How many elements the frames are that a shift of x does not read.
+int64_t unread_elements(const Tensor& x, const Plan& plan) {
+  int64_t channels = 0;
+  for (const auto& [width, offset] : plan.groups) {
+    if (plan.padding != Padding::circular) channels += width * std::abs(offset);
+  }
+  return x.numel() == 0 ? 0 : x.numel() / plan.n_segment / x.size(plan.channel_dim) * channels;
+}
+
+// `unread`, of an in-place shift: where to keep what it does not read. With `come_back` the shift is undone.
+void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint, void* unread = nullptr, bool come_back = false) {
   if (src.numel() == 0) return;
   const bool adds = adjoint && (plan.padding == Padding::keep || plan.padding == Padding::replicate);
   if (adjoint && !adds) {  // the adjoint of zeros and circular is the shift the other way
@@ -278,10 +289,19 @@ void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint) {
       return run(dst, dst, std::move(plan), adds);
     }
     Tensor copy = torch::stable::contiguous(src);
-    run(copy, copy, std::move(plan), adds);
+    run(copy, copy, std::move(plan), adds, unread, come_back);
     torch::stable::copy_(dst, copy);
     return;
   }
+  std::vector<int64_t> unread_begin;
+  Unread& kept = work.shift.unread;
+  for (const Group& group : work.groups) {
+    unread_begin.push_back(kept.run);
+    kept.run += std::abs(group.offset) * (group.end - group.begin);
+  }
+  if (plan.padding != Padding::circular) kept.data = static_cast<char*>(unread);
+  kept.begin = unread_begin.data();
+  kept.come_back = come_back;
   work.shift.padding = plan.padding;
   work.shift.n_segment_shifted = static_cast<int32_t>(plan.n_segment_shifted);
   work.shift.sum = adds ? sum_type(src.scalar_type()) : Sum::none;
@@ -354,6 +374,26 @@ template <bool kAdjoint>
 void in_place(const Tensor& x, const std::string& shift) {
   Tensor dst = x;
   run(x, dst, plan_for(x, shift), kAdjoint);
+}
+
+// In place, to be undone: returns the frames that the shift does not read, laid out as its kernels please.
+Tensor in_place_keeping(const Tensor& x, const std::string& shift) {
+  Plan plan = plan_for(x, shift);
+  const int64_t size = unread_elements(x, plan), stride = 1;
+  Tensor dst = x, unread = new_tensor(x, type_of(x), 1, &size, &stride);
+  run(x, dst, std::move(plan), false, size == 0 ? nullptr : unread.mutable_data_ptr());
+  return unread;
+}
+
+void in_place_undone(const Tensor& x, const Tensor& unread, const std::string& shift) {
+  Plan plan = plan_for(x, shift);
+  const bool fits = unread.numel() == unread_elements(x, plan) && unread.is_contiguous() &&
+                    unread.scalar_type() == x.scalar_type() && unread.get_device_index() == x.get_device_index();
+  if (!fits) fail("unread must be what this shift of such an x returned");
+  for (auto& group : plan.groups) group.second = -group.second;
+  if (plan.padding != Padding::circular) plan.padding = Padding::keep;
+  Tensor dst = x;
+  run(x, dst, std::move(plan), false, unread.numel() == 0 ? nullptr : unread.mutable_data_ptr(), true);
 }
 
 // --- the end of a residual block ------------------------------------------------------------------------------------
@@ -721,6 +761,8 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   }
   m.impl("temporal_shift_", TORCH_BOX(&in_place<false>));
   m.impl("temporal_shift_backward_", TORCH_BOX(&in_place<true>));
+  m.impl("temporal_shift_keeping_", TORCH_BOX(&in_place_keeping));
+  m.impl("temporal_shift_undone_", TORCH_BOX(&in_place_undone));
   m.impl("residual_shift_", TORCH_BOX(&residual_shift));
   m.impl("residual_shift_backward_", TORCH_BOX(&residual_shift_backward));
   m.impl("residual_shift", TORCH_BOX(&new_residual_shift));

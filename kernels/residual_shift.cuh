@@ -19,7 +19,7 @@ constexpr int kResidualGroups = 32;
 constexpr int kRowsOfThread = 4;  // in one task: more would reach over more pages of memory at once
 
 // How many blocks of a kernel a multiprocessor holds: the registers that this leaves are what its loads take.
-constexpr int kBlocksOfSum = 2, kBlocksAlone = 4, kBlocksInOrder = 3, kBlocksOfPool = 3, kBlocksOfBackward = 2,
+constexpr int kBlocksOfSum = 2, kBlocksAlone = 4, kBlocksInOrder = 3, kBlocksOfPool = 2, kBlocksOfBackward = 2,
               kBlocksOfStatistics = 3;
 
 struct ResidualArgs {

@@ -113,6 +113,15 @@ class Piece {
     }
   }
 
+  // In place: the frames that nothing reads to where they are kept, or back.
+  void move_unread(Rows<char> aside, int64_t frame_bytes) {
+    const bool come_back = s_.unread.come_back;
+    const FrameRange kept = unread_frames(come_back ? -offset_ : offset_, s_.n_segment_shifted);
+    for (int32_t t = kept.begin; t < kept.end; ++t, aside.data += frame_bytes) {
+      come_back ? copy(out(t), {aside.data, aside.stride}, rows_, width_) : copy(aside, in(t), rows_, width_);
+    }
+  }
+
   void adjoint_sum() {
     const int32_t shifted = s_.n_segment_shifted;
     std::vector<Rows<const char>> terms;
@@ -176,6 +185,7 @@ void shift_cpu(const Shift& shift, const void* src, void* dst, int64_t first_tas
     const int64_t row = within / tiling.run_tiles * tiling.rows, begin = within % tiling.run_tiles * tiling.bytes;
     const int64_t rows = std::min(tiling.rows, shift.outer - row), end = std::min(begin + tiling.bytes, shift.run);
     std::vector<Piece> pieces;
+    const Unread& unread = shift.unread;
     for (int32_t g = 0; g < shift.n_groups; ++g) {
       const Group& group = shift.groups[g];
       const int64_t from = std::max(begin, group.begin), to = std::min(end, group.end);
@@ -183,6 +193,11 @@ void shift_cpu(const Shift& shift, const void* src, void* dst, int64_t first_tas
       pieces.emplace_back(
           shift, group, static_cast<const char*>(src) + clip * shift.src.clip + row * shift.src.outer + from,
           static_cast<char*>(dst) + clip * shift.dst.clip + row * shift.dst.outer + from, rows, to - from);
+      if (unread.data == nullptr) continue;
+      char* const aside = unread.data + (clip * shift.outer + row) * unread.run + unread.begin[g] + from - group.begin;
+      if (unread.come_back) pieces.back().forward();
+      pieces.back().move_unread({aside, unread.run}, group.end - group.begin);
+      if (unread.come_back) pieces.pop_back();
     }
     if (src != dst && shift.sum == Sum::none) {
       for (int32_t t = 0; t < shift.frames; ++t) {

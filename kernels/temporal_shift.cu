@@ -38,7 +38,7 @@ class Launcher {
     mixed = std::min(mixed, widest_unit(true));
     const bool whole_runs = tiled_ && s.n_groups <= kMaxGroups && s.run <= (s.outer > 1 ? kMaxBytes / 16 : kMaxBytes);
     const bool whole_rows = s.outer == 1 || !in_place_ || s.run % mixed == 0;
-    if (whole_runs && whole_rows) unit_ = std::max(unit_, mixed);
+    if (whole_runs && whole_rows && s.unread.data == nullptr) unit_ = std::max(unit_, mixed);
   }
 
   // Null, or what was wrong.
@@ -67,6 +67,7 @@ class Launcher {
   // of groups and of rows without a gap. With sums: whole elements, 16 bytes of them or one.
   int64_t widest_unit(bool mixed) const {
     uint64_t bits = 16 | reinterpret_cast<uintptr_t>(src_) | reinterpret_cast<uintptr_t>(dst_) | s_.run * s_.outer;
+    bits |= reinterpret_cast<uintptr_t>(s_.unread.data);
     for (const Strides& strides : {s_.src, s_.dst}) {
       if (s_.clips > 1) bits |= strides.clip;
       if (s_.frames > 1) bits |= strides.frame;
@@ -98,12 +99,19 @@ class Launcher {
       const Group& group = s_.groups[first_group + g];
       a.group_end[g] = static_cast<int32_t>(std::clamp(group.end, begin, end) - begin);
       a.group_offset[g] = group.offset;
+      if (s_.unread.data == nullptr) continue;
+      a.unread_frame[g] = group.end - group.begin;
+      a.unread_begin[g] = s_.unread.begin[first_group + g] + begin - group.begin;
     }
+    a.come_back = s_.unread.come_back;
+    a.unread_row = s_.unread.run;
+    a.unread_clip = s_.outer * s_.unread.run;
     // A multiple of 16, so that units begin where they would in one launch.
     const int64_t fit = kMaxBytes / a.run, rows = fit < 16 ? std::max<int64_t>(1, fit) : fit / 16 * 16;
     for (int64_t row = 0; row < s_.outer; row += rows) {
       a.src = src_ + row * s_.src.outer + begin;
       a.dst = dst_ + row * s_.dst.outer + begin;
+      if (s_.unread.data != nullptr) a.unread = s_.unread.data + row * a.unread_row;
       a.bytes = static_cast<int32_t>(std::min(rows, s_.outer - row) * a.run);
       if (const char* error = start(a)) return error;
     }
@@ -159,6 +167,7 @@ class Launcher {
       if (const char* error = launch(kernel, grid, block, shared, stream_, a)) return error;
       a.src += kMaxGrid * s_.src.clip;
       a.dst += kMaxGrid * s_.dst.clip;
+      if (a.unread != nullptr) a.unread += kMaxGrid * a.unread_clip;
     }
     return nullptr;
   }

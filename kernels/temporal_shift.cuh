@@ -37,6 +37,11 @@ struct Args {
   int32_t n_groups;
   int32_t group_end[kMaxGroups];  // in bytes of the run; the last is `run`
   int32_t group_offset[kMaxGroups];
+  // Of what is kept in place: the distances of clips, rows and, of each group, frames; where each begins.
+  char* unread;
+  bool come_back;
+  int64_t unread_clip, unread_row;
+  int64_t unread_frame[kMaxGroups], unread_begin[kMaxGroups];
 };
 
 // The kernels; host code that is compiled without nvcc sees no more of them.
@@ -59,7 +64,12 @@ struct Column {
   int32_t group;   // that holds the first byte
   int32_t offset;  // of this group
   int32_t end;     // of this group, in bytes of the unit
+  char* unread;    // null if nothing is kept
+  int64_t unread_frame;
+  FrameRange kept{0, 0};  // the frames there
 
+  __device__ bool keeps(int32_t t) const { return unread != nullptr && kept.begin <= t && t < kept.end; }
+  __device__ Unit& aside(int32_t t) const { return *reinterpret_cast<Unit*>(unread + (t - kept.begin) * unread_frame); }
   __device__ Unit operator[](int32_t t) const { return *reinterpret_cast<const Unit*>(src + t * src_frame); }
   __device__ void set(int32_t t, Unit value) const { *reinterpret_cast<Unit*>(dst + t * dst_frame) = value; }
 };
@@ -84,6 +94,12 @@ __device__ bool find_column(const Args& a, Column<Unit>& column) {
   column.dst = a.dst + blockIdx.z * a.dst_strides.clip + row * a.dst_strides.outer + begin;
   column.src_frame = a.src_strides.frame;
   column.dst_frame = a.dst_strides.frame;
+  column.unread = a.unread;
+  if (a.unread != nullptr) {
+    column.unread += blockIdx.z * a.unread_clip + row * a.unread_row + a.unread_begin[column.group] + begin;
+    column.unread_frame = a.unread_frame[column.group];
+    column.kept = unread_frames(a.come_back ? -column.offset : column.offset, a.n_segment_shifted);
+  }
   return true;
 }
 
@@ -225,13 +241,21 @@ __global__ void __launch_bounds__(kThreads) shift_tile(const __grid_constant__ A
   const char* src = column.src + t * column.src_frame;
   for (; t < highest; t += blockDim.y, src += src_step) {
     const bool moves = begin <= t && t < end;
-    if (moves || !one_group || (others && Value::pads(a, t, offset, first, last))) start_copy(&before[t], src);
+    const bool is_kept = !a.come_back && column.keeps(t);
+    if (moves || is_kept || !one_group || (others && Value::pads(a, t, offset, first, last))) {
+      start_copy(&before[t], src);
+    }
   }
   wait_for_copies();
   __syncthreads();
   t = first + threadIdx.y;
   char* dst = column.dst + t * column.dst_frame;
   for (; t < last; t += blockDim.y, dst += dst_step) {
+    if (column.keeps(t)) {
+      if (a.come_back) *reinterpret_cast<Unit*>(dst) = column.aside(t);
+      if (a.come_back) continue;
+      column.aside(t) = before[t];
+    }
     const Terms terms = Value::terms(a, t, offset);
     if (in_place && one_group && terms.are_only(t)) continue;
     Unit value = Value::template sum<Unit>(before, terms);
@@ -275,6 +299,8 @@ __global__ void __launch_bounds__(kThreads) shift_stream(const __grid_constant__
       return;
     }
   }
+#pragma unroll 1
+  for (int32_t t = column.kept.begin; column.keeps(t) && !a.come_back; ++t) column.aside(t) = column[t];
   const bool back = in_place && Value::kSign * offset < 0;
 #pragma unroll 1
   for (int32_t done = blockIdx.y; done < a.frames; done += gridDim.y) {
@@ -282,6 +308,8 @@ __global__ void __launch_bounds__(kThreads) shift_stream(const __grid_constant__
     const Terms terms = Value::terms(a, t, offset);
     if (!in_place || !terms.are_only(t)) column.set(t, Value::template sum<Unit>(column, terms));
   }
+#pragma unroll 1
+  for (int32_t t = column.kept.begin; column.keeps(t) && a.come_back; ++t) column.set(t, column.aside(t));
 }
 
 #endif

@@ -68,6 +68,21 @@ struct Group {
   int32_t offset;
 };
 
+// The frames of a group that no frame reads, under any padding but `circular`, which leaves none.
+TSM_HOST_DEVICE inline FrameRange unread_frames(int32_t offset, int32_t n_segment_shifted) {
+  return offset > 0 ? FrameRange{0, offset} : FrameRange{n_segment_shifted + offset, n_segment_shifted};
+}
+
+// In place alone: where these frames are kept, so that the shift can be undone.
+//
+//     data    [clips, outer, run]: for each group these frames, one after the other
+struct Unread {
+  char* data;            // null: they are lost
+  const int64_t* begin;  // of each group, in bytes of the run
+  int64_t run;           // in bytes
+  bool come_back;        // this shift is the inverse of the one that kept them, and pads with them
+};
+
 // Distances in bytes from one clip, frame or outer index to the next.
 struct Strides {
   int64_t clip, frame, outer;
@@ -81,6 +96,7 @@ struct Shift {
   const Group* groups;
   int32_t n_groups;  // the groups cover [0, run) in order
   Strides src, dst;
+  Unread unread;
 };
 
 // CPU. The work is `cpu_tasks(shift)` independent tasks; any thread may run any range of them. In place: src == dst.

@@ -56,8 +56,11 @@ def check(x, shift: Shift, adjoint_of=None) -> None:
     assert ops.temporal_shift_(x, encoded) is x
     assert_same_bits(x, expected)
     assert x.stride() == strides
+    x.copy_(original)
+    with ops.shift_undone(x, encoded):
+        assert_same_bits(x, expected)
+    assert_same_bits(x, original)
     if adjoint_of is None:
-        x.copy_(original)
         grad = x
     torch.ops.tsm_jit.temporal_shift_backward_(grad, encoded)
     assert_same_bits(grad, expected_grad)

@@ -52,7 +52,7 @@ class ShiftedModule(ClipModule):
         if torch.is_grad_enabled():
             with ops.shifting_again(x, shifted) as copy:
                 return net(copy)
-        if only_reads and ops.elements_are_apart(x):
+        if only_reads and ops.elements_are_apart(x) and not x.is_conj() and not x.is_neg():
             with ops.shift_undone(x[:, still:] if still else x, shift):
                 return net(x)
         return net(shifted(x))

@@ -6,6 +6,8 @@ Each takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
   each other's derivative, so that any order of derivative exists (in forward mode only through the functions below:
   PyTorch drops the tangent of an operator that Python taught to differentiate);
 - ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, unknown to autograd;
+- ``temporal_shift_keeping_(x!, shift) -> Tensor`` and ``temporal_shift_undone_(x!, unread, shift)``: in place for a
+  while; the first returns the frames that nothing reads any more, the second takes them to restore every bit;
 - the overload ``.kernel`` of the first two: unknown to autograd as well. An operator that Python taught to
   differentiate costs 8 us more per call even when nothing is recorded, so eager mode records by itself.
 
@@ -39,6 +41,8 @@ for _schema in (
     "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward.kernel(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward_(Tensor(a!) grad, str shift) -> ()",
+    "temporal_shift_keeping_(Tensor(a!) x, str shift) -> Tensor",
+    "temporal_shift_undone_(Tensor(a!) x, Tensor unread, str shift) -> ()",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -47,6 +51,8 @@ _forward_kernel = torch.ops.tsm_jit.temporal_shift.kernel._op  # _op: without th
 _forward_in_place = torch.ops.tsm_jit.temporal_shift_.default._op
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
 _backward_kernel = torch.ops.tsm_jit.temporal_shift_backward.kernel._op
+_forward_keeping = torch.ops.tsm_jit.temporal_shift_keeping_.default._op
+_undone = torch.ops.tsm_jit.temporal_shift_undone_.default._op
 _backward_in_place = torch.ops.tsm_jit.temporal_shift_backward_.default._op
 
 decoded = functools.lru_cache(maxsize=4096)(Shift.decode)
@@ -263,16 +269,11 @@ def shift_undone(x: Tensor, shift: str) -> Iterator[None]:
     this from the version counter: for any other reader nothing happened.
     """
     x = x.data
-    there = decoded(shift)
-    lost = list(reference.unread_views(x, there))
-    kept = [frames.clone() for frames in lost]
-    _forward_in_place(x, shift)
+    unread = _forward_keeping(x, shift)
     try:
         yield
     finally:
-        _forward_in_place(x, there.inverse().encode())
-        for frames, values in zip(lost, kept, strict=True):
-            frames.copy_(values)
+        _undone(x, unread, shift)
 
 
 @contextmanager
@@ -367,7 +368,33 @@ def _register(out_of_place: tuple, in_place, compute, adjoint) -> None:
     torch.library.register_vmap(out_of_place[0], functools.partial(_mapped, out_of_place[0]), lib=_library)
 
 
+def _plain_keeping(x: Tensor, shift: str) -> Tensor:
+    unread = torch.cat([x.new_empty(0), *(frames.flatten() for frames in reference.unread_views(x, decoded(shift)))])
+    _forward_in_place(x, shift)
+    return unread
+
+
+def _like_new_unread(x: Tensor, shift: str) -> Tensor:
+    there = decoded(shift)
+    channels = x.shape[there.channel_dim]
+    return x.new_empty(x.numel() // (there.n_segment * channels) * there.unread_channels() if x.numel() else 0)
+
+
+def _plain_undone(x: Tensor, unread: Tensor, shift: str) -> None:
+    there = decoded(shift)
+    _forward_in_place(x, there.inverse().encode())
+    lost = list(reference.unread_views(x, there))
+    for frames, values in zip(lost, unread.split([frames.numel() for frames in lost]), strict=True):
+        frames.copy_(values.view(frames.shape))
+
+
 _schemas = torch.ops.tsm_jit
+for _op, _compute, _fake in (
+    (_schemas.temporal_shift_keeping_.default, _plain_keeping, _like_new_unread),
+    (_schemas.temporal_shift_undone_.default, _plain_undone, lambda *_: None),
+):
+    _library.impl(_op, _compute, "CompositeExplicitAutograd")
+    _library.impl(_op, _fake, "Meta")
 _register(
     (_schemas.temporal_shift.default, _schemas.temporal_shift.kernel),
     _schemas.temporal_shift_.default,

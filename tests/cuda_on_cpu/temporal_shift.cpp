@@ -3,6 +3,7 @@
 #include "temporal_shift.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -96,9 +97,34 @@ bool same_bytes() {
   }
   if (in_place) expected = src;
   Memory actual = expected, untouched = src;
-  shift_cpu(s, in_place ? expected.at(src_offset) : src.at(src_offset), expected.at(dst_offset), 0, cpu_tasks(s));
-  shift_cuda(s, in_place ? actual.at(src_offset) : src.at(src_offset), actual.at(dst_offset), nullptr);
-  if (actual == expected && src == untouched) return true;
+  const bool keeps = in_place && s.sum == Sum::none && s.padding != Padding::circular && one_in(2);
+  std::vector<int64_t> unread_begin;
+  for (const Group& group : groups) {
+    unread_begin.push_back(s.unread.run);
+    s.unread.run += std::abs(group.offset) * (group.end - group.begin);
+  }
+  s.unread.begin = unread_begin.data();
+  Memory expected_unread(s.clips * s.outer * s.unread.run + 32), actual_unread(s.clips * s.outer * s.unread.run + 32);
+  if (keeps) actual_unread = expected_unread;
+  const int64_t unread_offset = one_in(2) ? 0 : between(0, 7) * element % 32;
+  const auto run = [&](auto kernel, Memory& to, Memory& unread) {
+    s.unread.data = keeps ? reinterpret_cast<char*>(unread.at(unread_offset)) : nullptr;
+    kernel(in_place ? to.at(src_offset) : src.at(src_offset), to.at(dst_offset));
+  };
+  const auto by_cpu = [&](const void* from, void* to) { shift_cpu(s, from, to, 0, cpu_tasks(s)); };
+  const auto by_cuda = [&](const void* from, void* to) { shift_cuda(s, from, to, nullptr); };
+  run(by_cpu, expected, expected_unread);
+  run(by_cuda, actual, actual_unread);
+  bool right = actual == expected && src == untouched && (!keeps || actual_unread == expected_unread);
+  if (keeps) {
+    for (Group& group : groups) group.offset = -group.offset;
+    s.padding = Padding::keep;
+    s.unread.come_back = true;
+    run(by_cpu, expected, actual_unread);
+    run(by_cuda, actual, expected_unread);
+    right = right && expected == src && actual == src;
+  }
+  if (right) return true;
   std::printf(
       "%lld-byte elements, %lld clips of %lld frames (%d shifted), outer %lld, run %lld, padding %d, sum %d, %s:",
       (long long)element, (long long)s.clips, (long long)s.frames, s.n_segment_shifted, (long long)s.outer,
