@@ -726,16 +726,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> new_residual_shift_backward(
 }
 
 #ifdef TSM_JIT_CUDA
-void channel_statistics(const Tensor& x, const Tensor& mean, const Tensor& variance, const Tensor& running_mean,
-                        const Tensor& running_var, double momentum, const std::string& shift) {
-  if (x.numel() == 0) return;
+std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
+                                              double momentum, const std::string& shift) {
+  const Tensor mean = new_wide(x, {x.size(1)}), variance = new_wide(x, {x.size(1)});
+  if (x.numel() == 0) return {mean, variance};
   ResidualWork work;
   const Residual& r = work.residual;
   describe_residual(x, shift, {}, {}, work);
   check_sums(x, r);
-  for (const Tensor* each : {&mean, &variance, &running_mean, &running_var}) {
+  for (const Tensor* each : {&running_mean, &running_var}) {
     if (!is_wide(*each, x, x.size(1))) {
-      fail("statistics must have one value per channel, of the type that activations are added in");
+      fail("running statistics must have one value per channel, of the type that activations are added in");
     }
   }
   tsm_jit::ChannelStatistics c{};
@@ -751,6 +752,7 @@ void channel_statistics(const Tensor& x, const Tensor& mean, const Tensor& varia
     c.sums = sums.mutable_data_ptr();
     return tsm_jit::channel_statistics_cuda(r, c, stream);
   });
+  return {mean, variance};
 }
 #endif
 

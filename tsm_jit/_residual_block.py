@@ -70,7 +70,8 @@ class _Block(Function):
     @staticmethod
     def forward(ctx, x, identity, unread, how, *parameters):
         layers, first_shift, identity_norm, shift, shifted, readers = how
-        ctx.how, ctx.identity_is_shifted, ctx.norms = how, unread is not None, []
+        ctx.how, ctx.norms = (layers, first_shift, shift, shifted), [identity_norm and identity_norm[4:]]
+        ctx.identity_is_shifted = unread is not None
         of_layers, given = [], x
         if first_shift is not None:
             x = ops.temporal_shift(x, first_shift)
@@ -85,32 +86,39 @@ class _Block(Function):
             if k + 1 < len(layers):
                 given = x = write_new(z, norm, None, None, None, NO_SHIFT, False)[0]
         out, unread_out = write_new(z, norm, identity, identity_norm, unread, shift, shifted)
-        ctx.save_for_backward(out, unread_out if shifted else None, *kept(identity, identity_norm), *of_layers)
+        ctx.save_for_backward(*of_layers, *kept(identity, identity_norm), out, unread_out if shifted else None)
         ctx.set_materialize_grads(False)
         return unread_out, *for_readers(out, readers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_unread, grad_a, grad_b=None):
-        layers, first_shift, identity_norm, shift, shifted, _ = ctx.how
-        out, unread_out, *saved = ctx.saved_tensors
+        layers, first_shift, shift, shifted = ctx.how
+        identity_how, *hows = ctx.norms
+        *saved, mean, variance, weight, out, unread_out = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # each is freed once it is not needed any more, as if recorded one by one
         x_needed, identity_needed, _, _, *needed = ctx.needs_input_grad
-        identity = Operand.of_kept(saved[:4], identity_norm and identity_norm[4:], identity_needed, any(needed[:2]))
+        of_identity = (saved.pop(), mean, variance, weight)
+        identity = Operand.of_kept(of_identity, identity_how, identity_needed, any(needed[:2]))
         found = [None] * len(needed)
         # The last layer ends in the sum of the block, the others in a sum of one operand.
-        grads, end = (grad_a, grad_b, grad_unread if shifted else None), (identity, shift, ctx.identity_is_shifted)
+        grads = grad_a, grad_b, grad_unread if shifted else None
+        end = identity, shift, ctx.identity_is_shifted
         of_x = of_block = None
+        del of_identity, identity
         for k in reversed(range(len(layers))):
             at = 2 + 4 * k
             before = x_needed or any(needed[2:at])
             wanted = [before, *needed[at : at + 2]]
-            x, weight, *of_z = saved[4 + 6 * k : 10 + 6 * k]
-            z = Operand.of_kept(of_z, ctx.norms[k], any(wanted), any(needed[at + 2 : at + 4]))
+            x, weight, *of_z = saved[-6:]
+            del saved[-6:]
+            z = Operand.of_kept(of_z, hows[k], any(wanted), any(needed[at + 2 : at + 4]))
             (of_z, *found[at + 2 : at + 4]), *of_end = gradients_of_end(*grads, out, unread_out, z, *end)
             of_block = of_block or of_end
             if not any(wanted):
                 break
             out, unread_out, end = x, None, (Operand(), NO_SHIFT, False)
+            z = grads = None
             if k == 0 and first_shift is not None:
                 x = ops.temporal_shift(x, first_shift)
             c = layers[k].convolution
@@ -121,6 +129,7 @@ class _Block(Function):
             if not before:
                 break
             grads = of_x, None, None
+            of_z = None
         else:
             if first_shift is not None:
                 ops.temporal_shift_backward_(of_x, first_shift)

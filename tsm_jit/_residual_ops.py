@@ -44,8 +44,8 @@ for _schema in (
     f"residual_shift({_NORMS}, bool shifted) -> (Tensor, Tensor)",
     "residual_shift_backward_(Tensor(a!) grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_unread_in, "
     f"Tensor(d!)? norm_gradients, {_GRADS}, {_NORMED}, str shift) -> ()",
-    "channel_statistics_(Tensor x, Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) running_mean, "
-    "Tensor(d!) running_var, float momentum, str shift) -> ()",
+    "channel_statistics_(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, str shift) "
+    "-> (Tensor, Tensor)",
     f"residual_shift_backward({_GRADS}, {_NORMED}, str shift, bool shifted) -> (Tensor, Tensor, Tensor, Tensor)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -53,7 +53,7 @@ for _schema in (
 _new = torch.ops.tsm_jit.residual_shift.default._op
 _write = torch.ops.tsm_jit.residual_shift_.default._op
 _pool = torch.ops.tsm_jit.residual_pool.default._op
-_write_statistics = torch.ops.tsm_jit.channel_statistics_.default._op
+_statistics = torch.ops.tsm_jit.channel_statistics_.default._op
 
 
 class Norm(NamedTuple):
@@ -223,9 +223,7 @@ def batch_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momen
     running ones, of the type :func:`wide`, as ``torch.nn.BatchNorm2d`` does."""
     if is_compiling():
         return _plain_statistics(x, running_mean, running_var, momentum)
-    mean, variance = torch.empty_like(running_mean), torch.empty_like(running_var)
-    _write_statistics(x, mean, variance, running_mean, running_var, momentum, NO_SHIFT)
-    return mean, variance
+    return _statistics(x, running_mean, running_var, momentum, NO_SHIFT)
 
 
 def _plain_statistics(x, running_mean, running_var, momentum) -> tuple[Tensor, Tensor]:
@@ -509,12 +507,6 @@ def _plain_write_gradients(
         norm_gradients.copy_(made)
 
 
-def _plain_write_statistics(x, mean, variance, running_mean, running_var, momentum, shift) -> None:
-    of_batch = _plain_statistics(x, running_mean, running_var, momentum)
-    mean.copy_(of_batch[0])
-    variance.copy_(of_batch[1])
-
-
 def _like_new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
     return torch.empty_like(z), _new_unread(z, shift) if shifted else z.new_empty(0)
 
@@ -562,7 +554,11 @@ _schemas = torch.ops.tsm_jit
 for _operator, _compute, _fake in (
     (_schemas.residual_shift_.default, _plain_write, lambda *_: None),
     (_schemas.residual_shift_backward_.default, _plain_write_gradients, lambda *_: None),
-    (_schemas.channel_statistics_.default, _plain_write_statistics, lambda *_: None),
+    (
+        _schemas.channel_statistics_.default,
+        lambda *given: _plain_statistics(*given[:4]),
+        lambda x, mean, variance, *_: (torch.empty_like(mean), torch.empty_like(variance)),
+    ),
     (_schemas.residual_shift.default, _plain_new, _like_new),
     (_schemas.residual_pool.default, _plain_pool, _like_new_pool),
     (_schemas.residual_shift_backward.default, _plain_new_gradients, _like_new_gradients),

@@ -56,6 +56,10 @@ const char* residual(Sum type, int64_t unit, int32_t norms) {
   if (const char* error = residual_forward_cuda(r, f, kStream)) return error;
   f.out_is_shifted = true;  // in place of z, so in order
   if (const char* error = residual_forward_cuda(r, f, kStream)) return error;
+  ResidualPool p{};
+  p.z = p.plain = address(unit);
+  p.height = p.width = 6;
+  if (const char* error = residual_pool_cuda(r, p, kStream)) return error;
   ResidualBackward b{};
   b.out = b.grad = address(unit);
   for (int32_t n = 0; n < norms; ++n) b.normed[n] = address(unit);
