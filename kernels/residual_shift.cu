@@ -54,10 +54,9 @@ const char* plan(const Residual& r, int64_t unit, const Shares& shares, Launch& 
   const int64_t clips = is_still || one_row ? 1 : s.clips, frames = is_still ? 1 : s.frames;
   const int64_t rows = s.outer * (s.clips / clips) * (s.frames / frames);
   const int64_t x_blocks = ceil_div(units, x);
-  // Blocks that stay until all is done read their norms once. Where few of them share a column the last would come to
-  // less than all that can run: there many small ones.
+  // Several times as many blocks as run at once: where one waits for memory, another begins. Each reads its norms.
   const int64_t resident = int64_t{shares.resident} * std::max(multiprocessors(), 1);
-  const int64_t fill = 8 * x_blocks <= resident ? resident / x_blocks : ceil_div(8 * resident, x_blocks);
+  const int64_t fill = ceil_div(8 * resident, x_blocks);
   const int64_t columns = shares.slices != 0 ? shares.slices : std::min(fill, int64_t{kMaxGridY});
   const int64_t rows_of_block = int64_t{launch.block.y} * (in_order ? 1 : kRowsOfThread);
   a.rows_of_task = static_cast<int32_t>(std::min(rows, rows_of_block));

@@ -153,7 +153,7 @@ def end_in_both_forms(
     if own_identity and unread is not None:
         out, unread_out = identity, unread
     else:
-        out, unread_out = torch.empty_like(z), _new_unread(z, shift)
+        out, unread_out = _new_like(z, z.shape), _new_unread(z, shift)
     rows, columns = (-(-size // step) for size in z.shape[2:])
     plain = _new_like(z, (*z.shape[:2], rows, columns))
     given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
@@ -401,7 +401,13 @@ def _new_unread(like: Tensor, shift: str) -> Tensor:
 
 
 def _new_like(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
+    """In the memory format of ``like``. By strides: a compiler fills what ``torch.empty`` makes before we write it."""
+    channels_last = not like.is_contiguous()
+    strides, stride = [0] * len(shape), 1
+    for d in (1, *range(len(shape) - 1, 1, -1), 0) if channels_last else range(len(shape) - 1, -1, -1):
+        strides[d] = stride
+        stride *= shape[d] if channels_last else max(shape[d], 1)
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
