@@ -267,7 +267,7 @@ int64_t unread_elements(const Tensor& x, const Plan& plan) {
   return x.numel() == 0 ? 0 : x.numel() / plan.n_segment / x.size(plan.channel_dim) * channels;
 }
 
-// `unread`, of an in-place shift: where to keep what it does not read. With `come_back` the shift is undone.
+// `unread`, of an in-place shift: where to keep what it does not read, if anything. With `come_back` it is undone.
 void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint, void* unread = nullptr, bool come_back = false) {
   if (src.numel() == 0) return;
   const bool adds = adjoint && (plan.padding == Padding::keep || plan.padding == Padding::replicate);
@@ -294,14 +294,14 @@ void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint, void* unread =
     return;
   }
   std::vector<int64_t> unread_begin;
-  Unread& kept = work.shift.unread;
-  for (const Group& group : work.groups) {
-    unread_begin.push_back(kept.run);
-    kept.run += std::abs(group.offset) * (group.end - group.begin);
+  if (unread != nullptr) {
+    int64_t run = 0;
+    for (const Group& group : work.groups) {
+      unread_begin.push_back(run);
+      run += std::abs(group.offset) * (group.end - group.begin);
+    }
+    work.shift.unread = {static_cast<char*>(unread), unread_begin.data(), run, come_back};
   }
-  if (plan.padding != Padding::circular) kept.data = static_cast<char*>(unread);
-  kept.begin = unread_begin.data();
-  kept.come_back = come_back;
   work.shift.padding = plan.padding;
   work.shift.n_segment_shifted = static_cast<int32_t>(plan.n_segment_shifted);
   work.shift.sum = adds ? sum_type(src.scalar_type()) : Sum::none;
