@@ -1713,7 +1713,7 @@ def shared():
 
 
 # With all imports done, since Python itself may lie where only root can read.
-STRANGER = "import grp, os, pwd; os.setgroups([]); os.setgid(12345); os.setuid(12345)"
+STRANGER = "import grp, os, pwd, shlex; os.setgroups([]); os.setgid(12345); os.setuid(12345)"
 
 
 @needs_root

@@ -67,7 +67,7 @@ def _nvcc_candidates() -> Iterator[Path]:
     yield Path("/usr/local/cuda/bin/nvcc")
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations if spec else ():
-        yield from sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)
+        yield from reversed(_found(Path(folder), "cu*/bin/nvcc"))
 
 
 def find_nvrtc() -> Path | None:
@@ -75,16 +75,24 @@ def find_nvrtc() -> Path | None:
     major = torch.version.cuda.partition(".")[0]
     name = re.compile(rf"libnvrtc(-[0-9a-f]{{8}})?\.so\.{major}(\.[0-9.]+)?")
     for folder in _nvrtc_folders():
-        found = sorted(path for path in folder.glob("libnvrtc*") if name.fullmatch(path.name) and path.is_file())
+        found = [path for path in _found(folder, "libnvrtc*") if name.fullmatch(path.name) and path.is_file()]
         if found:
             return found[0].absolute()
     return None
 
 
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """In order; nothing where this user may not look."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
 def _nvrtc_folders() -> Iterator[Path]:
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations if spec else ():
-        yield from sorted(Path(folder).glob("cu*/lib"), reverse=True)  # of CUDA 13 and later, or cuda_nvrtc
+        yield from reversed(_found(Path(folder), "cu*/lib"))  # of CUDA 13 and later, or cuda_nvrtc
     yield Path(torch.__file__).parent / "lib"
     yield from (Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder)
     yield Path(sys.prefix, "lib")

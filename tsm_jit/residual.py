@@ -7,8 +7,8 @@ that reads all of x and writes it again. But a shift moves whole values, so it c
 
 So the pass that is made anyway writes ``shift(x)`` in place of x. The few frames that the shift does not read (one of T
 frames, of the channels that move) go to a tensor of their own, and both together are the next block's identity. The
-same pass applies the batch normalization before it. At the end of a stage, without gradients, it writes what the next one's
-``downsample`` reads beside it, plain. See README, "Shift for free".
+same pass applies the batch normalization before it and, without gradients at the end of a stage, writes what the next
+one's ``downsample`` reads, too. See README, "Shift for free".
 
 Example::
 
@@ -70,8 +70,9 @@ def fuse(net: nn.Module) -> None:
     Args:
         net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision or timm, converted by
             :func:`tsm_jit.make_temporal_shift` with ``place="blockres"`` or by :func:`tsm_jit.tsam.make_Shift`. A
-            subclass of these with a forward of its own is fused stage by stage: each takes and returns plain frames, and
-            ``inplace=True`` saves its first shift a second activation where nothing is recorded. Later changes of it, such as :func:`tsm_jit.n_segment` or :func:`tsm_jit.remove_temporal_shift`, work.
+            subclass of these with a forward of its own is fused stage by stage: each takes and returns plain frames.
+            There ``inplace=True`` saves the first shift a second activation where nothing is recorded. Later changes of
+            the network, such as :func:`tsm_jit.n_segment` or :func:`tsm_jit.remove_temporal_shift`, work.
 
     Raises:
         TypeError, ValueError: ``net`` is no such ResNet, holds no temporal shift, or none of its blocks is understood.
