@@ -442,7 +442,7 @@ def _plain_write(
     if not relu:
         out.copy_(z if identity is None else z + identity)
         return
-    x = reference.residual_shift(z, identity, unread, decoded(shift), False)[0].to(out.dtype)
+    x = reference.residual_shift(z, identity, unread, decoded(shift)).to(out.dtype)
     if plain is not None:
         plain.copy_(x[:, :, ::step, ::step])
     _write_forms(out, unread_out, x, shift)

@@ -150,17 +150,14 @@ def unread_views(x: Tensor, shift: Shift) -> Iterator[Tensor]:
         yield frames.narrow(1, 0 if offset > 0 else n - count, count)
 
 
-def residual_shift(
-    z: Tensor, identity: Tensor | None, unread: Tensor | None, shift: Shift, shifted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """``x = relu(z + identity)``, the end of a residual block, as itself or in shifted form: see ``residual.py``.
+def residual_shift(z: Tensor, identity: Tensor | None, unread: Tensor | None, shift: Shift) -> Tensor:
+    """``x = relu(z + identity)``, the end of a residual block: see ``residual.py``.
 
-    An ``identity`` that comes with ``unread`` frames is in shifted form as well. 16-bit floats round once.
+    An ``identity`` that comes with ``unread`` frames is in shifted form. 16-bit floats round once.
     """
     if identity is not None:
         z = z + (identity if unread is None else unshifted(identity, unread, shift))
-    x = torch.relu(z)
-    return (temporal_shift(x, shift), unread_frames(x, shift)) if shifted else (x, None)
+    return torch.relu(z)
 
 
 def residual_shift_backward(
