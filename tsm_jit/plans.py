@@ -95,7 +95,7 @@ class Shift(NamedTuple):
 
     @staticmethod
     def decode(encoded: str) -> Shift:
-        match = re.fullmatch(_ENCODED, encoded)
+        match = _ENCODED.fullmatch(encoded)
         if match is None:
             raise ValueError(f"shift must look like {_EXAMPLE!r}, got {encoded!r}")
         n_segment, n_segment_shifted, channel_dim, padding, groups = match.groups()
@@ -104,7 +104,7 @@ class Shift(NamedTuple):
 
 
 _EXAMPLE = "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=zeros plan=8:1,8:-1"
-_ENCODED = (
+_ENCODED = re.compile(  # here, and not where it is used, since compilers of models read what is called there
     r"n_segment=(\d+) n_segment_shifted=(\d+) channel_dim=(\d+) "
     rf"padding=({'|'.join(PADDINGS)}) plan=((?:\d+:-?\d+(?:,\d+:-?\d+)*)?)"
 )

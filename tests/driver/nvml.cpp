@@ -1,18 +1,19 @@
 // A management library for GPUs that are not there: NVML_GPUS lists their compute capabilities, as "75 90", and
 // NVML_DRIVER has the CUDA version of their driver, as 13000.
 #include <cstdlib>
-#include <sstream>
-#include <string>
-#include <vector>
 
 namespace {
 
-std::vector<int> gpus() {
-  const char* const listed = std::getenv("NVML_GPUS");
-  std::istringstream words(listed ? listed : "");
-  std::vector<int> found;
-  for (int gpu; words >> gpu;) found.push_back(gpu);
-  return found;
+// How many are listed, or up to the one at index, whose capability is written.
+unsigned read_gpus(unsigned index, int* capability) {
+  const char* listed = std::getenv("NVML_GPUS");
+  unsigned count = 0;
+  for (char* end = nullptr; listed && count <= index; listed = end, ++count) {
+    const long read = std::strtol(listed, &end, 10);
+    if (end == listed) break;
+    *capability = static_cast<int>(read);
+  }
+  return count;
 }
 
 bool started = false;
@@ -32,7 +33,8 @@ int nvmlSystemGetCudaDriverVersion(int* version) {
 }
 
 int nvmlDeviceGetCount_v2(unsigned* count) {
-  *count = static_cast<unsigned>(gpus().size());
+  int capability = 0;
+  *count = read_gpus(64, &capability);
   return started ? 0 : 1;
 }
 
@@ -42,7 +44,8 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) {
 }
 
 int nvmlDeviceGetCudaComputeCapability(void* device, int* major, int* minor) {
-  const int gpu = gpus().at(reinterpret_cast<size_t>(device) - 1);
+  int gpu = 0;
+  read_gpus(static_cast<unsigned>(reinterpret_cast<size_t>(device)) - 1, &gpu);
   *major = gpu / 10;
   *minor = gpu % 10;
   return started ? 0 : 1;
