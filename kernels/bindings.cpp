@@ -258,13 +258,28 @@ Tensor unexpanded(Tensor x, const Plan& plan) {
   return x;
 }
 
-// How many elements the frames are that a shift of x does not read.
-int64_t unread_elements(const Tensor& x, const Plan& plan) {
+// How many channels the frames make, in all, that a shift does not read: tsm_jit.plans.Shift.unread_channels.
+int64_t unread_channels(const Plan& plan) {
   int64_t channels = 0;
   for (const auto& [width, offset] : plan.groups) {
     if (plan.padding != Padding::circular) channels += width * std::abs(offset);
   }
-  return x.numel() == 0 ? 0 : x.numel() / plan.n_segment / x.size(plan.channel_dim) * channels;
+  return channels;
+}
+
+// And how many elements of x they are.
+int64_t unread_elements(const Tensor& x, const Plan& plan) {
+  return x.numel() == 0 ? 0 : x.numel() / plan.n_segment / x.size(plan.channel_dim) * unread_channels(plan);
+}
+
+// Where, in a run of bytes of these frames, those of each group begin; returns how long it is.
+int64_t lay_out_unread(const std::vector<Group>& groups, Padding padding, std::vector<int64_t>& begin) {
+  int64_t run = 0;
+  for (const Group& group : groups) {
+    begin.push_back(run);
+    if (padding != Padding::circular) run += std::abs(group.offset) * (group.end - group.begin);
+  }
+  return run;
 }
 
 // `unread`, of an in-place shift: where to keep what it does not read, if anything. With `come_back` it is undone.
@@ -295,11 +310,7 @@ void run(const Tensor& src, Tensor& dst, Plan plan, bool adjoint, void* unread =
   }
   std::vector<int64_t> unread_begin;
   if (unread != nullptr) {
-    int64_t run = 0;
-    for (const Group& group : work.groups) {
-      unread_begin.push_back(run);
-      run += std::abs(group.offset) * (group.end - group.begin);
-    }
+    const int64_t run = lay_out_unread(work.groups, plan.padding, unread_begin);
     work.shift.unread = {static_cast<char*>(unread), unread_begin.data(), run, come_back};
   }
   work.shift.padding = plan.padding;
@@ -452,15 +463,12 @@ Optional in_format_of(const Tensor& like, const Optional& x) {
   return copy;
 }
 
-// For the frames of x that a shift does not read: as tsm_jit.plans.Shift.unread_channels counts them.
+// For the frames of x that a shift does not read.
 Tensor new_unread(const Tensor& x, const std::string& shift) {
   const Plan plan = plan_for(x, shift);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[0] /= plan.n_segment;
-  sizes[1] = 0;
-  for (const auto& [width, offset] : plan.groups) {
-    if (plan.padding != Padding::circular) sizes[1] += width * std::abs(offset);
-  }
+  sizes[1] = unread_channels(plan);
   return new_in_format_of(x, x, sizes);
 }
 
@@ -479,10 +487,7 @@ void describe_residual(const Tensor& x, const std::string& encoded, const std::v
   r.shift.n_segment_shifted = static_cast<int32_t>(plan.n_segment_shifted);
   const int64_t element = x.element_size(), channel = r.shift.run / x.size(plan.channel_dim);
   r.inner = channel / element;
-  for (const Group& group : work.groups) {
-    work.unread_begin.push_back(r.unread_run);
-    if (plan.padding != Padding::circular) r.unread_run += std::abs(group.offset) * (group.end - group.begin);
-  }
+  r.unread_run = lay_out_unread(work.groups, plan.padding, work.unread_begin);
   r.unread_begin = work.unread_begin.data();
   const bool gaps = r.shift.outer > 1 && r.shift.src.outer != r.shift.run;
   if (gaps || (r.shift.frames > 1 && r.shift.src.frame != r.shift.outer * r.shift.run)) {
