@@ -11,8 +11,10 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from support import assert_same_bits, poison, random_values
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -652,12 +654,45 @@ def test_compilers_write_nothing_before_we_do():
     assert "cpp_fused" not in code
 
 
-def test_export_and_traces_hold_the_network_before():
+def test_compiled_training_keeps_no_second_input_of_a_stage():
+    """What a graph keeps for the backward: what the network without shift keeps, and the unread frames of a stream."""
+    kept = {}
+
+    def keeps(name: str):
+        def count(graph, _):
+            (results,) = next(node for node in graph.graph.nodes if node.op == "output").args
+            made = [node.meta["val"] for node in results if node is not None and node.op != "placeholder"]
+            kept[name] = sum(each.numel() for each in made if isinstance(each, Tensor))
+            return make_boxed_func(graph)
+
+        return aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+
+    net = torchvision.models.resnet18(num_classes=5).to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(net)
+    tsm_jit.make_temporal_shift(fused, 4)
+    residual.fuse(fused)
+    x = torch.randn(8, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    for name, each in (("without shift", net), ("fused", fused)):
+        torch._dynamo.reset()
+        torch.compile(each, backend=keeps(name), fullgraph=True)(x).sum().backward()
+    # The second block of each stage receives a shifted stream: of a quarter of its channels, one of 4 frames is unread.
+    unread = sum(8 * 64 * 16 * 16 // 2**stage // 16 for stage in range(4))
+    assert kept["fused"] <= kept["without shift"] + unread + 1000
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_export_holds_the_network_before(strict, training):
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"), dtype=torch.float32)
+    exported = torch.export.export(fused.train(training), (x,), strict=strict)
+    assert "residual_shift" not in str(exported.graph)
+    torch.testing.assert_close(exported.module()(x), net.train(training)(x))
+
+
+def test_traces_hold_the_network_before():
     net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"), dtype=torch.float32)
     expected = net.eval()(x)
-    exported = torch.export.export(fused.eval(), (x,))
-    assert "residual_shift" not in str(exported.graph)
-    torch.testing.assert_close(exported.module()(x), expected)
+    fused.eval()
     traced = torch.jit.trace(fused, (x,))
     assert "tsm_jit::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), expected)

@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.utils.checkpoint import checkpoint
 
 from tsm_jit import ops, tsam, tsm
 from tsm_jit._families import resnet_stages
@@ -188,7 +189,7 @@ def _new_fused(network: type[nn.Module]) -> nn.Module:
 
 def _fuses(x: Tensor) -> bool:
     """Not what is exported, traced, transformed, or watched by hooks of all modules."""
-    compiled = is_dynamo_compiling() and not ops.transforms_are_active()
+    compiled = is_dynamo_compiling() and not is_exporting() and not ops.transforms_are_active()
     return isinstance(x, Tensor) and (ops.eager() or compiled) and not has_global_hooks()
 
 
@@ -319,6 +320,11 @@ def _branch(modules: list[nn.Module], stream: _Stream) -> tuple[Tensor, Norm | N
     conv1, *modules, last = modules
     if stream.shift is not None:
         z = conv1.shifted_module(stream.first)
+    elif _is_shifted(conv1) and torch.is_grad_enabled() and is_compiling():
+        # A compiler keeps what it is not told to compute again: here the shifted input, beside the input.
+        shift = conv1.shift_of(stream.first)
+        first = checkpoint(ops.temporal_shift, stream.first, shift, use_reentrant=False, preserve_rng_state=False)
+        z = conv1.shifted_module(first)
     elif _is_shifted(conv1):  # in the first block of a stage: recorded, as in place, it keeps no second activation
         recorded = True if torch.is_grad_enabled() else None
         z = conv1.call_shifted(stream.first, conv1.shift_of(stream.first), inplace=recorded)
