@@ -91,7 +91,7 @@ def test_seed_table_and_shape(tmp_path, monkeypatch):
 
 
 def test_report_of_an_earlier_run(tmp_path, capsys):
-    committed = Path(__file__).parent.parent / "results" / "h200" / "bench.json"
+    committed = Path(__file__).parent.parent / "results" / "h100" / "bench.json"
     path = shutil.copy(committed, tmp_path)
     assert cli.main(["bench", "--report", str(path)]) == 0
     assert "| (8, 8, 256, 56, 56)/8 |" in capsys.readouterr().out
