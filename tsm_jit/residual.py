@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils.checkpoint import checkpoint
 
 from tsm_jit import ops, tsam, tsm
@@ -189,7 +189,9 @@ def _new_fused(network: type[nn.Module]) -> nn.Module:
 
 def _fuses(x: Tensor) -> bool:
     """Not what is exported, traced, transformed, or watched by hooks of all modules."""
-    compiled = is_dynamo_compiling() and not is_exporting() and not ops.transforms_are_active()
+    # Not torch.compiler.is_exporting, which is true of all that PyTorch 2.11 compiles.
+    exporting = torch.compiler._is_exporting_flag
+    compiled = is_dynamo_compiling() and not exporting and not ops.transforms_are_active()
     return isinstance(x, Tensor) and (ops.eager() or compiled) and not has_global_hooks()
 
 

@@ -357,6 +357,7 @@ def run(
             for rows in found:
                 results[name] += rows
                 step(rows)
+                report.write(results, output)  # what an interrupted run has measured is measured
 
         try:
             if seed_table:
@@ -391,7 +392,7 @@ def run(
                 from tsm_jit.bench import streams
 
                 part("online", streams.rows(device, 300 if cuda else 10))
-        finally:  # what an interrupted run has measured is measured
+        finally:
             report.save(results, output)
     return results
 

@@ -92,12 +92,18 @@ def _cell(column: str, value: Any) -> str:
     return text[: max(width, len(text) if column != value else width)].ljust(width)
 
 
-def save(results: Row, folder: Path) -> None:
-    """``bench.json``, or ``network.json``, and the plots."""
+def write(results: Row, folder: Path) -> str:
+    """``bench.json``, or ``network.json``; returns its name."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "network.json" if "network" in results else "bench.json"
     (folder / name).write_text(json.dumps(results, indent=1) + "\n")
-    sys.stdout.write(f"\nwritten to {folder}: {', '.join([name, *draw(results, folder)])}\n")
+    return name
+
+
+def save(results: Row, folder: Path) -> None:
+    """That, and the plots."""
+    names = [write(results, folder), *draw(results, folder)]
+    sys.stdout.write(f"\nwritten to {folder}: {', '.join(names)}\n")
 
 
 def draw(results: Row, folder: Path) -> list[str]:
