@@ -90,6 +90,14 @@ def test_seed_table_and_shape(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.parametrize("largest", [2**16, 2**22, 2**28, 2**33, 2**33 + 1, 2**34 - 1])
+def test_the_sweep_ends_at_the_largest_power_of_two(largest):
+    sizes = [4 * s.batch * s.frames * s.channels * s.height * s.width for s in bench.sweep(largest)]
+    assert sizes[0] == 2**16
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] <= largest < 2 * sizes[-1]
+
+
 def test_report_of_an_earlier_run(tmp_path, capsys):
     committed = Path(__file__).parent.parent / "results" / "h100" / "bench.json"
     path = shutil.copy(committed, tmp_path)

@@ -270,14 +270,12 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def sweep(largest: int) -> Iterator[Shape]:
-    """From 64 KB up by factors of 4, in float32: where launches end and memory begins."""
-    batch = 1
-    while True:
-        shape = Shape(batch, 8, 64, 8, 4) if batch * 8 * 64 * 32 * 4 < 2**22 else Shape(batch // 64, 8, 64, 64, 32)
-        if shape.batch * shape.frames * shape.channels * shape.height * shape.width * 4 > largest:
-            return
-        yield shape
-        batch *= 4
+    """From 64 KB up by factors of 4, and the last power of two that is not above ``largest`` bytes, in float32: where
+    launches end and memory begins."""
+    last = largest.bit_length() - 1
+    for exponent in (*range(16, last, 2), last):
+        small = exponent < 22
+        yield Shape(2 ** (exponent - 16), 8, 64, 8, 4) if small else Shape(2 ** (exponent - 22), 8, 64, 64, 32)
 
 
 def calls_on_the_host(device: torch.device) -> list[Row]:
