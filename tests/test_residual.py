@@ -666,7 +666,11 @@ def test_compiled_training_keeps_no_second_input_of_a_stage():
             assert ("residual_shift" in graph.code) == (name == "fused")
             return make_boxed_func(graph)
 
-        return aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+        return aot_autograd(
+            fw_compiler=count,
+            bw_compiler=lambda graph, _: make_boxed_func(graph),
+            partition_fn=min_cut_rematerialization_partition,
+        )
 
     net = torchvision.models.resnet18(num_classes=5).to(memory_format=torch.channels_last)
     fused = copy.deepcopy(net)
@@ -678,7 +682,7 @@ def test_compiled_training_keeps_no_second_input_of_a_stage():
         torch.compile(each, backend=keeps(name), fullgraph=True)(x).sum().backward()
     # The second block of each stage receives a shifted stream: of a quarter of its channels, one of 4 frames is unread.
     unread = sum(4 * 8 * 64 * 16 * 16 // 2**stage // 16 for stage in range(4))
-    assert kept["fused"] <= kept["without shift"] + unread + 1000
+    assert kept["fused"] <= kept["without shift"] + unread
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -96,7 +96,9 @@ def write(results: Row, folder: Path) -> str:
     """``bench.json``, or ``network.json``; returns its name."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "network.json" if "network" in results else "bench.json"
-    (folder / name).write_text(json.dumps(results, indent=1) + "\n")
+    partial = folder / f"{name}.partial"  # an interrupt leaves what was there before
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(folder / name)
     return name
 
 
