@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#ifdef TSM_JIT_CUDA
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#endif
 
 #if __has_include(<sys/mman.h>)
 #include <sys/mman.h>
@@ -41,6 +44,17 @@ using tsm_jit::Unread;
 // Not STD_TORCH_CHECK, which writes its message through a stream: where the C++ library is linked statically into us,
 // as some compilers are set up to do, its streams crash.
 [[noreturn]] void fail(const std::string& message) { throw std::runtime_error("tsm_jit: " + message); }
+
+// Fails, in PyTorch's own words, if it could not do what it was asked for; before 2.13 it prints these words alone.
+void check(AOTITorchError error, const char* asked) {
+  if (error == 0) return;
+  const char* said = nullptr;
+#ifdef TORCH_DYNAMIC_VERSION_CALL_2_13_0
+  said = TORCH_DYNAMIC_VERSION_CALL_2_13_0(torch_exception_get_what_without_backtrace,
+                                           torch::stable::detail::torch_shim_bc_const_char_ptr);
+#endif
+  fail(std::string("PyTorch could not ") + asked + (said == nullptr ? "" : std::string(": ") + said));
+}
 
 // tsm_jit.plans.Shift, decoded: "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=zeros plan=8:1,8:-1".
 struct Plan {
@@ -354,8 +368,8 @@ Tensor new_tensor(const Tensor& like, int32_t dtype, int64_t dim, const int64_t*
   AtenTensorHandle out = nullptr;
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, like.get_device_index(), &out));
+  check(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, like.get_device_index(), &out),
+        "make a tensor");
   return Tensor(out);
 }
 
@@ -416,6 +430,8 @@ struct ResidualWork : Work {
 };
 
 using Optional = std::optional<Tensor>;
+
+const std::string kNoShift = "n_segment=1 n_segment_shifted=1 channel_dim=1 padding=zeros plan=";
 
 const void* data(const Optional& x) { return x ? x->const_data_ptr() : nullptr; }
 void* mutable_data(const Optional& x) { return x ? x->mutable_data_ptr() : nullptr; }
@@ -536,6 +552,13 @@ void parallel_frames(const Residual& r, const Work& work, Run run) {
                               [&](int64_t first, int64_t last) { run(r, work, first, last); });
 }
 
+void execute([[maybe_unused]] const Tensor& z, const Residual& r, const tsm_jit::ResidualForward& f) {
+#ifdef TSM_JIT_CUDA
+  if (z.is_cuda()) return on_stream(z, [&](void* stream) { return tsm_jit::residual_forward_cuda(r, f, stream); });
+#endif
+  parallel_frames(r, f, tsm_jit::residual_forward_cpu);
+}
+
 void residual_shift(const Tensor& out, const Optional& unread_out, const Optional& plain, int64_t step, const Tensor& z,
                     const std::vector<Tensor>& z_norm, double z_epsilon, const Optional& identity,
                     const std::vector<Tensor>& identity_norm, double identity_epsilon, const Optional& unread,
@@ -574,12 +597,7 @@ void residual_shift(const Tensor& out, const Optional& unread_out, const Optiona
   if (tsm_jit::shifts_z_in_place(f) && (!z.is_cuda() || work.residual.shift.padding == Padding::circular)) {
     fail("out must not be z if it is shifted, but on CUDA and by no circular shift");
   }
-#ifdef TSM_JIT_CUDA
-  if (z.is_cuda()) {
-    return on_stream(z, [&](void* stream) { return tsm_jit::residual_forward_cuda(work.residual, f, stream); });
-  }
-#endif
-  parallel_frames(work.residual, f, tsm_jit::residual_forward_cpu);
+  execute(z, work.residual, f);
 }
 
 std::tuple<Tensor, Tensor> new_residual_shift(const Tensor& z, const std::vector<Tensor>& z_norm, double z_epsilon,
@@ -711,38 +729,61 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
   parallel_frames(r, b, tsm_jit::residual_backward_cpu);
 }
 
+// What residual_shift_backward writes, as new tensors; absent if not wanted.
+struct Made {
+  Tensor grad;
+  Optional grad_shifted, grad_unread_in, norm_gradients;
+};
+
+Made make_gradients(const Optional& grad_a, const Optional& grad_b, const Optional& grad_unread, const Tensor& out,
+                    const Optional& unread_out, const Optional& z, const std::vector<Tensor>& z_norm, double z_epsilon,
+                    const Optional& identity, const std::vector<Tensor>& identity_norm, double identity_epsilon,
+                    const std::string& shift, bool shifted) {
+  const Optional a = in_format_of(out, grad_a);
+  // A plain gradient that had to be copied (that of a mean over pixels is one value) is ours to overwrite.
+  const bool is_ours = a && a->get() != grad_a->get() && !unread_out;
+  Made made{is_ours ? *a : new_like(out), {}, {}, {}};
+  if (shifted) {
+    made.grad_shifted = new_like(out);
+    made.grad_unread_in = new_unread(out, shift);
+  }
+  if (!z_norm.empty() || !identity_norm.empty()) {
+    made.norm_gradients = new_wide(out, {1 + 4 * tsm_jit::kNorms, out.size(1)});
+  }
+  residual_shift_backward(made.grad, made.grad_shifted, made.grad_unread_in, made.norm_gradients, a,
+                          in_format_of(out, grad_b), in_format_of(out, grad_unread), out, unread_out, z, z_norm,
+                          z_epsilon, in_format_of(out, identity), identity_norm, identity_epsilon, shift);
+  return made;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> new_residual_shift_backward(
     const Optional& grad_a, const Optional& grad_b, const Optional& grad_unread, const Tensor& out,
     const Optional& unread_out, const Optional& z, const std::vector<Tensor>& z_norm, double z_epsilon,
     const Optional& identity, const std::vector<Tensor>& identity_norm, double identity_epsilon,
     const std::string& shift, bool shifted) {
-  const Optional a = in_format_of(out, grad_a);
-  // A plain gradient that had to be copied (that of a mean over pixels is one value) is ours to overwrite.
-  const bool is_ours = a && a->get() != grad_a->get() && !unread_out;
-  const bool has_norm = !z_norm.empty() || !identity_norm.empty();
-  const Tensor grad = is_ours ? *a : new_like(out), grad_shifted = shifted ? new_like(out) : nothing(out),
-               grad_unread_in = shifted ? new_unread(out, shift) : nothing(out),
-               made = has_norm ? new_wide(out, {1 + 4 * tsm_jit::kNorms, out.size(1)}) : nothing(out);
-  const auto if_any = [](bool wanted, const Tensor& x) { return wanted ? Optional(x) : std::nullopt; };
-  residual_shift_backward(grad, if_any(shifted, grad_shifted), if_any(shifted, grad_unread_in), if_any(has_norm, made),
-                          a, in_format_of(out, grad_b), in_format_of(out, grad_unread), out, unread_out, z, z_norm,
-                          z_epsilon, in_format_of(out, identity), identity_norm, identity_epsilon, shift);
-  return {grad, grad_shifted, grad_unread_in, made};
+  const Made made = make_gradients(grad_a, grad_b, grad_unread, out, unread_out, z, z_norm, z_epsilon, identity,
+                                   identity_norm, identity_epsilon, shift, shifted);
+  const auto or_nothing = [&](const Optional& x) { return x ? *x : nothing(out); };
+  return {made.grad, or_nothing(made.grad_shifted), or_nothing(made.grad_unread_in), or_nothing(made.norm_gradients)};
 }
 
 #ifdef TSM_JIT_CUDA
 std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
-                                              double momentum, const std::string& shift) {
+                                              const Tensor& batches, double momentum) {
   const Tensor mean = new_wide(x, {x.size(1)}), variance = new_wide(x, {x.size(1)});
   if (x.numel() == 0) return {mean, variance};
   ResidualWork work;
   const Residual& r = work.residual;
-  describe_residual(x, shift, {}, {}, work);
+  describe_residual(x, kNoShift, {}, {}, work);
   check_sums(x, r);
   for (const Tensor* each : {&running_mean, &running_var}) {
     if (!is_wide(*each, x, x.size(1))) {
       fail("running statistics must have one value per channel, of the type that activations are added in");
     }
+  }
+  if (batches.numel() != 1 || batches.scalar_type() != ScalarType::Long ||
+      batches.get_device_index() != x.get_device_index()) {
+    fail("the number of batches must be one of 64 bits, beside x");
   }
   tsm_jit::ChannelStatistics c{};
   c.x = x.const_data_ptr();
@@ -750,6 +791,7 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, const Tensor& run
   c.variance = variance.mutable_data_ptr();
   c.running_mean = running_mean.mutable_data_ptr();
   c.running_variance = running_var.mutable_data_ptr();
+  c.batches = static_cast<int64_t*>(batches.mutable_data_ptr());
   c.momentum = momentum;
   on_stream(x, [&](void* stream) {
     c.slices = tsm_jit::statistics_slices(r);
@@ -758,6 +800,235 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, const Tensor& run
     return tsm_jit::channel_statistics_cuda(r, c, stream);
   });
   return {mean, variance};
+}
+
+// --- a residual block, recorded --------------------------------------------------------------------------------------
+//
+// What tsm_jit/_residual_block.py says in Python, for devices without kernels. Said there, a block takes the host twice
+// as long.
+
+// One of the two that the end of a block adds, backward.
+struct Operand {
+  Optional values;
+  std::vector<Tensor> norm;  // mean, variance and weight; empty: none
+  double epsilon;
+  bool of_batch;             // are mean and variance those of the values, so that gradients go through them as well?
+  bool wanted, norm_wanted;  // which gradients
+
+  bool summed() const { return !norm.empty() && (of_batch || norm_wanted); }
+};
+
+struct Gradients {
+  Tensor values, weight, bias;  // undefined: not wanted
+};
+
+// Row k of [rows, channels].
+Tensor row(const Tensor& rows, int64_t k) {
+  const int64_t channels = rows.size(1), stride = 1;
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(rows.get(), 1, &channels, &stride, k * channels, &out));
+  return Tensor(out);
+}
+
+// The gradient of an operand's values, of which `grad` is that of their norm. `zero` is a row of zeros, `beside` weight
+// and bias of the norm that the gradient has beside; see NormGradients. `overwrite` allows to write it into `grad`.
+Tensor through_norm(const Tensor& grad, const Operand& x, const void* zero, const void* beside, bool overwrite) {
+  const Optional values = x.of_batch ? in_format_of(grad, x.values) : std::nullopt;
+  Tensor out = overwrite ? grad : new_like(grad);
+  ResidualWork work;
+  describe_residual(grad, kNoShift, {&values}, {}, work);
+  const bool in_float = work.residual.type != Sum::float64;
+  const void *mean = x.norm[0].const_data_ptr(), *variance = x.norm[1].const_data_ptr();
+  tsm_jit::ResidualForward f{};
+  f.z = grad.const_data_ptr();
+  f.z_norm = {zero, variance, x.norm[2].const_data_ptr(), zero, in_float, x.epsilon};
+  if (values) {
+    const void* bias = static_cast<const char*>(beside) + x.norm[0].numel() * x.norm[0].element_size();
+    f.identity = values->const_data_ptr();
+    f.identity_norm = {mean, variance, beside, bias, in_float, x.epsilon};
+  }
+  f.out = out.mutable_data_ptr();
+  execute(grad, work.residual, f);
+  return out;
+}
+
+// Those of z and of the identity, and that of `unread`.
+std::tuple<Gradients, Gradients, Tensor> gradients_of_end(const Optional& grad_a, const Optional& grad_b,
+                                                          const Optional& grad_unread, const Tensor& out,
+                                                          const Optional& unread_out, const Operand& z,
+                                                          const Operand& identity, const std::string& shift,
+                                                          bool identity_is_shifted) {
+  static const Optional kNone;
+  static const std::vector<Tensor> kNoNorm;
+  const Operand* const operands[tsm_jit::kNorms] = {&z, &identity};
+  for (const Operand* x : operands) {
+    for (const Tensor& part : x->norm) {
+      if (x->norm.size() != 3 || !is_wide(part, out, out.size(1))) {
+        fail(
+            "a norm must have a mean, a variance and a weight, of one value per channel in the type that activations "
+            "are added in");
+      }
+    }
+    if (!x->norm.empty() && !x->values) fail("a norm must come with its values");
+  }
+  const Made made =
+      make_gradients(grad_a, grad_b, grad_unread, out, unread_out, z.summed() ? z.values : kNone,
+                     z.summed() ? z.norm : kNoNorm, z.epsilon, identity.summed() ? identity.values : kNone,
+                     identity.summed() ? identity.norm : kNoNorm, identity.epsilon, shift, identity_is_shifted);
+  Optional zeros = made.norm_gradients;  // its first row is
+  const auto row_of = [&](int64_t k) {
+    return static_cast<const char*>(zeros->const_data_ptr()) + k * out.size(1) * zeros->element_size();
+  };
+  Gradients found[tsm_jit::kNorms];
+  for (int64_t k = 0; k < tsm_jit::kNorms; ++k) {
+    const Operand& x = *operands[k];
+    if (x.summed()) {
+      found[k].weight = row(*made.norm_gradients, 1 + 4 * k);
+      found[k].bias = row(*made.norm_gradients, 2 + 4 * k);
+    }
+    if (!x.wanted) continue;
+    found[k].values = k == 1 && identity_is_shifted ? *made.grad_shifted : made.grad;
+    if (x.norm.empty()) continue;
+    if (!zeros) {
+      zeros = new_wide(out, {1, out.size(1)});
+      torch::stable::zero_(*zeros);
+    }
+    // The last one that reads `grad`, where that is nobody's gradient itself.
+    const bool last = k == 1 ? !z.norm.empty() : identity_is_shifted || !identity.wanted;
+    found[k].values = through_norm(made.grad, x, row_of(0), row_of(3 + 4 * k), last);
+  }
+  return {found[0], found[1], made.grad_unread_in.value_or(Tensor())};
+}
+
+// [of_batch, wanted, norm_wanted], from Python.
+Operand operand_of(const Optional& values, const std::vector<Tensor>& norm, double epsilon,
+                   const std::vector<int64_t>& how) {
+  if (how.size() != 3) fail("an operand must come with three flags, got " + std::to_string(how.size()));
+  return {values, norm, epsilon, how[0] != 0, how[1] != 0, how[2] != 0};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_end_backward(
+    const Optional& grad_a, const Optional& grad_b, const Optional& grad_unread, const Tensor& out,
+    const Optional& unread_out, const Optional& z, const std::vector<Tensor>& z_norm, double z_epsilon,
+    const std::vector<int64_t>& z_how, const Optional& identity, const std::vector<Tensor>& identity_norm,
+    double identity_epsilon, const std::vector<int64_t>& identity_how, const std::string& shift, bool shifted) {
+  const auto [of_z, of_identity, of_unread] =
+      gradients_of_end(grad_a, grad_b, grad_unread, out, unread_out, operand_of(z, z_norm, z_epsilon, z_how),
+                       operand_of(identity, identity_norm, identity_epsilon, identity_how), shift, shifted);
+  return {of_z.values, of_z.weight, of_z.bias, of_identity.values, of_identity.weight, of_identity.bias, of_unread};
+}
+
+// A convolution of two dimensions: its stride, padding and dilation, two each, and its groups; whether the norm after
+// it is of the batch.
+constexpr size_t kConvolution = 8;
+constexpr int64_t kNothing[] = {0, 0};
+
+Tensor convolved(const Tensor& x, const Tensor& weight, const int64_t* how) {
+  AtenTensorHandle out = nullptr;
+  check(aoti_torch_cuda_convolution(x.get(), weight.get(), nullptr, how, 2, how + 2, 2, how + 4, 2, false, kNothing, 2,
+                                    how[6], &out),
+        "convolve");
+  const Tensor z(out);
+  const std::vector<int64_t> sizes(z.sizes().begin(), z.sizes().end()), strides = strides_of(sizes, true);
+  if (is_laid_out(z, sizes, true)) return z;
+  Tensor copy = new_tensor(z, type_of(z), strides.size(), sizes.data(), strides.data());
+  torch::stable::copy_(copy, z);
+  return copy;
+}
+
+// The gradients of x and of the weight, undefined if not wanted.
+std::pair<Tensor, Tensor> convolved_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                             const int64_t* how, bool wanted, bool weight_wanted) {
+  AtenTensorHandle out[3] = {};
+  const int32_t mask[] = {wanted, weight_wanted, false};
+  check(aoti_torch_cuda_convolution_backward(grad.get(), x.get(), weight.get(), nullptr, 0, how, 2, how + 2, 2, how + 4,
+                                             2, false, kNothing, 2, how[6], mask, 3, &out[0], &out[1], &out[2]),
+        "differentiate a convolution");
+  const Tensor of_x(out[0]), of_weight(out[1]), of_bias(out[2]);
+  return {of_x, of_weight};
+}
+
+// Layers of a convolution and a norm, a ReLU between two of them, and the end of the block. `norms` has the running
+// mean and variance, the weight and the bias of each norm, `factors` its epsilon and its momentum, `batches` one number
+// for each that is of the batch. Returned for the backward: of each layer what it convolved, mean and variance if the
+// norm is of the batch, and but for the last its ReLU.
+std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
+    const Tensor& given, const std::string& first_shift, const std::vector<Tensor>& weights,
+    const std::vector<int64_t>& convolutions, const std::vector<Tensor>& norms, const std::vector<Tensor>& batches,
+    const std::vector<double>& factors, const Optional& identity, const std::vector<Tensor>& identity_norm,
+    double identity_epsilon, const Optional& unread, const std::string& shift, bool shifted) {
+  const size_t layers = weights.size();
+  if (layers == 0 || convolutions.size() != kConvolution * layers || norms.size() != 4 * layers ||
+      factors.size() != 2 * layers) {
+    fail("each layer must have a convolution and a norm");
+  }
+  std::vector<Tensor> kept;
+  auto counter = batches.begin();
+  Tensor x = first_shift.empty() ? given : out_of_place<false>(given, first_shift);
+  for (size_t k = 0;; ++k) {
+    const int64_t* const how = &convolutions[kConvolution * k];
+    const Tensor z = convolved(x, weights[k], how);
+    kept.push_back(z);
+    std::vector<Tensor> norm(&norms[4 * k], &norms[4 * k] + 4);
+    if (how[7] != 0) {
+      if (counter == batches.end()) fail("each norm of the batch must have a number of batches");
+      std::tie(norm[0], norm[1]) = channel_statistics(z, norm[0], norm[1], *counter++, factors[2 * k + 1]);
+      kept.insert(kept.end(), {norm[0], norm[1]});
+    }
+    const double epsilon = factors[2 * k];
+    if (k + 1 == layers) {
+      auto [out, unread_out] =
+          new_residual_shift(z, norm, epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted);
+      return {out, unread_out, kept};
+    }
+    x = new_like(z);
+    residual_shift(x, std::nullopt, std::nullopt, 1, z, norm, epsilon, std::nullopt, {}, 0, std::nullopt, kNoShift,
+                   true);
+    kept.push_back(x);
+  }
+}
+
+// Of these layers, given the gradient of what the last one convolved. `kept` has, of each but the last, what it
+// convolved, mean, variance and weight of its norm, and the ReLU of that. `wanted`: x; of each layer, weight and norm.
+// Returned: of x; of each layer, of its weight, and of weight and bias of its norm (not of the last one).
+std::vector<Tensor> residual_block_backward(const Tensor& of_last, const Tensor& given, const std::string& first_shift,
+                                            const std::vector<Tensor>& weights,
+                                            const std::vector<int64_t>& convolutions, const std::vector<Tensor>& kept,
+                                            const std::vector<double>& epsilons, const std::vector<int64_t>& wanted) {
+  const size_t layers = weights.size();
+  if (layers == 0 || convolutions.size() != kConvolution * layers || kept.size() != 5 * (layers - 1) ||
+      epsilons.size() != layers || wanted.size() != 1 + 2 * layers) {
+    fail("each layer must have a convolution, a norm and what they were given");
+  }
+  const auto any_before = [&](size_t end) {
+    return std::any_of(wanted.begin(), wanted.begin() + end, [](int64_t each) { return each != 0; });
+  };
+  std::vector<Tensor> found(1 + 3 * layers);
+  Tensor of_z = of_last;
+  for (size_t k = layers; k-- > 0;) {
+    const int64_t* const how = &convolutions[kConvolution * k];
+    const bool before = any_before(1 + 2 * k);
+    const Tensor* const layer = k == 0 ? nullptr : &kept[5 * (k - 1)];
+    const Tensor x = k > 0 ? layer[4] : first_shift.empty() ? given : out_of_place<false>(given, first_shift);
+    Tensor of_x;
+    std::tie(of_x, found[1 + 3 * k]) = convolved_backward(of_z, x, weights[k], how, before, wanted[1 + 2 * k] != 0);
+    if (!before) break;
+    if (k == 0) {
+      if (!first_shift.empty()) in_place<true>(of_x, first_shift);
+      found[0] = of_x;
+      break;
+    }
+    const Operand z{layer[0],          {layer + 1, layer + 4},
+                    epsilons[k - 1],   how[7 - static_cast<int64_t>(kConvolution)] != 0,
+                    any_before(2 * k), wanted[2 * k] != 0};
+    auto [of_values, of_nothing, of_unread] =
+        gradients_of_end(of_x, std::nullopt, std::nullopt, x, std::nullopt, z, Operand{}, kNoShift, false);
+    found[3 * k - 1] = of_values.weight;
+    found[3 * k] = of_values.bias;
+    if (!z.wanted) break;
+    of_z = of_values.values;
+  }
+  return found;
 }
 #endif
 
@@ -784,5 +1055,8 @@ STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CPU, m) { register_operators(m); }
 STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CUDA, m) {
   register_operators(m);
   m.impl("channel_statistics_", TORCH_BOX(&channel_statistics));
+  m.impl("residual_end_backward", TORCH_BOX(&residual_end_backward));
+  m.impl("residual_block", TORCH_BOX(&residual_block));
+  m.impl("residual_block_backward", TORCH_BOX(&residual_block_backward));
 }
 #endif

@@ -585,6 +585,7 @@ __global__ void __launch_bounds__(kResidualThreads)
   Wide* const running_variance = static_cast<Wide*>(c.running_variance) + channel;
   *running_mean += momentum * (mean - *running_mean);
   *running_variance += momentum * (unbiased - *running_variance);
+  if (channel == 0) ++*c.batches;
 }
 
 // Block: as above.

@@ -78,12 +78,13 @@ struct ResidualBackward {
   const void* mean[kNorms];
 };
 
-// Mean and variance of x by channel; the running ones follow as in a batch normalization.
+// Mean and variance of x by channel; the running ones follow as in a batch normalization, which counts its batches.
 struct ChannelStatistics {
   const void* x;
   void* sums;  // [slices, 2, channels], for its own use
   int32_t slices;
   void *mean, *variance, *running_mean, *running_variance;
+  int64_t* batches;
   double momentum;
 };
 

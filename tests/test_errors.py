@@ -1,5 +1,7 @@
 """Every way to call wrongly: the exact type and message, on every device; and nothing half-written."""
 
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -231,3 +233,19 @@ def test_float8_sums_go_through_plain_torch():
     y = tsm_jit.shift_groups(x, 4, [(1, 1)], padding="keep")
     y.backward(grad)
     assert x.grad.float().flatten().tolist() == [0, 1, 2, 12]
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="before 2.13 kernels do not learn what PyTorch said")
+def test_that_memory_is_short_is_told_in_the_words_of_pytorch():
+    code = """
+import resource, torch, tsm_jit
+x = torch.ones(8, 64, 512, 512)
+with open("/proc/self/status") as lines:
+    (used,) = [int(line.split()[1]) << 10 for line in lines if line.startswith("VmSize")]
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+tsm_jit.temporal_shift(x, 8)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "RuntimeError" in run.stderr
+    assert "you tried to allocate 536870912 bytes" in run.stderr

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import tsm_jit
-from tsm_jit import _residual_ops, reference, residual
+from tsm_jit import _residual_block, _residual_ops, reference, residual
 from tsm_jit._residual_ops import (
     NO_SHIFT,
     Norm,
@@ -249,16 +249,14 @@ def test_batch_statistics(device, dtype):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     expected, actual = (nn.BatchNorm2d(shape[1], momentum=0.3, dtype=wide, device=device) for _ in range(2))
     expected(x.to(wide))
-    if device.type == "cuda":
-        mean, variance = _residual_ops.batch_statistics(x, actual.running_mean, actual.running_var, actual.momentum)
-    else:  # has no kernel for it
-        mean, variance = _residual_ops._plain_statistics(x, actual.running_mean, actual.running_var, actual.momentum)
+    running = actual.running_mean, actual.running_var, actual.num_batches_tracked
+    mean, variance = _residual_ops.batch_statistics(x, *running, actual.momentum)
     # A variance around 1 of numbers around 100 whose sums are of their distances from the first.
     close = 1e-4 if wide is torch.float32 else 1e-9
     torch.testing.assert_close(mean, x.to(wide).mean((0, 2, 3)), rtol=close, atol=0)
     torch.testing.assert_close(variance, x.to(wide).var((0, 2, 3), correction=0), rtol=close, atol=close)
-    for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=close, atol=close)
+    for name, value in actual.named_buffers():
+        torch.testing.assert_close(value, getattr(expected, name), rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -460,6 +458,54 @@ def test_blocks_are_recorded_as_one_function_each(device, merged, monkeypatch):
     assert sum(args[2] is not None for args in blocks) == (4 if merged else 0)  # shift at the start of each stage
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("of_batch", [(True, True, True), (False, True, False), (True,)], ids=str)
+def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, dtype):
+    """To the bit: its parts are the same operators, called from Python."""
+
+    def values(*sizes) -> Tensor:
+        return random_values(sizes, dtype, cuda).contiguous(memory_format=torch.channels_last)
+
+    wide, t = _residual_ops.wide(dtype), random.randint(1, 8)
+    shift = Shift(t, t, 1, random.choice(PADDINGS), ((1, 1), (1, -1))).canonical().encode()
+    widths = [2 * random.randint(1, 40) for _ in range(len(of_batch) + 1)]
+    height, width = 9, 7
+    x = values(2 * t, widths[0], height, width)
+    weights, convolutions, norms, batches, factors = [], [], [], [], []
+    for k, (before, after) in enumerate(itertools.pairwise(widths)):
+        size, stride, dilation, groups = (random.choice(choice) for choice in ((1, 3), (1, 2), (1, 2), (1, 2)))
+        weights.append(values(after, before // groups, size, size))
+        padding = size // 2 * dilation
+        convolutions += [stride, stride, padding, padding, dilation, dilation, groups, of_batch[k]]
+        norms += random_norm(after, wide, cuda)
+        factors += [1e-3, 0.1]
+        batches += [torch.tensor(41, device=cuda)] if of_batch[k] else []
+        height, width = -(-height // stride), -(-width // stride)
+    wanted = [random.random() < 0.7 for _ in range(1 + 2 * len(of_batch))]
+    identity, identity_norm = values(2 * t, widths[-1], height, width), random_norm(widths[-1], wide, cuda)
+    found = []
+    with torch.backends.cudnn.flags(deterministic=True):
+        for forward, backward in (
+            (_residual_block._forward, _residual_block._backward),
+            (_residual_block._plain_forward, _residual_block._plain_backward),
+        ):
+            changed = copy.deepcopy((norms, batches))
+            layers = (x, shift, weights, convolutions)
+            out, unread, made = forward(*layers, *changed, factors, identity, identity_norm, 1e-5, None, shift, True)
+            kept, made = [], list(made)
+            for k, is_of_batch in enumerate(of_batch):
+                kept.append(made.pop(0))
+                kept += [made.pop(0), made.pop(0)] if is_of_batch else norms[4 * k : 4 * k + 2]
+                kept += [norms[4 * k + 2], *made[:1]]
+                del made[:1]
+            grads = backward(kept[-4].cos(), *layers, kept[:-4], factors[::2], wanted)
+            grads = [x.new_empty(0) if each is None else each for each in grads]  # not wanted
+            found.append([out, unread, *kept, *grads, *changed[0], *changed[1]])
+    assert [int(each) for each in changed[1]] == [42] * sum(of_batch)
+    for ours, of_parts in zip(*found, strict=True):
+        assert_same_bits(ours, of_parts)
+
+
 def test_a_network_with_a_forward_of_its_own_is_fused_stage_by_stage(device, monkeypatch):
     class Other(ResNet):
         def forward(self, x: Tensor) -> Tensor:
@@ -587,6 +633,15 @@ def test_no_more_is_saved_than_without_shift(device, merged):
     for name, each in (("plain", plain), ("fused", fused)):
         held[name] = _graph_bytes(each.train()(x)) - sum(p.numel() * p.element_size() for p in each.parameters())
     assert held["fused"] <= 1.05 * held["plain"]
+
+
+def test_the_gradient_of_the_mean_over_pixels_is_one_value_for_all(device, merged, monkeypatch):
+    ends = counted(monkeypatch, _residual_block if merged else _residual_ops, "gradients_of_end")
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    assert_same_step(net, fused, F.interpolate(x, scale_factor=3))
+    of_last = ends[0][0]
+    assert of_last.shape[2:].numel() > 1
+    assert of_last.untyped_storage().nbytes() == of_last[:, :, 0, 0].numel() * of_last.element_size()
 
 
 def _graph_bytes(output: Tensor) -> int:

@@ -65,13 +65,14 @@ def only_reads_its_input(net: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Or a ``forward`` set on this one module, as what wraps or offloads modules does."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
-    return any(hooks) or "forward" in module.__dict__
 
 
 def has_global_hooks() -> bool:

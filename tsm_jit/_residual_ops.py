@@ -7,6 +7,8 @@ in ``kernels/residual_shift.h``.
 - ``residual_shift_(out!, unread_out!, plain!, step, z, z_norm, ..., shift)`` and ``residual_shift_backward_`` write
   into tensors that they are given;
 - ``residual_shift`` and ``residual_shift_backward`` make these tensors;
+- ``residual_end_backward`` makes of the latter the gradients of values and norms;
+- ``channel_statistics_`` are those of a batch normalization;
 - ``residual_pool`` is what a ResNet begins with, ``max_pool2d(relu(norm(z)), 3, 2, 1)``, in the forms of x.
 
 All are unknown to autograd; :func:`end_of_block` is not.
@@ -44,9 +46,12 @@ for _schema in (
     f"residual_shift({_NORMS}, bool shifted) -> (Tensor, Tensor)",
     "residual_shift_backward_(Tensor(a!) grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_unread_in, "
     f"Tensor(d!)? norm_gradients, {_GRADS}, {_NORMED}, str shift) -> ()",
-    "channel_statistics_(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, str shift) "
-    "-> (Tensor, Tensor)",
+    "channel_statistics_(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) batches, "
+    "float momentum) -> (Tensor, Tensor)",
     f"residual_shift_backward({_GRADS}, {_NORMED}, str shift, bool shifted) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"residual_end_backward({_GRADS}, Tensor? z, Tensor[] z_norm, float z_epsilon, int[] z_how, Tensor? identity, "
+    "Tensor[] identity_norm, float identity_epsilon, int[] identity_how, str shift, bool shifted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -54,6 +59,7 @@ _new = torch.ops.tsm_jit.residual_shift.default._op
 _write = torch.ops.tsm_jit.residual_shift_.default._op
 _pool = torch.ops.tsm_jit.residual_pool.default._op
 _statistics = torch.ops.tsm_jit.channel_statistics_.default._op
+_end_backward = torch.ops.tsm_jit.residual_end_backward.default._op
 
 
 class Norm(NamedTuple):
@@ -212,21 +218,22 @@ def applied_norm(module: nn.BatchNorm2d, x: Tensor, recorded: bool) -> Norm:
     if not recorded:
         return Norm(*parts, module.eps)
     if module.training:
-        module.num_batches_tracked.add_(1)
-        parts[:2] = batch_statistics(x.detach(), *parts[:2], module.momentum)
+        parts[:2] = batch_statistics(x.detach(), *parts[:2], module.num_batches_tracked, module.momentum)
     in_type = wide(x.dtype)
     return Norm(*(part if part.dtype is in_type else part.to(in_type) for part in parts), module.eps, module.training)
 
 
-def batch_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+def batch_statistics(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
     """Mean and biased variance by channel of the activations ``x`` ``[N*T, C, H, W]``, channels_last; updates the
-    running ones, of the type :func:`wide`, as ``torch.nn.BatchNorm2d`` does."""
-    if is_compiling():
-        return _plain_statistics(x, running_mean, running_var, momentum)
-    return _statistics(x, running_mean, running_var, momentum, NO_SHIFT)
+    running ones, of the type :func:`wide`, and the number of batches, as ``torch.nn.BatchNorm2d`` does."""
+    statistics = _plain_statistics if is_compiling() else _statistics
+    return statistics(x, running_mean, running_var, batches, momentum)
 
 
-def _plain_statistics(x, running_mean, running_var, momentum) -> tuple[Tensor, Tensor]:
+def _plain_statistics(x, running_mean, running_var, batches, momentum) -> tuple[Tensor, Tensor]:
+    batches.add_(1)
     count = x.numel() // x.shape[1]
     variance, mean = torch.var_mean(x.to(wide(x.dtype)), (0, 2, 3), correction=0)
     running_mean.lerp_(mean, momentum)
@@ -262,11 +269,11 @@ class _EndOfBlock(Function):
         z = Operand.of_kept(saved[:4], hows[0], needed[0], any(needed[5:7]))
         identity = Operand.of_kept(saved[4:], hows[1], needed[1], any(needed[9:11]))
         grads = grad_a, grad_b, grad_unread if shifted else None
-        of_z, of_identity, grad_unread_in = gradients_of_end(
+        of_z, of_identity, of_unread = gradients_of_end(
             *grads, out, unread_out, z, identity, shift, ctx.identity_is_shifted
         )
         of_norms = (None, None, *of_z[1:], None, None, *of_identity[1:])
-        return of_z[0], of_identity[0], grad_unread_in, *of_norms, None, None
+        return of_z[0], of_identity[0], of_unread, *of_norms, None, None
 
 
 def for_readers(out: Tensor, readers: int) -> list[Tensor]:
@@ -300,6 +307,16 @@ class Operand(NamedTuple):
             return self.values, list(self.norm[:3]), self.norm.epsilon
         return _NOT_NORMED
 
+    def flat(self) -> tuple[Tensor | None, list[Tensor], float, list[int]]:
+        """As operators take it."""
+        how = [self.norm is not None and self.norm.of_batch, self.wanted, self.norm_is_wanted]
+        return self.values, list(self.norm[:3]) if self.norm else [], self.norm.epsilon if self.norm else 0.0, how
+
+    @classmethod
+    def of_flat(cls, values: Tensor | None, norm: list[Tensor], epsilon: float, how: list[int]) -> Operand:
+        of_batch, wanted, norm_is_wanted = map(bool, how)
+        return cls(values, Norm(*norm, None, epsilon, of_batch) if norm else None, wanted, norm_is_wanted)
+
 
 def gradients_of_end(
     grad_a: Tensor | None,
@@ -312,7 +329,19 @@ def gradients_of_end(
     shift: str,
     identity_is_shifted: bool,
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], Tensor | None]:
-    """The gradients of z and those of the identity: of the values, and of the norm's weight and bias; and of unread."""
+    """The gradients of z and those of the identity: of the values, and of the norm's weight and bias; and of unread.
+    None where not wanted."""
+    grads = (grad_a, grad_b, grad_unread, out, unread_out)
+    if is_compiling() or not sums_are_in_kernel(out):
+        found = _plain_gradients_of_end(*grads, z, identity, shift, identity_is_shifted)
+    else:
+        found = _end_backward(*grads, *z.flat(), *identity.flat(), shift, identity_is_shifted)
+    return found[:3], found[3:6], found[6]
+
+
+def _plain_gradients_of_end(
+    grad_a, grad_b, grad_unread, out, unread_out, z, identity, shift, identity_is_shifted
+) -> tuple[Tensor | None, ...]:
     of_z, of_identity = z.summed(), identity.summed()
     grad, grad_shifted, grad_unread_in, made = _new_gradients(
         grad_a, grad_b, grad_unread, out, unread_out, *of_z, *of_identity, shift, identity_is_shifted
@@ -327,7 +356,7 @@ def gradients_of_end(
             last = z.norm is not None if k == 1 else identity_is_shifted or not identity.wanted
             of_values = _through_norm(grad, each.values, each.norm, zero, beside, last)
         found.append((of_values if each.wanted else None, of_weight, of_bias))
-    return *found, grad_unread_in if identity_is_shifted else None
+    return *found[0], *found[1], grad_unread_in if identity_is_shifted else None
 
 
 def _through_norm(
@@ -513,6 +542,12 @@ def _plain_write_gradients(
         norm_gradients.copy_(made)
 
 
+def _plain_end_backward(grad_a, grad_b, grad_unread, out, unread_out, *given):
+    *operands, shift, shifted = given
+    z, identity = Operand.of_flat(*operands[:4]), Operand.of_flat(*operands[4:])
+    return _plain_gradients_of_end(grad_a, grad_b, grad_unread, out, unread_out, z, identity, shift, shifted)
+
+
 def _like_new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
     return torch.empty_like(z), _new_unread(z, shift) if shifted else z.new_empty(0)
 
@@ -562,7 +597,7 @@ for _operator, _compute, _fake in (
     (_schemas.residual_shift_backward_.default, _plain_write_gradients, lambda *_: None),
     (
         _schemas.channel_statistics_.default,
-        lambda *given: _plain_statistics(*given[:4]),
+        _plain_statistics,
         lambda x, mean, variance, *_: (torch.empty_like(mean), torch.empty_like(variance)),
     ),
     (_schemas.residual_shift.default, _plain_new, _like_new),
@@ -571,3 +606,4 @@ for _operator, _compute, _fake in (
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")
     _library.impl(_operator, _fake, "Meta")
+_library.impl(_schemas.residual_end_backward.default, _plain_end_backward, "CompositeExplicitAutograd")

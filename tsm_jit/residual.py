@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils.checkpoint import checkpoint
 
@@ -161,7 +162,7 @@ class _FusedTorchvision(FusedNetwork):
         features = self._fused_features(x)
         if features is None:
             return super()._forward_impl(x)
-        return self.fc(torch.flatten(self.avgpool(features), 1))
+        return self.fc(torch.flatten(_pooled(self.avgpool, features), 1))
 
 
 class _FusedTimm(FusedNetwork):
@@ -170,6 +171,26 @@ class _FusedTimm(FusedNetwork):
     def forward_features(self, x: Tensor) -> Tensor:
         features = None if self.grad_checkpointing else self._fused_features(x)
         return super().forward_features(x) if features is None else features
+
+
+def _pooled(pool: nn.Module, x: Tensor) -> Tensor:
+    """What is called as it is, but for the mean over all pixels where it is recorded: the gradient that PyTorch makes
+    of it is as large as x, at the very moment when all activations are kept."""
+    is_mean = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and not has_hooks(pool)
+    if not is_mean or is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return pool(x)
+    return _MeanOverPixels.apply(x)
+
+
+class _MeanOverPixels(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.sizes = x.shape
+        return x.mean((2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad / (ctx.sizes[2] * ctx.sizes[3])).expand(ctx.sizes)  # one value for all pixels
 
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -292,7 +313,7 @@ def _step(downsample: nn.Sequential, x: Tensor) -> int:
     first, last = downsample[0], downsample[-1]
     if not _is_convolution(first) or first.kernel_size != (1, 1) or first.padding != (0, 0):
         return 1
-    return first.stride[0] if first.stride[0] == first.stride[1] and _is_applied(last, x.dtype) else 1
+    return first.stride[0] if first.stride[0] == first.stride[1] and _applied_parts(last, x.dtype) else 1
 
 
 def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
@@ -304,16 +325,19 @@ def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[
     autocast = torch.is_autocast_enabled(device) and in_type is not torch.float64
     if autocast:
         in_type = torch.get_autocast_dtype(device)
-    layers = [Layer(_unshifted(c), norm) for c, norm in zip(modules[::3], modules[1::3], strict=False)]
-    if len(modules) != 3 * len(layers) - 1 or not all(map(_is_relu, modules[2::3])):
+    if len(modules) % 3 != 2 or not all(map(_is_relu, modules[2::3])):
         return None
-    for c, norm in layers:
-        if not _is_convolution(c) or c.padding_mode != "zeros" or isinstance(c.padding, str):
+    layers = []
+    for c, norm in zip(modules[::3], modules[1::3], strict=True):
+        c = _unshifted(c)
+        if not _is_convolution(c) or c.bias is not None or c.padding_mode != "zeros" or isinstance(c.padding, str):
             return None
-        if not (c.weight.dtype is in_type or (autocast and c.weight.dtype is torch.float32)):
+        weight, parts = c._parameters.get("weight"), _applied_parts(norm, in_type)
+        if weight is None or parts is None or parts[0].dtype is not wide(in_type) or c.out_channels < 2:
             return None
-        if not _is_applied(norm, in_type) or norm.weight.dtype is not wide(in_type):
+        if not (weight.dtype is in_type or (autocast and weight.dtype is torch.float32)):
             return None
+        layers.append(Layer(c, weight, norm, parts))
     return x.to(in_type), layers
 
 
@@ -347,7 +371,7 @@ def _branch(modules: list[nn.Module], stream: _Stream) -> tuple[Tensor, Norm | N
 
 
 def _branch_modules(block: nn.Module) -> list[nn.Module]:
-    modules = [getattr(block, name) for name in _BLOCKS[_kind(block)][0]]
+    modules = [block._modules[name] for name in _BLOCKS[_kind(block)][0]]
     return [module for module in modules if type(module) is not nn.Identity]
 
 
@@ -376,7 +400,7 @@ def _deferred(norm: nn.Module, x: Tensor) -> tuple[Tensor, Norm | None]:
 
 def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
     """The batch normalization ``norm`` of ``x``, its running statistics updated; None if it has to be called."""
-    if not _is_applied(norm, x.dtype):
+    if _applied_parts(norm, x.dtype) is None:
         return None
     recorded = torch.is_grad_enabled()
     if recorded and not sums_are_in_kernel(x):  # which its gradient takes
@@ -386,17 +410,27 @@ def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
     return applied_norm(norm, x, recorded)
 
 
-def _is_applied(norm: nn.Module, in_type: torch.dtype) -> bool:
-    """Whether ``norm`` need not be called for activations of a type: it is a batch normalization as they all are."""
-    if type(norm) is not nn.BatchNorm2d or has_hooks(norm) or not norm.affine or norm.running_mean is None:
-        return False
-    types = {part.dtype for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias)}
-    if types not in ({torch.float32}, {in_type}):
-        return False
-    if not norm.training:
-        return True
-    tracked = norm.num_batches_tracked is not None and norm.momentum is not None and norm.track_running_stats
-    return torch.is_grad_enabled() and types == {wide(in_type)} and tracked
+def _applied_parts(norm: nn.Module, in_type: torch.dtype) -> tuple[Tensor, ...] | None:
+    """Running mean and variance, weight and bias of ``norm`` if it need not be called for activations of a type: it is
+    a batch normalization as they all are."""
+    if type(norm) is not nn.BatchNorm2d or has_hooks(norm):
+        return None
+    # Of the dictionaries, as attributes of modules take their time; what is not in them is called.
+    buffers, parameters = norm._buffers, norm._parameters
+    mean, variance = buffers.get("running_mean"), buffers.get("running_var")
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if mean is None or variance is None or weight is None or bias is None:
+        return None
+    kind = mean.dtype
+    if variance.dtype is not kind or weight.dtype is not kind or bias.dtype is not kind:
+        return None
+    if kind is not in_type and kind is not torch.float32:
+        return None
+    if norm.training:
+        tracked = buffers.get("num_batches_tracked") is not None and norm.momentum is not None
+        if not tracked or not norm.track_running_stats or not torch.is_grad_enabled() or kind is not wide(in_type):
+            return None
+    return mean, variance, weight, bias
 
 
 # --- what is understood ----------------------------------------------------------------------------------------------

@@ -346,7 +346,9 @@ class Case {
     c.variance = variance.data();
     c.running_mean = running[0].data();
     c.running_variance = running[1].data();
-    bool right = channel_statistics_cuda(r_, c, nullptr) == nullptr && x.has_bytes_of(old);
+    int64_t batches = 41;
+    c.batches = &batches;
+    bool right = channel_statistics_cuda(r_, c, nullptr) == nullptr && x.has_bytes_of(old) && batches == 42;
     for (int64_t k = 0; right && k < channels_; ++k) {
       const double count = static_cast<double>(rows());
       double sum = 0, squares = 0;
