@@ -858,6 +858,7 @@ std::tuple<Gradients, Gradients, Tensor> gradients_of_end(const Optional& grad_a
                                                           const Optional& unread_out, const Operand& z,
                                                           const Operand& identity, const std::string& shift,
                                                           bool identity_is_shifted) {
+  if (out.numel() == 0) fail("out must have values, to be differentiated");
   static const Optional kNone;
   static const std::vector<Tensor> kNoNorm;
   const Operand* const operands[tsm_jit::kNorms] = {&z, &identity};

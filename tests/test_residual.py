@@ -837,6 +837,61 @@ def test_a_forward_set_on_a_module_is_called(device, merged):
     assert_same_step(net, fused, x)
 
 
+def test_a_shift_before_another_convolution_of_a_block(device, merged):
+    def make() -> nn.Module:
+        net, shift = tsm(small()), functools.partial(tsm_jit.TemporalShift, n_segment=4)
+        tsm_jit.shift_before(net, {"layer1.1.conv2": shift, "layer2.0.conv3": shift})
+        return net
+
+    net, fused, x = pair(make, device)
+    assert_same_step(net, fused, x)
+
+
+def test_parameters_that_are_plain_attributes(device, merged, monkeypatch):
+    """As those of the replicas of DataParallel."""
+    blocks = counted(monkeypatch, residual, "block_of_layers")
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for module in fused.modules():
+        for name in [*module._parameters]:
+            value = module._parameters.pop(name)
+            setattr(module, name, None if value is None else value.detach().requires_grad_())
+    expected, actual = net(x), fused(x)
+    assert (actual - expected).norm() <= 1e-9 * expected.norm()
+    assert len(blocks) == (9 if merged else 0)
+
+
+def test_convolutions_and_norms_that_were_changed_by_hand(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for each in (net, fused):
+        each.layer1[1].conv2.stride = 1
+        each.layer2[1].conv2.padding = [1, 1]
+        counter = each.layer3[1].bn1.num_batches_tracked
+        each.layer3[1].bn1.num_batches_tracked = counter.float()
+    assert_same_step(net, fused, x)
+
+
+def test_a_hook_on_the_last_block_may_change_its_gradient(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+
+    def hook(module: nn.Module, given: tuple, out: Tensor) -> None:
+        out.register_hook(lambda grad: grad.mul_(2))
+
+    for each in (net, fused):
+        each.layer4[-1].register_forward_hook(hook)
+    assert_same_step(net, fused, F.interpolate(x, scale_factor=3))
+
+
+def test_that_memory_is_short_is_an_error_as_before(device, monkeypatch):
+    def forward(*_):
+        raise RuntimeError("tsm_jit: PyTorch could not convolve: CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: True)
+    monkeypatch.setattr(_residual_block, "_forward", forward)
+    _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        fused(x)
+
+
 def test_global_hooks_see_every_module():
     net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"))
     seen = []

@@ -35,8 +35,8 @@ from tsm_jit._residual_ops import (
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
 # Of each layer `weights` has the weight of the convolution, `convolutions` its stride, padding and dilation, two each,
-# its groups, and whether the norm is of the batch; `norms` running mean and variance, weight and bias, `factors`
-# epsilon and momentum, `batches` the number of batches, if the norm is of the batch.
+# its groups, and whether the norm is of the batch; `norms` running mean and variance (which are written), weight and
+# bias, `factors` epsilon and momentum, `batches` the number of batches, if the norm is of the batch.
 for _schema in (
     "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] convolutions, Tensor(a!)[] norms, "
     "Tensor(b!)[] batches, float[] factors, Tensor? identity, Tensor[] identity_norm, float identity_epsilon, "
@@ -101,7 +101,8 @@ class _Block(Function):
             if norm.training:
                 batches.append(norm._buffers["num_batches_tracked"])
         of_identity = ([], 0.0) if identity_norm is None else (list(identity_norm[:4]), identity_norm.epsilon)
-        out, unread_out, made = _forward(
+        out, unread_out, made = _called(
+            _forward,
             x,
             first_shift,
             weights,
@@ -156,11 +157,22 @@ class _Block(Function):
 
         found = [None] * (1 + 3 * layers)
         if of_z is not None:
-            found = _backward(of_z, x, first_shift, weights, convolutions, saved[layers:], epsilons, wanted)
+            rest = first_shift, weights, convolutions, saved[layers:], epsilons, wanted
+            found = _called(_backward, of_z, x, *rest)
         found[-2:] = of_norm
         of_x, *of_layers = found
         of_identity, *of_identity_norm = of_identity
         return of_x, of_identity, of_unread, None, *of_identity_norm, *of_layers
+
+
+def _called(operator, *args):
+    """What ``operator`` returns; its convolutions may find no memory, for which PyTorch's C interface has no error."""
+    try:
+        return operator(*args)
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
 # --- the operators, for devices without kernels ----------------------------------------------------------------------

@@ -67,7 +67,8 @@ def fuse(net: nn.Module) -> None:
 
     Outputs and gradients are those of the network before, to rounding; keys of the state dict stay. Where a block's
     last batch normalization can be applied in the same pass, it is. Gradients exist to the first order. What is
-    exported, traced or transformed by ``torch.func`` is the network before.
+    exported, traced or transformed by ``torch.func`` is the network before. Dispatch modes, as of selective
+    checkpointing, see a block that is recorded as a whole as one operator.
 
     Args:
         net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision or timm, converted by
@@ -162,7 +163,8 @@ class _FusedTorchvision(FusedNetwork):
         features = self._fused_features(x)
         if features is None:
             return super()._forward_impl(x)
-        return self.fc(torch.flatten(_pooled(self.avgpool, features), 1))
+        seen = _refusal(self.layer4[-1]) is not None
+        return self.fc(torch.flatten(self.avgpool(features) if seen else _pooled(self.avgpool, features), 1))
 
 
 class _FusedTimm(FusedNetwork):
@@ -175,7 +177,7 @@ class _FusedTimm(FusedNetwork):
 
 def _pooled(pool: nn.Module, x: Tensor) -> Tensor:
     """What is called as it is, but for the mean over all pixels where it is recorded: the gradient that PyTorch makes
-    of it is as large as x, at the very moment when all activations are kept."""
+    of it is as large as x, at the very moment when all activations are kept. For an x that no hook sees."""
     is_mean = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and not has_hooks(pool)
     if not is_mean or is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return pool(x)
@@ -329,12 +331,17 @@ def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[
         return None
     layers = []
     for c, norm in zip(modules[::3], modules[1::3], strict=True):
-        c = _unshifted(c)
-        if not _is_convolution(c) or c.bias is not None or c.padding_mode != "zeros" or isinstance(c.padding, str):
+        if not layers:  # a shift before any other is a module to be called
+            c = _unshifted(c)
+        if not _is_convolution(c) or c.bias is not None or c.padding_mode != "zeros" or c.out_channels < 2:
+            return None
+        if any(isinstance(each, (int, str)) for each in (c.stride, c.padding, c.dilation)):  # set by hand, or "same"
             return None
         weight, parts = c._parameters.get("weight"), _applied_parts(norm, in_type)
-        if weight is None or parts is None or parts[0].dtype is not wide(in_type) or c.out_channels < 2:
+        if parts is None or parts[0].dtype is not wide(in_type):
             return None
+        if weight is None:
+            weight = c.weight
         if not (weight.dtype is in_type or (autocast and weight.dtype is torch.float32)):
             return None
         layers.append(Layer(c, weight, norm, parts))
@@ -415,10 +422,12 @@ def _applied_parts(norm: nn.Module, in_type: torch.dtype) -> tuple[Tensor, ...] 
     a batch normalization as they all are."""
     if type(norm) is not nn.BatchNorm2d or has_hooks(norm):
         return None
-    # Of the dictionaries, as attributes of modules take their time; what is not in them is called.
+    # Of the dictionaries, as attributes of modules take their time; replicas of DataParallel have them there alone.
     buffers, parameters = norm._buffers, norm._parameters
     mean, variance = buffers.get("running_mean"), buffers.get("running_var")
     weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or bias is None:
+        weight, bias = norm.weight, norm.bias
     if mean is None or variance is None or weight is None or bias is None:
         return None
     kind = mean.dtype
@@ -427,8 +436,11 @@ def _applied_parts(norm: nn.Module, in_type: torch.dtype) -> tuple[Tensor, ...] 
     if kind is not in_type and kind is not torch.float32:
         return None
     if norm.training:
-        tracked = buffers.get("num_batches_tracked") is not None and norm.momentum is not None
-        if not tracked or not norm.track_running_stats or not torch.is_grad_enabled() or kind is not wide(in_type):
+        batches = buffers.get("num_batches_tracked")
+        if batches is None or batches.dtype is not torch.int64 or batches.device != mean.device:
+            return None
+        tracked = norm.momentum is not None and norm.track_running_stats
+        if not tracked or not torch.is_grad_enabled() or kind is not wide(in_type):
             return None
     return mean, variance, weight, bias
 
