@@ -422,7 +422,7 @@ def _applied_parts(norm: nn.Module, in_type: torch.dtype) -> tuple[Tensor, ...] 
     a batch normalization as they all are."""
     if type(norm) is not nn.BatchNorm2d or has_hooks(norm):
         return None
-    # Of the dictionaries, as attributes of modules take their time; replicas of DataParallel have them there alone.
+    # Out of the dictionaries, as attributes of modules take their time; but replicas of DataParallel have no others.
     buffers, parameters = norm._buffers, norm._parameters
     mean, variance = buffers.get("running_mean"), buffers.get("running_var")
     weight, bias = parameters.get("weight"), parameters.get("bias")
