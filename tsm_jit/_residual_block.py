@@ -30,6 +30,7 @@ from tsm_jit._residual_ops import (
     for_readers,
     gradients_of_end,
     kept,
+    parts_of,
     write_new,
 )
 
@@ -100,7 +101,6 @@ class _Block(Function):
             factors += [norm.eps, norm.momentum or 0.0]
             if norm.training:
                 batches.append(norm._buffers["num_batches_tracked"])
-        of_identity = ([], 0.0) if identity_norm is None else (list(identity_norm[:4]), identity_norm.epsilon)
         out, unread_out, made = _called(
             _forward,
             x,
@@ -111,7 +111,7 @@ class _Block(Function):
             batches,
             factors,
             identity,
-            *of_identity,
+            *parts_of(identity_norm),
             unread,
             shift,
             shifted,
@@ -146,14 +146,14 @@ class _Block(Function):
         weights = saved[:layers]
 
         # The end. What it alone needs is freed after it.
-        z, *z_norm = saved[-10:-6]
-        z = Operand(z, Norm(*z_norm, None, epsilons[-1], bool(convolutions[-1])), any(wanted[:-1]), wanted[-1])
+        z_how = epsilons[-1], bool(convolutions[-1])
+        z = Operand.of_kept(saved[-10:-6], z_how, any(wanted[:-1]), wanted[-1])
         identity = Operand.of_kept(saved[-6:-2], ctx.identity_how, needed[1], needed[4] or needed[5])
         grads = grad_a, grad_b, grad_unread if shifted else None
         (of_z, *of_norm), of_identity, of_unread = gradients_of_end(
             *grads, *saved[-2:], z, identity, shift, ctx.identity_is_shifted
         )
-        del saved[-10:], z, z_norm, identity, grads, grad_a, grad_b, grad_unread
+        del saved[-10:], z, identity, grads, grad_a, grad_b, grad_unread
 
         found = [None] * (1 + 3 * layers)
         if of_z is not None:
@@ -242,9 +242,8 @@ def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons,
                 ops.temporal_shift_backward_(of_x, first_shift)
             found[0] = of_x
             break
-        z, *norm, _ = kept[5 * k - 5 : 5 * k]
-        norm = Norm(*norm, None, epsilons[k - 1], bool(convolutions[8 * k - 1]))
-        z = Operand(z, norm, any(wanted[: 2 * k]), bool(wanted[2 * k]))
+        z_how = epsilons[k - 1], bool(convolutions[8 * k - 1])
+        z = Operand.of_kept(kept[5 * k - 5 : 5 * k - 1], z_how, any(wanted[: 2 * k]), bool(wanted[2 * k]))
         grad, *of_norm = gradients_of_end(of_x, None, None, given, None, z, Operand(), NO_SHIFT, False)[0]
         if z.summed()[1]:
             found[3 * k - 1 : 3 * k + 1] = of_norm

@@ -125,7 +125,7 @@ def end_of_block(
     """
     z, identity, unread = _alike(z, identity, unread)
     if not torch.is_grad_enabled():
-        given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
+        given = (z, *parts_of(z_norm), identity, *parts_of(identity_norm), unread, shift)
         if own_identity and shifted and unread is not None:
             out, unread_out = identity, unread
         elif own_z and (not shifted or (z.is_cuda and "=circular" not in shift)):
@@ -162,7 +162,7 @@ def end_in_both_forms(
         out, unread_out = _new_like(z, z.shape), _new_unread(z, shift)
     rows, columns = (-(-size // step) for size in z.shape[2:])
     plain = _new_like(z, (*z.shape[:2], rows, columns))
-    given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
+    given = (z, *parts_of(z_norm), identity, *parts_of(identity_norm), unread, shift)
     _written(out, unread_out, plain, step, *given, True)
     return out, plain
 
@@ -176,7 +176,7 @@ def pool_of_relu_of_norm(
         x itself if ``plain``; and if ``shift`` is given, x in its form, and the unread frames. Else None.
     """
     pool = torch.ops.tsm_jit.residual_pool.default if is_compiling() else _pool
-    x, shifted, unread = pool(z, *_parts(norm), shift or NO_SHIFT, plain, shift is not None)
+    x, shifted, unread = pool(z, *parts_of(norm), shift or NO_SHIFT, plain, shift is not None)
     return (x if plain else None, *((None, None) if shift is None else (shifted, unread)))
 
 
@@ -205,20 +205,22 @@ def write_new(
 ) -> tuple[Tensor, Tensor]:
     """:func:`end_of_block` as new tensors, unknown to autograd."""
     write = torch.ops.tsm_jit.residual_shift.default if is_compiling() else _new
-    return write(z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
+    return write(z, *parts_of(z_norm), identity, *parts_of(identity_norm), unread, shift, shifted)
 
 
-def _parts(norm: Norm | None) -> tuple[list[Tensor], float]:
+def parts_of(norm: Norm | None) -> tuple[list[Tensor], float]:
+    """As operators take it."""
     return ([], 0.0) if norm is None else (list(norm[:4]), norm.epsilon)
 
 
-def applied_norm(module: nn.BatchNorm2d, x: Tensor, recorded: bool) -> Norm:
-    """The batch normalization of ``x`` by ``module``, whose running statistics are updated."""
-    parts = [module.running_mean, module.running_var, module.weight, module.bias]
+def applied_norm(module: nn.BatchNorm2d, parts: Sequence[Tensor], x: Tensor, recorded: bool) -> Norm:
+    """The batch normalization of ``x`` by ``module``, whose running statistics, the first two of ``parts``, beside its
+    weight and bias, are updated."""
     if not recorded:
         return Norm(*parts, module.eps)
     if module.training:
-        parts[:2] = batch_statistics(x.detach(), *parts[:2], module.num_batches_tracked, module.momentum)
+        statistics = batch_statistics(x.detach(), *parts[:2], module.num_batches_tracked, module.momentum)
+        parts = (*statistics, *parts[2:])
     in_type = wide(x.dtype)
     return Norm(*(part if part.dtype is in_type else part.to(in_type) for part in parts), module.eps, module.training)
 
@@ -243,7 +245,7 @@ def _plain_statistics(x, running_mean, running_var, batches, momentum) -> tuple[
 
 def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
     """``relu(norm(z))``, written into the activations ``z`` ``[N*T, C, H, W]``; where nothing is recorded."""
-    _write(z, None, None, 1, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
+    _write(z, None, None, 1, z, *parts_of(norm), None, [], 0.0, None, NO_SHIFT, True)
     return z
 
 
@@ -315,7 +317,7 @@ class Operand(NamedTuple):
     @classmethod
     def of_flat(cls, values: Tensor | None, norm: list[Tensor], epsilon: float, how: list[int]) -> Operand:
         of_batch, wanted, norm_is_wanted = map(bool, how)
-        return cls(values, Norm(*norm, None, epsilon, of_batch) if norm else None, wanted, norm_is_wanted)
+        return cls.of_kept((values, *norm), (epsilon, of_batch) if norm else None, wanted, norm_is_wanted)
 
 
 def gradients_of_end(

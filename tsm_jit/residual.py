@@ -337,11 +337,9 @@ def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[
             return None
         if any(isinstance(each, (int, str)) for each in (c.stride, c.padding, c.dilation)):  # set by hand, or "same"
             return None
-        weight, parts = c._parameters.get("weight"), _applied_parts(norm, in_type)
+        weight, parts = c.weight, _applied_parts(norm, in_type)
         if parts is None or parts[0].dtype is not wide(in_type):
             return None
-        if weight is None:
-            weight = c.weight
         if not (weight.dtype is in_type or (autocast and weight.dtype is torch.float32)):
             return None
         layers.append(Layer(c, weight, norm, parts))
@@ -407,14 +405,15 @@ def _deferred(norm: nn.Module, x: Tensor) -> tuple[Tensor, Norm | None]:
 
 def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
     """The batch normalization ``norm`` of ``x``, its running statistics updated; None if it has to be called."""
-    if _applied_parts(norm, x.dtype) is None:
+    parts = _applied_parts(norm, x.dtype)
+    if parts is None:
         return None
     recorded = torch.is_grad_enabled()
     if recorded and not sums_are_in_kernel(x):  # which its gradient takes
         return None
     if norm.training and x.numel() == x.shape[1]:  # of which there are no statistics: an error, when called
         return None
-    return applied_norm(norm, x, recorded)
+    return applied_norm(norm, parts, x, recorded)
 
 
 def _applied_parts(norm: nn.Module, in_type: torch.dtype) -> tuple[Tensor, ...] | None:
