@@ -453,10 +453,15 @@ std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes, bool channels
   return strides;
 }
 
-// A new tensor of the type and device of x, of these sizes, and with its channels where those of `like` are.
-Tensor new_in_format_of(const Tensor& like, const Tensor& x, const std::vector<int64_t>& sizes) {
-  const std::vector<int64_t> strides = strides_of(sizes, !like.is_contiguous());
+// A new tensor of the type and device of x, of these sizes, in memory order or with its channels innermost.
+Tensor new_laid_out(const Tensor& x, const std::vector<int64_t>& sizes, bool channels_last) {
+  const std::vector<int64_t> strides = strides_of(sizes, channels_last);
   return new_tensor(x, type_of(x), strides.size(), sizes.data(), strides.data());
+}
+
+// And with its channels where those of `like` are.
+Tensor new_in_format_of(const Tensor& like, const Tensor& x, const std::vector<int64_t>& sizes) {
+  return new_laid_out(x, sizes, !like.is_contiguous());
 }
 
 // Has x these sizes, and its elements in memory order or with its channels innermost?
@@ -469,14 +474,18 @@ bool is_laid_out(const Tensor& x, const std::vector<int64_t>& sizes, bool channe
   return fits;
 }
 
+// x, or a copy of it that is.
+Tensor laid_out(const Tensor& x, bool channels_last) {
+  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  if (x.numel() == 0 || is_laid_out(x, sizes, channels_last)) return x;
+  Tensor copy = new_laid_out(x, sizes, channels_last);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
 // x, or a copy of it in the memory format of `like`.
 Optional in_format_of(const Tensor& like, const Optional& x) {
-  if (!x || x->numel() == 0) return x;
-  const std::vector<int64_t> sizes(x->sizes().begin(), x->sizes().end());
-  if (is_laid_out(*x, sizes, !like.is_contiguous())) return x;
-  Tensor copy = new_in_format_of(like, *x, sizes);
-  torch::stable::copy_(copy, *x);
-  return copy;
+  return x ? Optional(laid_out(*x, !like.is_contiguous())) : x;
 }
 
 // For the frames of x that a shift does not read.
@@ -651,6 +660,17 @@ bool is_wide(const Tensor& x, const Tensor& like, int64_t count) {
          x.get_device_index() == like.get_device_index();
 }
 
+// What the backward reads of a norm of activations like `out`.
+void check_norm(const std::vector<Tensor>& parts, const Optional& values, const Tensor& out) {
+  bool fits = parts.empty() || (parts.size() == 3 && values);
+  for (const Tensor& part : parts) fits = fits && is_wide(part, out, out.size(1));
+  if (!fits) {
+    fail(
+        "a norm must come with its values, and have a mean, a variance and a weight, of one value per channel in the "
+        "type that activations are added in");
+  }
+}
+
 // What sums by channel take: CUDA, and channels_last.
 void check_sums(const Tensor& x, const Residual& r) {
   if (!x.is_cuda() || r.inner != 1) fail("sums by channel are made on CUDA, in channels_last");
@@ -701,13 +721,8 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
     const std::pair<const Optional*, const std::vector<Tensor>*> norms[] = {{&z, &z_norm}, {&identity, &identity_norm}};
     for (int32_t k = 0; k < tsm_jit::kNorms; ++k) {
       const auto& [values, parts] = norms[k];
+      check_norm(*parts, *values, out);
       if (parts->empty()) continue;
-      if (parts->size() != 3 || !*values)
-        fail("a norm must have a mean, a variance and a weight, and come with its values");
-      for (const Tensor& part : *parts) {
-        if (!is_wide(part, out, channels))
-          fail("a norm must have one value per channel, of the type of norm_gradients");
-      }
       b.normed[k] = data(*values);
       b.mean[k] = (*parts)[0].const_data_ptr();
       n.variance[k] = (*parts)[1].const_data_ptr();
@@ -862,16 +877,7 @@ std::tuple<Gradients, Gradients, Tensor> gradients_of_end(const Optional& grad_a
   static const Optional kNone;
   static const std::vector<Tensor> kNoNorm;
   const Operand* const operands[tsm_jit::kNorms] = {&z, &identity};
-  for (const Operand* x : operands) {
-    for (const Tensor& part : x->norm) {
-      if (x->norm.size() != 3 || !is_wide(part, out, out.size(1))) {
-        fail(
-            "a norm must have a mean, a variance and a weight, of one value per channel in the type that activations "
-            "are added in");
-      }
-    }
-    if (!x->norm.empty() && !x->values) fail("a norm must come with its values");
-  }
+  for (const Operand* x : operands) check_norm(x->norm, x->values, out);
   const Made made =
       make_gradients(grad_a, grad_b, grad_unread, out, unread_out, z.summed() ? z.values : kNone,
                      z.summed() ? z.norm : kNoNorm, z.epsilon, identity.summed() ? identity.values : kNone,
@@ -929,12 +935,7 @@ Tensor convolved(const Tensor& x, const Tensor& weight, const int64_t* how) {
   check(aoti_torch_cuda_convolution(x.get(), weight.get(), nullptr, how, 2, how + 2, 2, how + 4, 2, false, kNothing, 2,
                                     how[6], &out),
         "convolve");
-  const Tensor z(out);
-  const std::vector<int64_t> sizes(z.sizes().begin(), z.sizes().end()), strides = strides_of(sizes, true);
-  if (is_laid_out(z, sizes, true)) return z;
-  Tensor copy = new_tensor(z, type_of(z), strides.size(), sizes.data(), strides.data());
-  torch::stable::copy_(copy, z);
-  return copy;
+  return laid_out(Tensor(out), true);
 }
 
 // The gradients of x and of the weight, undefined if not wanted.
@@ -949,24 +950,24 @@ std::pair<Tensor, Tensor> convolved_backward(const Tensor& grad, const Tensor& x
   return {of_x, of_weight};
 }
 
-// Layers of a convolution and a norm, a ReLU between two of them, and the end of the block. `norms` has the running
-// mean and variance, the weight and the bias of each norm, `factors` its epsilon and its momentum, `batches` one number
-// for each that is of the batch. Returned for the backward: of each layer what it convolved, mean and variance if the
-// norm is of the batch, and but for the last its ReLU.
+// Layers of a convolution and a norm, a ReLU between two of them, and the end of the block. With `downsample` the last
+// layer is that of the identity, and convolves what is given for it. `norms` has the running mean and variance, the
+// weight and the bias of each norm, `factors` its epsilon and its momentum, `batches` one number for each that is of
+// the batch. Returned for the backward: of each layer what it convolved, mean and variance if the norm is of the batch,
+// and its ReLU if there is one.
 std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
     const Tensor& given, const std::string& first_shift, const std::vector<Tensor>& weights,
     const std::vector<int64_t>& convolutions, const std::vector<Tensor>& norms, const std::vector<Tensor>& batches,
-    const std::vector<double>& factors, const Optional& identity, const std::vector<Tensor>& identity_norm,
-    double identity_epsilon, const Optional& unread, const std::string& shift, bool shifted) {
+    const std::vector<double>& factors, const Tensor& given_identity, bool downsample, const Optional& unread,
+    const std::string& shift, bool shifted) {
   const size_t layers = weights.size();
-  if (layers == 0 || convolutions.size() != kConvolution * layers || norms.size() != 4 * layers ||
+  if (layers < (downsample ? 2 : 1) || convolutions.size() != kConvolution * layers || norms.size() != 4 * layers ||
       factors.size() != 2 * layers) {
     fail("each layer must have a convolution and a norm");
   }
   std::vector<Tensor> kept;
   auto counter = batches.begin();
-  Tensor x = first_shift.empty() ? given : out_of_place<false>(given, first_shift);
-  for (size_t k = 0;; ++k) {
+  const auto convolve = [&](size_t k, const Tensor& x) {
     const int64_t* const how = &convolutions[kConvolution * k];
     const Tensor z = convolved(x, weights[k], how);
     kept.push_back(z);
@@ -976,43 +977,52 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
       std::tie(norm[0], norm[1]) = channel_statistics(z, norm[0], norm[1], *counter++, factors[2 * k + 1]);
       kept.insert(kept.end(), {norm[0], norm[1]});
     }
-    const double epsilon = factors[2 * k];
-    if (k + 1 == layers) {
-      auto [out, unread_out] =
-          new_residual_shift(z, norm, epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted);
-      return {out, unread_out, kept};
-    }
+    return std::pair(z, norm);
+  };
+  const size_t last = layers - 1 - (downsample ? 1 : 0);
+  Tensor x = first_shift.empty() ? given : out_of_place<false>(given, first_shift);
+  for (size_t k = 0; k < last; ++k) {
+    const auto [z, norm] = convolve(k, x);
     x = new_like(z);
-    residual_shift(x, std::nullopt, std::nullopt, 1, z, norm, epsilon, std::nullopt, {}, 0, std::nullopt, kNoShift,
-                   true);
+    residual_shift(x, std::nullopt, std::nullopt, 1, z, norm, factors[2 * k], std::nullopt, {}, 0, std::nullopt,
+                   kNoShift, true);
     kept.push_back(x);
   }
+  const auto [z, norm] = convolve(last, x);
+  Tensor identity = given_identity;
+  std::vector<Tensor> identity_norm;
+  if (downsample) std::tie(identity, identity_norm) = convolve(last + 1, identity);
+  auto [out, unread_out] = new_residual_shift(z, norm, factors[2 * last], identity, identity_norm,
+                                              downsample ? factors[2 * last + 2] : 0, unread, shift, shifted);
+  return {out, unread_out, kept};
 }
 
-// Of these layers, given the gradient of what the last one convolved. `kept` has, of each but the last, what it
-// convolved, mean, variance and weight of its norm, and the ReLU of that. `wanted`: x; of each layer, weight and norm.
-// Returned: of x; of each layer, of its weight, and of weight and bias of its norm (not of the last one).
-std::vector<Tensor> residual_block_backward(const Tensor& of_last, const Tensor& given, const std::string& first_shift,
+// Of these layers, given the gradients of what the last one convolved and, if there is one that `identity` was given
+// to, of what that one did. `kept` has, of each layer before, what it convolved, mean, variance and weight of its norm,
+// and the ReLU of that. `wanted`: x; of each layer, weight and norm; identity. Returned: of x; of each layer, of its
+// weight, and of weight and bias of its norm (not of those whose gradients were given); of the identity.
+std::vector<Tensor> residual_block_backward(const Optional& of_last, const Optional& of_downsample, const Tensor& given,
+                                            const Optional& identity, const std::string& first_shift,
                                             const std::vector<Tensor>& weights,
                                             const std::vector<int64_t>& convolutions, const std::vector<Tensor>& kept,
                                             const std::vector<double>& epsilons, const std::vector<int64_t>& wanted) {
-  const size_t layers = weights.size();
-  if (layers == 0 || convolutions.size() != kConvolution * layers || kept.size() != 5 * (layers - 1) ||
-      epsilons.size() != layers || wanted.size() != 1 + 2 * layers) {
+  const size_t layers = weights.size(), branch = layers - (identity ? 1 : 0);
+  if (layers < (identity ? 2 : 1) || convolutions.size() != kConvolution * layers || kept.size() != 5 * (branch - 1) ||
+      epsilons.size() != layers || wanted.size() != 2 + 2 * layers || (of_downsample && !identity)) {
     fail("each layer must have a convolution, a norm and what they were given");
   }
   const auto any_before = [&](size_t end) {
     return std::any_of(wanted.begin(), wanted.begin() + end, [](int64_t each) { return each != 0; });
   };
-  std::vector<Tensor> found(1 + 3 * layers);
-  Tensor of_z = of_last;
-  for (size_t k = layers; k-- > 0;) {
+  std::vector<Tensor> found(2 + 3 * layers);
+  Optional of_z = of_last;
+  for (size_t k = branch; of_z && k-- > 0;) {
     const int64_t* const how = &convolutions[kConvolution * k];
     const bool before = any_before(1 + 2 * k);
     const Tensor* const layer = k == 0 ? nullptr : &kept[5 * (k - 1)];
     const Tensor x = k > 0 ? layer[4] : first_shift.empty() ? given : out_of_place<false>(given, first_shift);
     Tensor of_x;
-    std::tie(of_x, found[1 + 3 * k]) = convolved_backward(of_z, x, weights[k], how, before, wanted[1 + 2 * k] != 0);
+    std::tie(of_x, found[1 + 3 * k]) = convolved_backward(*of_z, x, weights[k], how, before, wanted[1 + 2 * k] != 0);
     if (!before) break;
     if (k == 0) {
       if (!first_shift.empty()) in_place<true>(of_x, first_shift);
@@ -1026,8 +1036,12 @@ std::vector<Tensor> residual_block_backward(const Tensor& of_last, const Tensor&
         gradients_of_end(of_x, std::nullopt, std::nullopt, x, std::nullopt, z, Operand{}, kNoShift, false);
     found[3 * k - 1] = of_values.weight;
     found[3 * k] = of_values.bias;
-    if (!z.wanted) break;
-    of_z = of_values.values;
+    of_z = z.wanted ? Optional(of_values.values) : std::nullopt;
+  }
+  if (of_downsample) {
+    std::tie(found.back(), found[1 + 3 * branch]) =
+        convolved_backward(*of_downsample, *identity, weights[branch], &convolutions[kConvolution * branch],
+                           wanted.back() != 0, wanted[1 + 2 * branch] != 0);
   }
   return found;
 }

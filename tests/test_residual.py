@@ -385,7 +385,7 @@ def in_channels_last(module: nn.Module, inputs: tuple, out: Tensor) -> Tensor:
 def step(net: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
     scores = net(x)
-    gradients = torch.autograd.grad(scores.square().sum(), list(net.parameters()))
+    gradients = torch.autograd.grad(scores.square().sum(), [each for each in net.parameters() if each.requires_grad])
     return scores, list(gradients), {name.removeprefix("_orig_mod."): buffer for name, buffer in net.named_buffers()}
 
 
@@ -459,30 +459,41 @@ def test_blocks_are_recorded_as_one_function_each(device, merged, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("downsample", [False, True])
 @pytest.mark.parametrize("of_batch", [(True, True, True), (False, True, False), (True,)], ids=str)
-def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, dtype):
+def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsample, dtype):
     """To the bit: its parts are the same operators, called from Python."""
+    wide, t = _residual_ops.wide(dtype), random.randint(1, 8)
 
     def values(*sizes) -> Tensor:
         return random_values(sizes, dtype, cuda).contiguous(memory_format=torch.channels_last)
 
-    wide, t = _residual_ops.wide(dtype), random.randint(1, 8)
+    weights, convolutions, norms, batches, factors = [], [], [], [], []
+
+    def add_layer(before: int, after: int, stride: int, of_batch: bool) -> None:
+        size, dilation, groups = (random.choice(choice) for choice in ((1, 3), (1, 2), (1, 2)))
+        weight = values(after, before // groups, size, size)
+        weights.append(random.choice((weight, weight.contiguous())))
+        padding = size // 2 * dilation
+        convolutions.extend([stride, stride, padding, padding, dilation, dilation, groups, of_batch])
+        norms.extend(random_norm(after, wide, cuda))
+        factors.extend([1e-3, 0.1])
+        batches.extend([torch.tensor(41, device=cuda)] if of_batch else [])
+
     shift = Shift(t, t, 1, random.choice(PADDINGS), ((1, 1), (1, -1))).canonical().encode()
     widths = [2 * random.randint(1, 40) for _ in range(len(of_batch) + 1)]
     height, width = 9, 7
     x = values(2 * t, widths[0], height, width)
-    weights, convolutions, norms, batches, factors = [], [], [], [], []
-    for k, (before, after) in enumerate(itertools.pairwise(widths)):
-        size, stride, dilation, groups = (random.choice(choice) for choice in ((1, 3), (1, 2), (1, 2), (1, 2)))
-        weights.append(values(after, before // groups, size, size))
-        padding = size // 2 * dilation
-        convolutions += [stride, stride, padding, padding, dilation, dilation, groups, of_batch[k]]
-        norms += random_norm(after, wide, cuda)
-        factors += [1e-3, 0.1]
-        batches += [torch.tensor(41, device=cuda)] if of_batch[k] else []
+    for k, channels in enumerate(itertools.pairwise(widths)):
+        stride = random.choice((1, 2))
+        add_layer(*channels, stride, of_batch[k])
         height, width = -(-height // stride), -(-width // stride)
-    wanted = [random.random() < 0.7 for _ in range(1 + 2 * len(of_batch))]
-    identity, identity_norm = values(2 * t, widths[-1], height, width), random_norm(widths[-1], wide, cuda)
+    identity = values(2 * t, widths[-1], height, width)
+    if downsample:
+        identity = values(2 * t, widths[0], 2 * height, 2 * width)
+        of_batch = (*of_batch, of_batch[0])
+        add_layer(widths[0], widths[-1], 2, of_batch[0])
+    wanted = [random.random() < 0.7 for _ in range(2 + 2 * len(of_batch))]
     found = []
     with torch.backends.cudnn.flags(deterministic=True):
         for forward, backward in (
@@ -490,17 +501,22 @@ def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, dtype):
             (_residual_block._plain_forward, _residual_block._plain_backward),
         ):
             changed = copy.deepcopy((norms, batches))
-            layers = (x, shift, weights, convolutions)
-            out, unread, made = forward(*layers, *changed, factors, identity, identity_norm, 1e-5, None, shift, True)
-            kept, made = [], list(made)
+            rest = factors, identity, downsample, None, shift, True
+            out, unread, made = forward(x, shift, weights, convolutions, *changed, *rest)
+            parts, made = list(made), iter(made)
+            kept, ends = [], []
             for k, is_of_batch in enumerate(of_batch):
-                kept.append(made.pop(0))
-                kept += [made.pop(0), made.pop(0)] if is_of_batch else norms[4 * k : 4 * k + 2]
-                kept += [norms[4 * k + 2], *made[:1]]
-                del made[:1]
-            grads = backward(kept[-4].cos(), *layers, kept[:-4], factors[::2], wanted)
+                z = next(made)
+                statistics = [next(made), next(made)] if is_of_batch else norms[4 * k : 4 * k + 2]
+                if k < len(of_batch) - 1 - downsample:
+                    kept += [z, *statistics, norms[4 * k + 2], next(made)]
+                else:
+                    ends.append(z.cos())
+            assert not list(made)
+            ends, given = (ends, identity) if downsample else ([*ends, None], None)
+            grads = backward(*ends, x, given, shift, weights, convolutions, kept, factors[::2], wanted)
             grads = [x.new_empty(0) if each is None else each for each in grads]  # not wanted
-            found.append([out, unread, *kept, *grads, *changed[0], *changed[1]])
+            found.append([out, unread, *parts, *grads, *changed[0], *changed[1]])
     assert [int(each) for each in changed[1]] == [42] * sum(of_batch)
     for ours, of_parts in zip(*found, strict=True):
         assert_same_bits(ours, of_parts)
@@ -598,6 +614,15 @@ def test_autocast(device, dtype):
         loss = fused.train()(x).float().square().mean()
     loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in fused.parameters())
+
+
+def test_weights_are_cast_together(device):
+    weights = [torch.randn(size, device=device) for size in ((8, 4, 3, 3), (8, 8, 1, 1), (4, 1, 3, 2), (2, 3, 1, 5))]
+    weights = [random.choice((weight, weight.to(memory_format=torch.channels_last))) for weight in weights]
+    for weight, cast in zip(weights, _residual_block._cast(weights, torch.bfloat16), strict=True):
+        assert cast.is_contiguous(memory_format=torch.channels_last)
+        assert_same_bits(cast, weight.bfloat16())
+    assert _residual_block._cast([], torch.bfloat16) == []
 
 
 def test_checkpointing(device, merged):
@@ -867,6 +892,64 @@ def test_convolutions_and_norms_that_were_changed_by_hand(device, merged):
         each.layer2[1].conv2.padding = [1, 1]
         counter = each.layer3[1].bn1.num_batches_tracked
         each.layer3[1].bn1.num_batches_tracked = counter.float()
+    assert_same_step(net, fused, x)
+
+
+def with_bias(downsample: nn.Sequential) -> None:
+    downsample[0].bias = nn.Parameter(downsample[0].weight.detach().sum((1, 2, 3)))
+
+
+def shifted(downsample: nn.Sequential) -> None:
+    downsample[0] = tsm_jit.TemporalShift(downsample[0], 4)
+
+
+def without_norm(downsample: nn.Sequential) -> None:
+    del downsample[1]
+
+
+def with_more_between(downsample: nn.Sequential) -> None:
+    downsample.insert(1, nn.Softsign())
+
+
+def hooked(downsample: nn.Sequential) -> None:
+    downsample[-1].register_forward_hook(lambda module, given, out: out * 2)
+
+
+def of_frozen_statistics(downsample: nn.Sequential) -> None:
+    downsample[1].eval()
+
+
+def of_frozen_weights(downsample: nn.Sequential) -> None:
+    downsample[1].weight.requires_grad_(False)
+    downsample[0].weight.requires_grad_(False)
+
+
+CHANGES = (with_bias, shifted, without_norm, with_more_between, hooked, of_frozen_statistics, of_frozen_weights)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_downsample_that_was_changed(device, merged, change, monkeypatch):
+    blocks = counted(monkeypatch, residual, "block_of_layers")
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for each in (net, fused):
+        each.train()
+        change(each.layer2[0].downsample)
+        change(each.layer3[0].downsample)
+    assert_same_step(net, fused, x)
+    recorded = [args[4] is not None for args in blocks]
+    kept = CHANGES.index(change) >= CHANGES.index(of_frozen_statistics)
+    assert sum(recorded) == (0 if not merged else 4 if kept else 2)
+
+
+@pytest.mark.parametrize("names", ["conv1 bn1 conv2 bn2 conv3 bn3", "downsample", "stem"])
+def test_parts_of_blocks_that_are_not_trained(device, merged, names):
+    """Up to the first block of the second stage everything is frozen, but for the other part of that block."""
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for each in (net, fused):
+        frozen = [each.conv1, each.bn1, each.layer1]
+        frozen += [each.layer2[0]._modules[name] for name in names.split() if name != "stem"]
+        for module in frozen:
+            module.requires_grad_(False)
     assert_same_step(net, fused, x)
 
 

@@ -3,10 +3,12 @@
 What PyTorch records operation by operation costs the host more than a small batch costs the GPU; so does a block that
 Python puts together, which is why its parts are operators:
 
-- ``residual_block`` is the forward; it returns what the backward needs as well: of each layer what it convolved, mean
-  and variance if the norm is of the batch, and but for the last its ReLU;
+- ``residual_block`` is the forward; it returns what the backward needs as well;
 - ``residual_end_backward`` (of ``_residual_ops.py``) and ``residual_block_backward`` are the backward of its end and of
   the layers before. Two, so that in between what only the end needs is freed.
+
+The layer that makes the identity is one of them, where there is one. Under autocast, all weights of a block are cast by
+one launch, and their gradients by another.
 
 And a norm with its ReLU is one pass here, forward and backward, as the end of a block is.
 """
@@ -29,23 +31,27 @@ from tsm_jit._residual_ops import (
     batch_statistics,
     for_readers,
     gradients_of_end,
-    kept,
-    parts_of,
     write_new,
 )
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
 # Of each layer `weights` has the weight of the convolution, `convolutions` its stride, padding and dilation, two each,
 # its groups, and whether the norm is of the batch; `norms` running mean and variance (which are written), weight and
-# bias, `factors` epsilon and momentum, `batches` the number of batches, if the norm is of the batch.
+# bias, `factors` epsilon and momentum, `batches` the number of batches, if the norm is of the batch. With `downsample`
+# the last layer makes the identity of what is given for it.
+#
+# Returned, beside x and its unread frames: of each layer what it convolved, mean and variance if the norm is of the
+# batch, and its ReLU if there is one.
 for _schema in (
     "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] convolutions, Tensor(a!)[] norms, "
-    "Tensor(b!)[] batches, float[] factors, Tensor? identity, Tensor[] identity_norm, float identity_epsilon, "
-    "Tensor? unread, str shift, bool shifted) -> (Tensor, Tensor, Tensor[])",
-    # `kept` has of each layer but the last what it convolved, mean, variance and weight of its norm, and its ReLU;
-    # `wanted` tells of x, and of each layer's convolution and norm, whether gradients are.
-    "residual_block_backward(Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] convolutions, "
-    "Tensor[] kept, float[] epsilons, int[] wanted) -> Tensor[]",
+    "Tensor(b!)[] batches, float[] factors, Tensor identity, bool downsample, Tensor? unread, str shift, bool shifted) "
+    "-> (Tensor, Tensor, Tensor[])",
+    # The gradients are those of what the last layer convolved and, if there is one that `identity` was given to, that
+    # one. `kept` has of each layer before what it convolved, mean, variance and weight of its norm, and its ReLU;
+    # `wanted` tells of x, of each layer's convolution and norm, and of the identity, whether gradients are. They are
+    # returned in this order, with two for each norm.
+    "residual_block_backward(Tensor? grad, Tensor? grad_downsample, Tensor x, Tensor? identity, str first_shift, "
+    "Tensor[] weights, int[] convolutions, Tensor[] kept, float[] epsilons, int[] wanted) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -61,13 +67,17 @@ class Layer(NamedTuple):
     norm: nn.BatchNorm2d
     norm_parts: tuple[Tensor, ...]  # running mean and variance, weight and bias
 
+    def like_output(self, x: Tensor) -> Tensor:
+        """Of the frames, channels and type that it makes of the activations ``x``; without values."""
+        return x.new_empty((x.shape[0], self.convolution.out_channels, 1, 1), device="meta")
+
 
 def block_of_layers(
     x: Tensor,
     layers: Sequence[Layer],
     first_shift: str | None,
     identity: Tensor,
-    identity_norm: Norm | None,
+    downsample: Layer | None,
     unread: Tensor | None,
     shift: str,
     shifted: bool,
@@ -79,28 +89,34 @@ def block_of_layers(
         x: ``[N*T, C, H, W]`` in channels_last, of the type in which the layers compute.
         layers: all but the last are followed by a ReLU.
         first_shift: of ``x``, encoded. Then x itself is what is kept, and it is shifted again for the backward.
-        identity, identity_norm, unread, shift, shifted, readers: as there.
+        identity: or what ``downsample`` makes it of.
+        unread, shift, shifted, readers: as there.
     """
-    identity, unread = identity.to(x.dtype), None if unread is None else unread.to(x.dtype)
-    how = (layers, first_shift or "", identity_norm, shift, shifted, readers)
-    of_identity = (None, None) if identity_norm is None else (identity_norm.weight, identity_norm.bias)
+    if identity.dtype is not x.dtype:
+        identity, unread = identity.to(x.dtype), None if unread is None else unread.to(x.dtype)
+    if downsample is not None:
+        layers = [*layers, downsample]
+    how = (layers, downsample is not None, first_shift or "", shift, shifted, readers)
     parameters = [part for layer in layers for part in (layer.weight, *layer.norm_parts[2:])]
-    unread_out, *out = _Block.apply(x, identity, unread, how, *of_identity, *parameters)
+    unread_out, *out = _Block.apply(x, identity, unread, how, *parameters)
     return out, unread_out if shifted else None
 
 
 class _Block(Function):
     @staticmethod
     def forward(ctx, x, identity, unread, how, *parameters):
-        layers, first_shift, identity_norm, shift, shifted, readers = how
+        layers, downsample, first_shift, shift, shifted, readers = how
         weights, convolutions, norms, batches, factors = [], [], [], [], []
         for c, weight, norm, parts in layers:
-            weights.append(weight.to(x.dtype))
+            weights.append(weight)
             convolutions += (*c.stride, *c.padding, *c.dilation, c.groups, norm.training)
             norms += parts
             factors += [norm.eps, norm.momentum or 0.0]
             if norm.training:
                 batches.append(norm._buffers["num_batches_tracked"])
+        in_float = any(weight.dtype is not x.dtype for weight in weights)  # what autocast casts
+        if in_float:
+            weights = _cast(weights, x.dtype)
         out, unread_out, made = _called(
             _forward,
             x,
@@ -111,23 +127,23 @@ class _Block(Function):
             batches,
             factors,
             identity,
-            *parts_of(identity_norm),
+            downsample,
             unread,
             shift,
             shifted,
         )
-        of_layers, made = [], iter(made)
+        made, of_layers = iter(made), []
+        last = len(layers) - 1 - downsample
         for k, layer in enumerate(layers):
-            if k > 0:
-                of_layers.append(next(made))
             z = next(made)
             statistics = (next(made), next(made)) if layer.norm.training else layer.norm_parts[:2]
             of_layers += (z, *statistics, layer.norm_parts[2])
-        ctx.how = (first_shift, convolutions, factors[::2], shift, shifted)
-        ctx.identity_how = identity_norm and identity_norm[4:]
+            if k < last:
+                of_layers.append(next(made))
+        ctx.how = (first_shift, convolutions, factors[::2], downsample, in_float, shift, shifted)
         ctx.identity_is_shifted = unread is not None
         ctx.save_for_backward(
-            x, *weights, *of_layers, *kept(identity, identity_norm), out, unread_out if shifted else None
+            x, identity if downsample else None, out, unread_out if shifted else None, *weights, *of_layers
         )
         ctx.set_materialize_grads(False)
         return unread_out, *for_readers(out, readers)
@@ -135,34 +151,62 @@ class _Block(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_unread, grad_a, grad_b=None):
-        first_shift, convolutions, epsilons, shift, shifted = ctx.how
-        x, *saved = ctx.saved_tensors
+        first_shift, convolutions, epsilons, downsample, in_float, shift, shifted = ctx.how
+        x, given_identity, out, unread_out, *saved = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()
         needed = ctx.needs_input_grad
         wanted = [needed[0]]
-        for k in range(6, len(needed), 3):
+        for k in range(4, len(needed), 3):
             wanted += [needed[k], needed[k + 1] or needed[k + 2]]
+        wanted.append(needed[1])
         layers = len(epsilons)
-        weights = saved[:layers]
+        last = layers - 1 - downsample
+        weights, saved = saved[:layers], saved[layers:]
 
         # The end. What it alone needs is freed after it.
-        z_how = epsilons[-1], bool(convolutions[-1])
-        z = Operand.of_kept(saved[-10:-6], z_how, any(wanted[:-1]), wanted[-1])
-        identity = Operand.of_kept(saved[-6:-2], ctx.identity_how, needed[1], needed[4] or needed[5])
+        end = 5 * last
+        z_how = epsilons[last], bool(convolutions[8 * last + 7])
+        z = Operand.of_kept(saved[end : end + 4], z_how, any(wanted[: 2 + 2 * last]), wanted[2 + 2 * last])
+        if downsample:
+            identity_how = epsilons[-1], bool(convolutions[-1])
+            identity = Operand.of_kept(saved[-4:], identity_how, wanted[-3] or wanted[-1], wanted[-2])
+        else:
+            identity = Operand(wanted=wanted[-1])
         grads = grad_a, grad_b, grad_unread if shifted else None
-        (of_z, *of_norm), of_identity, of_unread = gradients_of_end(
-            *grads, *saved[-2:], z, identity, shift, ctx.identity_is_shifted
+        (of_z, *of_norm), (of_identity, *of_identity_norm), of_unread = gradients_of_end(
+            *grads, out, unread_out, z, identity, shift, ctx.identity_is_shifted
         )
-        del saved[-10:], z, identity, grads, grad_a, grad_b, grad_unread
+        del saved[end:], out, unread_out, z, identity, grads, grad_a, grad_b, grad_unread
 
-        found = [None] * (1 + 3 * layers)
-        if of_z is not None:
-            rest = first_shift, weights, convolutions, saved[layers:], epsilons, wanted
-            found = _called(_backward, of_z, x, *rest)
-        found[-2:] = of_norm
-        of_x, *of_layers = found
-        of_identity, *of_identity_norm = of_identity
-        return of_x, of_identity, of_unread, None, *of_identity_norm, *of_layers
+        of_downsample, of_identity = (of_identity, None) if downsample else (None, of_identity)
+        found = [None] * (2 + 3 * layers)
+        if of_z is not None or of_downsample is not None:
+            given = (of_z, of_downsample, x, given_identity, first_shift, weights, convolutions, saved)
+            found = _called(_backward, *given, epsilons, wanted)
+            del given
+        del of_z, of_downsample, x, given_identity, weights, saved
+        if in_float:
+            at = [1 + 3 * k for k in range(layers) if wanted[1 + 2 * k]]
+            for k, of_weight in zip(at, _cast([found[k] for k in at], torch.float32), strict=True):
+                found[k] = of_weight
+        found[2 + 3 * last : 4 + 3 * last] = of_norm
+        of_x, *of_layers, of_given_identity = found
+        if downsample:
+            of_identity = of_given_identity
+            of_layers[-2:] = of_identity_norm
+        return of_x, of_identity, of_unread, None, *of_layers
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """In another type, and in channels_last; by one launch, if they are laid out so."""
+    made = []
+    for each in tensors:
+        same = each.is_contiguous(memory_format=torch.channels_last)
+        made_format = torch.preserve_format if same else torch.channels_last
+        made.append(torch.empty_like(each, dtype=dtype, memory_format=made_format))
+    if made:
+        torch._foreach_copy_(made, tensors)
+    return made
 
 
 def _called(operator, *args):
@@ -187,54 +231,54 @@ def _plain_forward(
     batches,
     factors,
     identity,
-    identity_norm,
-    identity_epsilon,
+    downsample,
     unread,
     shift,
     shifted,
 ):
     made, batches = [], iter(batches)
-    if first_shift:
-        x = ops.temporal_shift(x, first_shift)
-    for k, weight in enumerate(weights):
+
+    def convolve(k: int, x: Tensor) -> tuple[Tensor, Norm]:
         *how, of_batch = convolutions[8 * k : 8 * k + 8]
         mean, variance, *affine = norms[4 * k : 4 * k + 4]
         epsilon, momentum = factors[2 * k : 2 * k + 2]
-        z = torch.conv2d(x, weight, None, how[:2], how[2:4], how[4:6], how[6])
+        z = torch.conv2d(x, weights[k], None, how[:2], how[2:4], how[4:6], how[6])
         z = z.contiguous(memory_format=torch.channels_last)
         made.append(z)
         if of_batch:
             mean, variance = batch_statistics(z, mean, variance, next(batches), momentum)
-            made += [mean, variance]
-        norm = Norm(mean, variance, *affine, epsilon)
-        if k + 1 < len(weights):
-            x = write_new(z, norm, None, None, None, NO_SHIFT, False)[0]
-            made.append(x)
-    identity_norm = Norm(*identity_norm, identity_epsilon) if identity_norm else None
+            made.extend([mean, variance])
+        return z, Norm(mean, variance, *affine, epsilon)
+
+    last = len(weights) - 1 - downsample
+    if first_shift:
+        x = ops.temporal_shift(x, first_shift)
+    for k in range(last):
+        x = write_new(*convolve(k, x), None, None, None, NO_SHIFT, False)[0]
+        made.append(x)
+    z, norm = convolve(last, x)
+    identity, identity_norm = convolve(last + 1, identity) if downsample else (identity, None)
     return *write_new(z, norm, identity, identity_norm, unread, shift, shifted), made
 
 
-def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons, wanted):
-    found = [x.new_empty(0)] * (1 + 3 * len(weights))  # not wanted
-    for k in reversed(range(len(weights))):
+def _plain_backward(grad, grad_downsample, x, identity, first_shift, weights, convolutions, kept, epsilons, wanted):
+    found = [x.new_empty(0)] * (2 + 3 * len(weights))  # not wanted
+
+    def convolved_backward(k: int, grad: Tensor, x: Tensor, is_wanted: bool) -> Tensor:
         *how, _ = convolutions[8 * k : 8 * k + 8]
-        before = any(wanted[: 1 + 2 * k])
-        given = kept[5 * k - 1] if k > 0 else ops.temporal_shift(x, first_shift) if first_shift else x
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            grad,
-            given,
-            weights[k],
-            None,
-            how[:2],
-            how[2:4],
-            how[4:6],
-            False,
-            [0, 0],
-            how[6],
-            [before, wanted[1 + 2 * k], False],
-        )
+        how = how[:2], how[2:4], how[4:6], False, [0, 0], how[6], [is_wanted, wanted[1 + 2 * k], False]
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad, x, weights[k], None, *how)
         if wanted[1 + 2 * k]:
             found[1 + 3 * k] = of_weight
+        return of_x
+
+    branch = len(weights) - (identity is not None)
+    for k in reversed(range(branch)):
+        if grad is None:
+            break
+        before = any(wanted[: 1 + 2 * k])
+        given = kept[5 * k - 1] if k > 0 else ops.temporal_shift(x, first_shift) if first_shift else x
+        of_x = convolved_backward(k, grad, given, before)
         if not before:
             break
         if k == 0:
@@ -247,8 +291,9 @@ def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons,
         grad, *of_norm = gradients_of_end(of_x, None, None, given, None, z, Operand(), NO_SHIFT, False)[0]
         if z.summed()[1]:
             found[3 * k - 1 : 3 * k + 1] = of_norm
-        if grad is None:
-            break
+    if grad_downsample is not None:
+        of_identity = convolved_backward(branch, grad_downsample, identity, wanted[-1])
+        found[-1] = of_identity if wanted[-1] else found[-1]
     return found
 
 

@@ -265,23 +265,29 @@ def _run_stem(
 
 def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Stream:
     modules = _branch_modules(block)
+    recorded = _recorded_layers([_unshifted(modules[0]), *modules[1:]], stream.first)
     identity, identity_norm, identity_shift = stream.identity, None, None if stream.step else stream.shift
+    layer = None  # that makes the identity of what it is here
     if block.downsample is not None:
-        identity, identity_norm = _downsampled(block.downsample, stream)
         identity_shift = None
-    wanted, step = _wanted(following, identity)
+        if recorded is None:
+            identity, identity_norm = _downsampled(block.downsample, stream)
+        else:
+            identity, layer = _recorded_downsample(list(block.downsample), identity)
+    wanted, step = _wanted(following, identity if layer is None else layer.like_output(identity))
     if identity_shift is not None and wanted != identity_shift:
         wanted = None  # one pass knows one shift
     unread = None if identity_shift is None else stream.unread
-    end = (identity, identity_norm, unread, wanted or identity_shift or NO_SHIFT)
+    shift = wanted or identity_shift or NO_SHIFT
     readers = 1 if following is None else 2
-    recorded = _recorded_layers(modules, stream.first)
     if recorded is not None:
         first_shift = None
         if stream.shift is None and _is_shifted(modules[0]):
             first_shift = modules[0].shift_of(stream.first)
+        end = (identity, layer, unread, shift)
         x, unread = block_of_layers(*recorded, first_shift, *end, wanted is not None, readers)
         return _Stream(x[-1], x[0], unread, wanted)
+    end = (identity, identity_norm, unread, shift)
     z, z_norm = _branch(modules, stream)
     # A shifted stream is nobody else's, unless a module before kept it; a convolution keeps and returns nothing of its.
     own_identity = identity_shift is not None and _is_convolution(_unshifted(modules[0]))
@@ -309,6 +315,21 @@ def _downsampled(downsample: nn.Sequential, stream: _Stream) -> tuple[Tensor, No
     return _deferred(last, x)
 
 
+def _recorded_downsample(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, Layer | None]:
+    """The identity of a recorded block, made of the plain stream ``x``, but for the layer that ends the ``modules`` of
+    its ``downsample``, and this layer; or all of it, and None."""
+    for module in modules[:-2]:
+        x = module(x)
+    last = modules[-2:]
+    recorded = _recorded_layers(last, x)
+    if recorded is not None:
+        x, (layer,) = recorded
+        return x, layer
+    for module in last:
+        x = module(x)
+    return x, None
+
+
 def _step(downsample: nn.Sequential, x: Tensor) -> int:
     """Which rows and columns of the stream ``x`` it reads: every so many-th. All of them where it has no norm to apply,
     and is the same to the bit: a convolution of fewer pixels may add in another order."""
@@ -321,7 +342,7 @@ def _step(downsample: nn.Sequential, x: Tensor) -> int:
 def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
     """``x``, of the type in which the residual branch computes, and its layers; None if its modules are to be called:
     nothing is recorded, a compiler does it better, or not all are convolution, norm and ReLU, again and again."""
-    if not torch.is_grad_enabled() or is_compiling() or not sums_are_in_kernel(x) or len(x) < 2:
+    if not torch.is_grad_enabled() or is_compiling() or not sums_are_in_kernel(x) or x.shape[0] < 2:
         return None
     device, in_type = x.device.type, x.dtype
     autocast = torch.is_autocast_enabled(device) and in_type is not torch.float64
@@ -331,8 +352,6 @@ def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[
         return None
     layers = []
     for c, norm in zip(modules[::3], modules[1::3], strict=True):
-        if not layers:  # a shift before any other is a module to be called
-            c = _unshifted(c)
         if not _is_convolution(c) or c.bias is not None or c.padding_mode != "zeros" or c.out_channels < 2:
             return None
         if any(isinstance(each, (int, str)) for each in (c.stride, c.padding, c.dilation)):  # set by hand, or "same"
@@ -343,7 +362,7 @@ def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[
         if not (weight.dtype is in_type or (autocast and weight.dtype is torch.float32)):
             return None
         layers.append(Layer(c, weight, norm, parts))
-    return x.to(in_type), layers
+    return x if x.dtype is in_type else x.to(in_type), layers
 
 
 def _branch(modules: list[nn.Module], stream: _Stream) -> tuple[Tensor, Norm | None]:
