@@ -997,32 +997,30 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
   return {out, unread_out, kept};
 }
 
-// Of these layers, given the gradients of what the last one convolved and, if there is one that `identity` was given
-// to, of what that one did. `kept` has, of each layer before, what it convolved, mean, variance and weight of its norm,
-// and the ReLU of that. `wanted`: x; of each layer, weight and norm; identity. Returned: of x; of each layer, of its
-// weight, and of weight and bias of its norm (not of those whose gradients were given); of the identity.
-std::vector<Tensor> residual_block_backward(const Optional& of_last, const Optional& of_downsample, const Tensor& given,
-                                            const Optional& identity, const std::string& first_shift,
+// Of these layers, given the gradient of what the last one convolved. `kept` has, of each but the last, what it
+// convolved, mean, variance and weight of its norm, and the ReLU of that. `wanted`: x; of each layer, weight and norm.
+// Returned: of x; of each layer, of its weight, and of weight and bias of its norm (not of the last one).
+std::vector<Tensor> residual_block_backward(const Tensor& of_last, const Tensor& given, const std::string& first_shift,
                                             const std::vector<Tensor>& weights,
                                             const std::vector<int64_t>& convolutions, const std::vector<Tensor>& kept,
                                             const std::vector<double>& epsilons, const std::vector<int64_t>& wanted) {
-  const size_t layers = weights.size(), branch = layers - (identity ? 1 : 0);
-  if (layers < (identity ? 2 : 1) || convolutions.size() != kConvolution * layers || kept.size() != 5 * (branch - 1) ||
-      epsilons.size() != layers || wanted.size() != 2 + 2 * layers || (of_downsample && !identity)) {
+  const size_t layers = weights.size();
+  if (layers == 0 || convolutions.size() != kConvolution * layers || kept.size() != 5 * (layers - 1) ||
+      epsilons.size() != layers || wanted.size() != 1 + 2 * layers) {
     fail("each layer must have a convolution, a norm and what they were given");
   }
   const auto any_before = [&](size_t end) {
     return std::any_of(wanted.begin(), wanted.begin() + end, [](int64_t each) { return each != 0; });
   };
-  std::vector<Tensor> found(2 + 3 * layers);
-  Optional of_z = of_last;
-  for (size_t k = branch; of_z && k-- > 0;) {
+  std::vector<Tensor> found(1 + 3 * layers);
+  Tensor of_z = of_last;
+  for (size_t k = layers; k-- > 0;) {
     const int64_t* const how = &convolutions[kConvolution * k];
     const bool before = any_before(1 + 2 * k);
     const Tensor* const layer = k == 0 ? nullptr : &kept[5 * (k - 1)];
     const Tensor x = k > 0 ? layer[4] : first_shift.empty() ? given : out_of_place<false>(given, first_shift);
     Tensor of_x;
-    std::tie(of_x, found[1 + 3 * k]) = convolved_backward(*of_z, x, weights[k], how, before, wanted[1 + 2 * k] != 0);
+    std::tie(of_x, found[1 + 3 * k]) = convolved_backward(of_z, x, weights[k], how, before, wanted[1 + 2 * k] != 0);
     if (!before) break;
     if (k == 0) {
       if (!first_shift.empty()) in_place<true>(of_x, first_shift);
@@ -1036,16 +1034,28 @@ std::vector<Tensor> residual_block_backward(const Optional& of_last, const Optio
         gradients_of_end(of_x, std::nullopt, std::nullopt, x, std::nullopt, z, Operand{}, kNoShift, false);
     found[3 * k - 1] = of_values.weight;
     found[3 * k] = of_values.bias;
-    of_z = z.wanted ? Optional(of_values.values) : std::nullopt;
-  }
-  if (of_downsample) {
-    std::tie(found.back(), found[1 + 3 * branch]) =
-        convolved_backward(*of_downsample, *identity, weights[branch], &convolutions[kConvolution * branch],
-                           wanted.back() != 0, wanted[1 + 2 * branch] != 0);
+    if (!z.wanted) break;
+    of_z = of_values.values;
   }
   return found;
 }
 #endif
+
+// All in another type, by one launch.
+std::vector<Tensor> cast(const std::vector<Tensor>& tensors, ScalarType dtype) {
+  std::vector<Tensor> made;
+  for (const Tensor& x : tensors) {
+    const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides = strides_of(sizes, false);
+    const bool dense = x.dim() <= 64 && x.numel() > 0 && is_dense(x);
+    made.push_back(new_tensor(x, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), sizes.size(),
+                              sizes.data(), dense ? x.strides().data() : strides.data()));
+  }
+  if (made.empty()) return made;
+  StableIValue stack[] = {torch::stable::detail::from(made), torch::stable::detail::from(tensors),
+                          torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_foreach_copy_", "", stack, TORCH_ABI_VERSION));
+  return made;
+}
 
 void register_operators(torch::stable::detail::StableLibrary& m) {
   for (const char* name : {"temporal_shift", "temporal_shift.kernel"}) m.impl(name, TORCH_BOX(&out_of_place<false>));
@@ -1056,6 +1066,7 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("temporal_shift_backward_", TORCH_BOX(&in_place<true>));
   m.impl("temporal_shift_keeping_", TORCH_BOX(&in_place_keeping));
   m.impl("temporal_shift_undone_", TORCH_BOX(&in_place_undone));
+  m.impl("cast", TORCH_BOX(&cast));
   m.impl("residual_shift_", TORCH_BOX(&residual_shift));
   m.impl("residual_shift_backward_", TORCH_BOX(&residual_shift_backward));
   m.impl("residual_shift", TORCH_BOX(&new_residual_shift));

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import random
+import re
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from support import assert_same_bits, poison, random_values
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import run_and_get_code
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import tsm_jit
@@ -493,7 +494,8 @@ def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsamp
         identity = values(2 * t, widths[0], 2 * height, 2 * width)
         of_batch = (*of_batch, of_batch[0])
         add_layer(widths[0], widths[-1], 2, of_batch[0])
-    wanted = [random.random() < 0.7 for _ in range(2 + 2 * len(of_batch))]
+    layers = len(of_batch) - downsample
+    wanted = [random.random() < 0.7 for _ in range(1 + 2 * layers)]
     found = []
     with torch.backends.cudnn.flags(deterministic=True):
         for forward, backward in (
@@ -504,17 +506,17 @@ def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsamp
             rest = factors, identity, downsample, None, shift, True
             out, unread, made = forward(x, shift, weights, convolutions, *changed, *rest)
             parts, made = list(made), iter(made)
-            kept, ends = [], []
+            kept, of_last = [], None
             for k, is_of_batch in enumerate(of_batch):
                 z = next(made)
                 statistics = [next(made), next(made)] if is_of_batch else norms[4 * k : 4 * k + 2]
-                if k < len(of_batch) - 1 - downsample:
+                if k < layers - 1:
                     kept += [z, *statistics, norms[4 * k + 2], next(made)]
-                else:
-                    ends.append(z.cos())
+                elif k == layers - 1:
+                    of_last = z.cos()
             assert not list(made)
-            ends, given = (ends, identity) if downsample else ([*ends, None], None)
-            grads = backward(*ends, x, given, shift, weights, convolutions, kept, factors[::2], wanted)
+            rest = convolutions[: 8 * layers], kept, factors[: 2 * layers : 2], wanted
+            grads = backward(of_last, x, shift, weights[:layers], *rest)
             grads = [x.new_empty(0) if each is None else each for each in grads]  # not wanted
             found.append([out, unread, *parts, *grads, *changed[0], *changed[1]])
     assert [int(each) for each in changed[1]] == [42] * sum(of_batch)
@@ -616,13 +618,16 @@ def test_autocast(device, dtype):
     assert all(torch.isfinite(parameter.grad).all() for parameter in fused.parameters())
 
 
-def test_weights_are_cast_together(device):
-    weights = [torch.randn(size, device=device) for size in ((8, 4, 3, 3), (8, 8, 1, 1), (4, 1, 3, 2), (2, 3, 1, 5))]
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+def test_weights_are_cast_together(device, before, after):
+    weights = [random_values(size, before, device) for size in ((8, 4, 3, 3), (8, 8, 1, 1), (4, 1, 3, 2), (2, 3, 1, 5))]
     weights = [random.choice((weight, weight.to(memory_format=torch.channels_last))) for weight in weights]
-    for weight, cast in zip(weights, _residual_block._cast(weights, torch.bfloat16), strict=True):
-        assert cast.is_contiguous(memory_format=torch.channels_last)
-        assert_same_bits(cast, weight.bfloat16())
-    assert _residual_block._cast([], torch.bfloat16) == []
+    weights += [weights[0][::2, :, 1:], weights[0].expand(3, 8, 4, 3, 3)[1:], weights[0][:0]]
+    for cast in (_residual_block._cast, _residual_block._plain_cast):
+        for weight, made in zip(weights, cast(weights, after), strict=True):
+            assert_same_bits(made, weight.to(after))
+        assert cast([], after) == []
+    assert [made.stride() for made in cast(weights[:4], after)] == [weight.stride() for weight in weights[:4]]
 
 
 def test_checkpointing(device, merged):
@@ -633,11 +638,41 @@ def test_checkpointing(device, merged):
     assert_same_step(net.eval(), fused.eval(), x)
 
 
-def test_offloading(device):
+@pytest.mark.parametrize("saved", ["cast copy", "empty", "convolution residual"])
+def test_selective_checkpointing(device, merged, saved):
+    """Whatever a policy saves or computes again."""
+
+    def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+        chosen = any(name in str(operator) for name in saved.split())
+        return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
+
+    _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device, dtype=torch.float32)
+    found = []
+    for more in ({}, {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}):
+        each = copy.deepcopy(fused).train()
+        for stage in (each.layer1, each.layer2):
+            stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False, **more)
+        with torch.autocast(device.type, torch.bfloat16), torch.backends.cudnn.flags(deterministic=True):
+            found.append(step(each, x)[1])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()  # the stem's pooling adds in any order on a GPU
+
+
+@pytest.mark.parametrize("hooks", ["save_on_cpu", "save_on_cpu, pinned", "in NCHW"])
+def test_offloading(device, merged, hooks, monkeypatch):
+    if hooks == "save_on_cpu, pinned" and device.type == "cpu":
+        pytest.skip("needs a CUDA GPU to pin memory for")
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
-    with torch.autograd.graph.save_on_cpu():
-        actual = step(fused.eval(), x)
-    for a, b in zip(actual[1], step(net.eval(), x)[1], strict=True):
+    if hooks == "in NCHW":
+        offloading = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.contiguous(), lambda saved: saved)
+    else:
+        offloading = torch.autograd.graph.save_on_cpu(pin_memory="pinned" in hooks)
+    backwards = counted(monkeypatch, _residual_block, "_backward")
+    with offloading:
+        actual = step(fused.train(), F.interpolate(x, scale_factor=2))
+    assert len(backwards) == (9 if merged else 0)
+    assert all(args[1].is_contiguous(memory_format=torch.channels_last) for args in backwards)
+    for a, b in zip(actual[1], step(net.train(), F.interpolate(x, scale_factor=2))[1], strict=True):
         assert (a - b).norm() <= 1e-9 * b.norm() + 1e-12
 
 
@@ -648,9 +683,13 @@ def test_a_second_derivative_is_refused(device):
         gradient.sum().backward()
 
 
-def test_no_more_is_saved_than_without_shift(device, merged):
+@pytest.mark.parametrize("frozen", ["nothing", r"conv1|bn1|layer1|.*\.downsample"])
+@pytest.mark.parametrize("name", ["ResNet, bottlenecks", "timm ResNet-D"])
+def test_no_more_is_saved_than_without_shift(device, merged, name, frozen):
     """But for the unread frames: 1/T of the channels that move, of the blocks within a stage."""
-    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    net, fused, x = pair(NETWORKS[name], device)
+    for name, parameter in (*net.named_parameters(), *fused.named_parameters()):
+        parameter.requires_grad_(re.match(frozen, name) is None)
     plain = copy.deepcopy(net)
     tsm_jit.remove_temporal_shift(plain)
 

@@ -3,12 +3,12 @@
 What PyTorch records operation by operation costs the host more than a small batch costs the GPU; so does a block that
 Python puts together, which is why its parts are operators:
 
-- ``residual_block`` is the forward; it returns what the backward needs as well;
+- ``residual_block`` is the forward; it returns what the backward needs as well. The convolution and the norm that end
+  ``downsample`` are one of its layers, if they are as those of the residual branch;
 - ``residual_end_backward`` (of ``_residual_ops.py``) and ``residual_block_backward`` are the backward of its end and of
-  the layers before. Two, so that in between what only the end needs is freed.
-
-The layer that makes the identity is one of them, where there is one. Under autocast, all weights of a block are cast by
-one launch, and their gradients by another.
+  the residual branch. Two, so that in between what only the end needs is freed; and for the same reason the convolution
+  of ``downsample`` is differentiated after them;
+- ``cast``, under autocast: all weights of a block by one launch, and their gradients by another.
 
 And a norm with its ReLU is one pass here, forward and backward, as the end of a block is.
 """
@@ -46,17 +46,17 @@ for _schema in (
     "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] convolutions, Tensor(a!)[] norms, "
     "Tensor(b!)[] batches, float[] factors, Tensor identity, bool downsample, Tensor? unread, str shift, bool shifted) "
     "-> (Tensor, Tensor, Tensor[])",
-    # The gradients are those of what the last layer convolved and, if there is one that `identity` was given to, that
-    # one. `kept` has of each layer before what it convolved, mean, variance and weight of its norm, and its ReLU;
-    # `wanted` tells of x, of each layer's convolution and norm, and of the identity, whether gradients are. They are
-    # returned in this order, with two for each norm.
-    "residual_block_backward(Tensor? grad, Tensor? grad_downsample, Tensor x, Tensor? identity, str first_shift, "
-    "Tensor[] weights, int[] convolutions, Tensor[] kept, float[] epsilons, int[] wanted) -> Tensor[]",
+    # `kept` has of each layer but the last what it convolved, mean, variance and weight of its norm, and its ReLU;
+    # `wanted` tells of x, and of each layer's convolution and norm, whether gradients are.
+    "residual_block_backward(Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] convolutions, "
+    "Tensor[] kept, float[] epsilons, int[] wanted) -> Tensor[]",
+    "cast(Tensor[] tensors, ScalarType dtype) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 _forward = torch.ops.tsm_jit.residual_block.default._op
 _backward = torch.ops.tsm_jit.residual_block_backward.default._op
+_cast = torch.ops.tsm_jit.cast.default._op
 
 
 class Layer(NamedTuple):
@@ -140,73 +140,84 @@ class _Block(Function):
             of_layers += (z, *statistics, layer.norm_parts[2])
             if k < last:
                 of_layers.append(next(made))
-        ctx.how = (first_shift, convolutions, factors[::2], downsample, in_float, shift, shifted)
+        needed = ctx.needs_input_grad
+        convolved = identity if downsample and (needed[1] or needed[-3]) else None
+        if downsample and not (needed[1] or any(needed[-3:])):  # nothing of it is needed
+            downsample, weights, of_layers = False, weights[:-1], of_layers[:-4]
+        ctx.how = (first_shift, convolutions, factors[::2], len(weights), downsample, in_float, shift, shifted)
         ctx.identity_is_shifted = unread is not None
-        ctx.save_for_backward(
-            x, identity if downsample else None, out, unread_out if shifted else None, *weights, *of_layers
-        )
+        ctx.save_for_backward(x, convolved, out, unread_out if shifted else None, *weights, *of_layers)
         ctx.set_materialize_grads(False)
         return unread_out, *for_readers(out, readers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_unread, grad_a, grad_b=None):
-        first_shift, convolutions, epsilons, downsample, in_float, shift, shifted = ctx.how
-        x, given_identity, out, unread_out, *saved = ctx.saved_tensors
+        first_shift, convolutions, epsilons, layers, downsample, in_float, shift, shifted = ctx.how
+        x, convolved, out, unread_out, *saved = _in_channels_last(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()
-        needed = ctx.needs_input_grad
-        wanted = [needed[0]]
-        for k in range(4, len(needed), 3):
-            wanted += [needed[k], needed[k + 1] or needed[k + 2]]
-        wanted.append(needed[1])
-        layers = len(epsilons)
-        last = layers - 1 - downsample
+        of_x_wanted, of_identity_wanted, _, _, *needed = ctx.needs_input_grad
+        branch = layers - downsample
         weights, saved = saved[:layers], saved[layers:]
+        wanted = [of_x_wanted]
+        for k in range(0, 3 * branch, 3):
+            wanted += [needed[k], needed[k + 1] or needed[k + 2]]
 
         # The end. What it alone needs is freed after it.
-        end = 5 * last
-        z_how = epsilons[last], bool(convolutions[8 * last + 7])
-        z = Operand.of_kept(saved[end : end + 4], z_how, any(wanted[: 2 + 2 * last]), wanted[2 + 2 * last])
+        end = 5 * (branch - 1)
+        z_how = epsilons[branch - 1], bool(convolutions[8 * branch - 1])
+        z = Operand.of_kept(saved[end : end + 4], z_how, any(wanted[:-1]), wanted[-1])
+        identity = Operand(wanted=of_identity_wanted)
         if downsample:
-            identity_how = epsilons[-1], bool(convolutions[-1])
-            identity = Operand.of_kept(saved[-4:], identity_how, wanted[-3] or wanted[-1], wanted[-2])
-        else:
-            identity = Operand(wanted=wanted[-1])
+            how = epsilons[-1], bool(convolutions[-1])
+            identity = Operand.of_kept(saved[-4:], how, of_identity_wanted or needed[-3], needed[-2] or needed[-1])
         grads = grad_a, grad_b, grad_unread if shifted else None
         (of_z, *of_norm), (of_identity, *of_identity_norm), of_unread = gradients_of_end(
             *grads, out, unread_out, z, identity, shift, ctx.identity_is_shifted
         )
         del saved[end:], out, unread_out, z, identity, grads, grad_a, grad_b, grad_unread
 
-        of_downsample, of_identity = (of_identity, None) if downsample else (None, of_identity)
-        found = [None] * (2 + 3 * layers)
-        if of_z is not None or of_downsample is not None:
-            given = (of_z, of_downsample, x, given_identity, first_shift, weights, convolutions, saved)
-            found = _called(_backward, *given, epsilons, wanted)
+        of_x, *of_layers = [None] * (1 + 3 * branch)
+        if of_z is not None:
+            given = x, first_shift, weights[:branch], convolutions[: 8 * branch], saved, epsilons[:branch], wanted
+            of_x, *of_layers = _called(_backward, of_z, *given)
             del given
-        del of_z, of_downsample, x, given_identity, weights, saved
-        if in_float:
-            at = [1 + 3 * k for k in range(layers) if wanted[1 + 2 * k]]
-            for k, of_weight in zip(at, _cast([found[k] for k in at], torch.float32), strict=True):
-                found[k] = of_weight
-        found[2 + 3 * last : 4 + 3 * last] = of_norm
-        of_x, *of_layers, of_given_identity = found
+        of_layers[-2:] = of_norm
+        del of_z, x, saved
         if downsample:
-            of_identity = of_given_identity
-            of_layers[-2:] = of_identity_norm
-        return of_x, of_identity, of_unread, None, *of_layers
+            of_weight = None
+            if of_identity is not None:
+                *how, _ = convolutions[-8:]
+                masks = of_identity_wanted, needed[-3]
+                of_identity, of_weight = convolution_backward(of_identity, convolved, weights[-1], how, *masks)
+            of_layers += [of_weight, *of_identity_norm]
+        del convolved, weights
+        if in_float:
+            at = [k for k in range(0, 3 * layers, 3) if needed[k]]
+            for k, of_weight in zip(at, _cast([of_layers[k] for k in at], torch.float32), strict=True):
+                of_layers[k] = of_weight
+        return of_x, of_identity, of_unread, None, *of_layers, *[None] * (len(needed) - len(of_layers))
 
 
-def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """In another type, and in channels_last; by one launch, if they are laid out so."""
-    made = []
-    for each in tensors:
-        same = each.is_contiguous(memory_format=torch.channels_last)
-        made_format = torch.preserve_format if same else torch.channels_last
-        made.append(torch.empty_like(each, dtype=dtype, memory_format=made_format))
-    if made:
-        torch._foreach_copy_(made, tensors)
-    return made
+def _in_channels_last(saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """As they were saved: hooks that keep them elsewhere, as ``save_on_cpu(pin_memory=True)``, may lose their strides.
+    The first one, what the block was given, has no fewer pixels than any other."""
+    if saved[0].is_contiguous(memory_format=torch.channels_last):
+        return saved
+    return [
+        each.contiguous(memory_format=torch.channels_last) if each is not None and each.dim() == 4 else each
+        for each in saved
+    ]
+
+
+def convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, how: Sequence[int], x_wanted: bool, weight_wanted: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of what is convolved and of the weight; ``how`` is stride, padding, dilation and groups."""
+    masks = [x_wanted, weight_wanted, False]
+    return torch.ops.aten.convolution_backward.default(
+        grad, x, weight, None, how[:2], how[2:4], how[4:6], False, [0, 0], how[6], masks
+    )[:2]
 
 
 def _called(operator, *args):
@@ -261,24 +272,15 @@ def _plain_forward(
     return *write_new(z, norm, identity, identity_norm, unread, shift, shifted), made
 
 
-def _plain_backward(grad, grad_downsample, x, identity, first_shift, weights, convolutions, kept, epsilons, wanted):
-    found = [x.new_empty(0)] * (2 + 3 * len(weights))  # not wanted
-
-    def convolved_backward(k: int, grad: Tensor, x: Tensor, is_wanted: bool) -> Tensor:
+def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons, wanted):
+    found = [x.new_empty(0)] * (1 + 3 * len(weights))  # not wanted
+    for k in reversed(range(len(weights))):
         *how, _ = convolutions[8 * k : 8 * k + 8]
-        how = how[:2], how[2:4], how[4:6], False, [0, 0], how[6], [is_wanted, wanted[1 + 2 * k], False]
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad, x, weights[k], None, *how)
-        if wanted[1 + 2 * k]:
-            found[1 + 3 * k] = of_weight
-        return of_x
-
-    branch = len(weights) - (identity is not None)
-    for k in reversed(range(branch)):
-        if grad is None:
-            break
         before = any(wanted[: 1 + 2 * k])
         given = kept[5 * k - 1] if k > 0 else ops.temporal_shift(x, first_shift) if first_shift else x
-        of_x = convolved_backward(k, grad, given, before)
+        of_x, of_weight = convolution_backward(grad, given, weights[k], how, before, bool(wanted[1 + 2 * k]))
+        if wanted[1 + 2 * k]:
+            found[1 + 3 * k] = of_weight
         if not before:
             break
         if k == 0:
@@ -291,11 +293,15 @@ def _plain_backward(grad, grad_downsample, x, identity, first_shift, weights, co
         grad, *of_norm = gradients_of_end(of_x, None, None, given, None, z, Operand(), NO_SHIFT, False)[0]
         if z.summed()[1]:
             found[3 * k - 1 : 3 * k + 1] = of_norm
-    if grad_downsample is not None:
-        of_identity = convolved_backward(branch, grad_downsample, identity, wanted[-1])
-        found[-1] = of_identity if wanted[-1] else found[-1]
+        if grad is None:
+            break
     return found
+
+
+def _plain_cast(tensors, dtype):
+    return [each.to(dtype, copy=True) for each in tensors]
 
 
 _library.impl(torch.ops.tsm_jit.residual_block.default, _plain_forward, "CompositeExplicitAutograd")
 _library.impl(torch.ops.tsm_jit.residual_block_backward.default, _plain_backward, "CompositeExplicitAutograd")
+_library.impl(torch.ops.tsm_jit.cast.default, _plain_cast, "CompositeExplicitAutograd")

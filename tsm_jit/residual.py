@@ -68,7 +68,7 @@ def fuse(net: nn.Module) -> None:
     Outputs and gradients are those of the network before, to rounding; keys of the state dict stay. Where a block's
     last batch normalization can be applied in the same pass, it is. Gradients exist to the first order. What is
     exported, traced or transformed by ``torch.func`` is the network before. Dispatch modes, as of selective
-    checkpointing, see a block that is recorded as a whole as one operator.
+    checkpointing, see a block that is recorded as a whole as one operator, and the cast of its weights as another.
 
     Args:
         net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision or timm, converted by
@@ -340,8 +340,8 @@ def _step(downsample: nn.Sequential, x: Tensor) -> int:
 
 
 def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
-    """``x``, of the type in which the residual branch computes, and its layers; None if its modules are to be called:
-    nothing is recorded, a compiler does it better, or not all are convolution, norm and ReLU, again and again."""
+    """``x``, of the type in which ``modules`` compute, and their layers. None if the modules are to be called: nothing
+    is recorded, a compiler does it better, or they are not convolution, norm and ReLU, again and again."""
     if not torch.is_grad_enabled() or is_compiling() or not sums_are_in_kernel(x) or x.shape[0] < 2:
         return None
     device, in_type = x.device.type, x.dtype
