@@ -6,6 +6,7 @@ import io
 import itertools
 import random
 import re
+import weakref
 
 import pytest
 import timm
@@ -697,6 +698,29 @@ def test_no_more_is_saved_than_without_shift(device, merged, name, frozen):
     for name, each in (("plain", plain), ("fused", fused)):
         held[name] = _graph_bytes(each.train()(x)) - sum(p.numel() * p.element_size() for p in each.parameters())
     assert held["fused"] <= 1.05 * held["plain"]
+
+
+def test_a_block_frees_its_activations_before_downsample_is_differentiated(device, monkeypatch):
+    monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: True)
+    kept, alive = [], []
+    of_branch, of_convolution = _residual_block._backward, _residual_block.convolution_backward
+
+    def branch_backward(*args):
+        kept[:] = [None]  # convolutions within are not meant
+        found = of_branch(*args)
+        kept[:] = [weakref.ref(each) for each in args[5]]
+        return found
+
+    def convolution_backward(*args):
+        if kept[0] is not None:
+            alive.append(sum(of_block() is not None for of_block in kept[::5]))  # what each layer convolved
+        return of_convolution(*args)
+
+    monkeypatch.setattr(_residual_block, "_backward", branch_backward)
+    monkeypatch.setattr(_residual_block, "convolution_backward", convolution_backward)
+    _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    fused.train()(x).sum().backward()
+    assert alive == [0] * 4
 
 
 def test_the_gradient_of_the_mean_over_pixels_is_one_value_for_all(device, merged, monkeypatch):
