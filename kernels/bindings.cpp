@@ -340,6 +340,7 @@ bool is_dense(const Tensor& x) {
   uint64_t seen = 0;
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t dim = x.dim();
+  if (dim > 64) return false;
   for (int64_t found = 0; found < dim; ++found) {  // the dimension that continues what is filled, `dim` times
     int64_t d = 0;
     while (d < dim && ((seen >> d & 1) != 0 || (sizes[d] != 1 && strides[d] != filled))) ++d;
@@ -381,7 +382,7 @@ int32_t type_of(const Tensor& x) {
 
 // torch.empty_like.
 Tensor new_like(const Tensor& x) {
-  if (x.dim() > 64 || x.numel() == 0 || !is_dense(x)) return torch::stable::empty_like(x);
+  if (x.numel() == 0 || !is_dense(x)) return torch::stable::empty_like(x);
   Tensor out = new_tensor(x, type_of(x), x.dim(), x.sizes().data(), x.strides().data());
   if (x.is_cpu()) ask_for_huge_pages(out.mutable_data_ptr(), x.numel() * x.element_size());
   return out;
@@ -1046,9 +1047,8 @@ std::vector<Tensor> cast(const std::vector<Tensor>& tensors, ScalarType dtype) {
   std::vector<Tensor> made;
   for (const Tensor& x : tensors) {
     const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides = strides_of(sizes, false);
-    const bool dense = x.dim() <= 64 && x.numel() > 0 && is_dense(x);
     made.push_back(new_tensor(x, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), sizes.size(),
-                              sizes.data(), dense ? x.strides().data() : strides.data()));
+                              sizes.data(), is_dense(x) ? x.strides().data() : strides.data()));
   }
   if (made.empty()) return made;
   StableIValue stack[] = {torch::stable::detail::from(made), torch::stable::detail::from(tensors),

@@ -144,7 +144,7 @@ class _Block(Function):
         convolved = identity if downsample and (needed[1] or needed[-3]) else None
         if downsample and not (needed[1] or any(needed[-3:])):  # nothing of it is needed
             downsample, weights, of_layers = False, weights[:-1], of_layers[:-4]
-        ctx.how = (first_shift, convolutions, factors[::2], len(weights), downsample, in_float, shift, shifted)
+        ctx.how = (first_shift, convolutions, factors[: 2 * len(weights) : 2], downsample, in_float, shift, shifted)
         ctx.identity_is_shifted = unread is not None
         ctx.save_for_backward(x, convolved, out, unread_out if shifted else None, *weights, *of_layers)
         ctx.set_materialize_grads(False)
@@ -153,10 +153,11 @@ class _Block(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_unread, grad_a, grad_b=None):
-        first_shift, convolutions, epsilons, layers, downsample, in_float, shift, shifted = ctx.how
+        first_shift, convolutions, epsilons, downsample, in_float, shift, shifted = ctx.how
         x, convolved, out, unread_out, *saved = _in_channels_last(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()
         of_x_wanted, of_identity_wanted, _, _, *needed = ctx.needs_input_grad
+        layers = len(epsilons)
         branch = layers - downsample
         weights, saved = saved[:layers], saved[layers:]
         wanted = [of_x_wanted]
@@ -189,7 +190,7 @@ class _Block(Function):
             if of_identity is not None:
                 *how, _ = convolutions[-8:]
                 masks = of_identity_wanted, needed[-3]
-                of_identity, of_weight = convolution_backward(of_identity, convolved, weights[-1], how, *masks)
+                of_identity, of_weight = _convolved_backward(of_identity, convolved, weights[-1], how, *masks)
             of_layers += [of_weight, *of_identity_norm]
         del convolved, weights
         if in_float:
@@ -210,7 +211,7 @@ def _in_channels_last(saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]
     ]
 
 
-def convolution_backward(
+def _convolved_backward(
     grad: Tensor, x: Tensor, weight: Tensor, how: Sequence[int], x_wanted: bool, weight_wanted: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of what is convolved and of the weight; ``how`` is stride, padding, dilation and groups."""
@@ -278,7 +279,7 @@ def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons,
         *how, _ = convolutions[8 * k : 8 * k + 8]
         before = any(wanted[: 1 + 2 * k])
         given = kept[5 * k - 1] if k > 0 else ops.temporal_shift(x, first_shift) if first_shift else x
-        of_x, of_weight = convolution_backward(grad, given, weights[k], how, before, bool(wanted[1 + 2 * k]))
+        of_x, of_weight = _convolved_backward(grad, given, weights[k], how, before, bool(wanted[1 + 2 * k]))
         if wanted[1 + 2 * k]:
             found[1 + 3 * k] = of_weight
         if not before:

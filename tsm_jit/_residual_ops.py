@@ -125,7 +125,7 @@ def end_of_block(
     """
     z, identity, unread = _alike(z, identity, unread)
     if not torch.is_grad_enabled():
-        given = (z, *parts_of(z_norm), identity, *parts_of(identity_norm), unread, shift)
+        given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
         if own_identity and shifted and unread is not None:
             out, unread_out = identity, unread
         elif own_z and (not shifted or (z.is_cuda and "=circular" not in shift)):
@@ -162,7 +162,7 @@ def end_in_both_forms(
         out, unread_out = _new_like(z, z.shape), _new_unread(z, shift)
     rows, columns = (-(-size // step) for size in z.shape[2:])
     plain = _new_like(z, (*z.shape[:2], rows, columns))
-    given = (z, *parts_of(z_norm), identity, *parts_of(identity_norm), unread, shift)
+    given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
     _written(out, unread_out, plain, step, *given, True)
     return out, plain
 
@@ -176,7 +176,7 @@ def pool_of_relu_of_norm(
         x itself if ``plain``; and if ``shift`` is given, x in its form, and the unread frames. Else None.
     """
     pool = torch.ops.tsm_jit.residual_pool.default if is_compiling() else _pool
-    x, shifted, unread = pool(z, *parts_of(norm), shift or NO_SHIFT, plain, shift is not None)
+    x, shifted, unread = pool(z, *_parts(norm), shift or NO_SHIFT, plain, shift is not None)
     return (x if plain else None, *((None, None) if shift is None else (shifted, unread)))
 
 
@@ -205,10 +205,10 @@ def write_new(
 ) -> tuple[Tensor, Tensor]:
     """:func:`end_of_block` as new tensors, unknown to autograd."""
     write = torch.ops.tsm_jit.residual_shift.default if is_compiling() else _new
-    return write(z, *parts_of(z_norm), identity, *parts_of(identity_norm), unread, shift, shifted)
+    return write(z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
 
 
-def parts_of(norm: Norm | None) -> tuple[list[Tensor], float]:
+def _parts(norm: Norm | None) -> tuple[list[Tensor], float]:
     """As operators take it."""
     return ([], 0.0) if norm is None else (list(norm[:4]), norm.epsilon)
 
@@ -245,7 +245,7 @@ def _plain_statistics(x, running_mean, running_var, batches, momentum) -> tuple[
 
 def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
     """``relu(norm(z))``, written into the activations ``z`` ``[N*T, C, H, W]``; where nothing is recorded."""
-    _write(z, None, None, 1, z, *parts_of(norm), None, [], 0.0, None, NO_SHIFT, True)
+    _write(z, None, None, 1, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
     return z
 
 
@@ -258,7 +258,7 @@ class _EndOfBlock(Function):
         out, unread_out = write_new(z, z_norm, identity, identity_norm, unread, shift, shifted)
         ctx.how = how
         ctx.identity_is_shifted = unread is not None
-        ctx.save_for_backward(out, unread_out if shifted else None, *kept(z, z_norm), *kept(identity, identity_norm))
+        ctx.save_for_backward(out, unread_out if shifted else None, *_kept(z, z_norm), *_kept(identity, identity_norm))
         ctx.set_materialize_grads(False)
         return unread_out, *for_readers(out, readers)
 
@@ -283,7 +283,7 @@ def for_readers(out: Tensor, readers: int) -> list[Tensor]:
     return [out, *(out.view_as(out) for _ in range(readers - 1))]
 
 
-def kept(values: Tensor, norm: Norm | None) -> tuple[Tensor | None, ...]:
+def _kept(values: Tensor, norm: Norm | None) -> tuple[Tensor | None, ...]:
     """What the backward needs of an operand: without a norm not its values, and of a norm not its bias."""
     return (values, *norm[:3]) if norm else (None,) * 4
 
@@ -300,7 +300,7 @@ class Operand(NamedTuple):
     def of_kept(
         cls, saved: Sequence[Tensor], how: tuple[float, bool] | None, wanted: bool, norm_is_wanted: bool
     ) -> Operand:
-        """Out of what :func:`kept` made, and the rest of its norm."""
+        """Out of what :func:`_kept` made, and the rest of its norm."""
         return cls(saved[0], how and Norm(*saved[1:], None, *how), wanted, norm_is_wanted)
 
     def summed(self) -> tuple[Tensor | None, list[Tensor], float]:

@@ -284,8 +284,7 @@ def _run(block: nn.Module, following: nn.Module | None, stream: _Stream) -> _Str
         first_shift = None
         if stream.shift is None and _is_shifted(modules[0]):
             first_shift = modules[0].shift_of(stream.first)
-        end = (identity, layer, unread, shift)
-        x, unread = block_of_layers(*recorded, first_shift, *end, wanted is not None, readers)
+        x, unread = block_of_layers(*recorded, first_shift, identity, layer, unread, shift, wanted is not None, readers)
         return _Stream(x[-1], x[0], unread, wanted)
     end = (identity, identity_norm, unread, shift)
     z, z_norm = _branch(modules, stream)
