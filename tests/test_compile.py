@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from support import DTYPES, assert_same_bits, layouts, random_bits, random_values
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -96,6 +98,26 @@ def test_incoming_gradients_of_any_layout(device, padding):
         (result,) = torch.autograd.grad(function(leaf), leaf, grad)
         assert_same_bits(result, reference.temporal_shift_backward(before, Shift(5, 4, 1, padding, PLAN)))
         assert_same_bits(grad, before)
+
+
+def test_graphs_hold_what_python_does_not_differentiate(device):
+    """In them autograd is done with, and what Python taught an operator only takes time."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph)
+
+    function = compiled(shifted, aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    leaf = torch.randn(10, 6, 4, 4, device=device, requires_grad=True)
+    weight = torch.randn(10, 6, 4, 4, device=device)
+    (result,) = torch.autograd.grad(function(leaf), leaf, weight)
+    shift = Shift(5, 4, 1, "keep", PLAN)
+    assert_same_bits(result, reference.temporal_shift_backward(weight, shift))
+    with torch.no_grad():
+        assert_same_bits(function(leaf), reference.temporal_shift(leaf, shift))
+    held = [[name for name in graph if "tsm_jit" in name] for graph in graphs]
+    assert held == [["tsm_jit.temporal_shift.kernel"], ["tsm_jit.temporal_shift_backward.kernel"], held[0]]
 
 
 def test_automatic_dynamic_shapes_compile_twice_at_most(device):

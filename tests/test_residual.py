@@ -797,6 +797,19 @@ def test_compilers_write_nothing_before_we_do():
     assert "cpp_fused" not in code
 
 
+def test_compiled_inference_norms_in_place(device):
+    """Where nothing is recorded, norms and ReLUs are ours in compiled networks as well; nothing is copied for them."""
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device, dtype=torch.float32)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        made, (code,) = run_and_get_code(torch.compile(fused.eval(), fullgraph=True), x)
+        expected = net.eval()(x)
+    assert (made - expected).norm() <= 1e-3 * expected.norm()
+    in_place = re.findall(r"residual_shift_\.default\((\w+), None, None, 1, \1, \[[^]]*\], [^,]*, None, ", code)
+    assert len(in_place) == 2 * sum(isinstance(module, Bottleneck) for module in fused.modules())
+    assert not re.findall(r"fused\w*(?:batch_norm|copy)|\.copy_\(", code)
+
+
 def test_compiled_training_keeps_no_second_input_of_a_stage():
     """What a graph keeps for the backward: what the network without shift keeps, and the unread frames of a stream."""
     kept = {}

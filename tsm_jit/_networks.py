@@ -27,9 +27,8 @@ class ShiftedModule(ClipModule):
 
     inplace: bool
 
-    @property
     def shifted_module(self) -> nn.Module:
-        """The one that sees the shifted input."""
+        """The one that sees the shifted input. No property: compiled code would look it up in the class each time."""
         return next(self.children())
 
     def shift_of(self, x: Tensor) -> str:
@@ -38,7 +37,7 @@ class ShiftedModule(ClipModule):
 
     def call_shifted(self, x: Tensor, shift: str, still: int = 0, *, inplace: bool | None = None) -> Tensor:
         """The module of the shifted ``x``, which holds the same bits afterwards; its first ``still`` tokens stay."""
-        net = self.shifted_module
+        net = self.shifted_module()
         eager = ops.eager()
         only_reads = eager and only_reads_its_input(net)
         temporal_shift = ops.temporal_shift_for_reader if only_reads else ops.temporal_shift

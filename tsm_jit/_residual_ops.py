@@ -245,7 +245,7 @@ def _plain_statistics(x, running_mean, running_var, batches, momentum) -> tuple[
 
 def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
     """``relu(norm(z))``, written into the activations ``z`` ``[N*T, C, H, W]``; where nothing is recorded."""
-    _write(z, None, None, 1, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
+    _written(z, None, None, 1, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
     return z
 
 

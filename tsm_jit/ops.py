@@ -9,7 +9,8 @@ Each takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
 - ``temporal_shift_keeping_(x!, shift) -> Tensor`` and ``temporal_shift_undone_(x!, unread, shift)``: in place for a
   while; the first returns the frames that nothing reads any more, the second takes them to restore every bit;
 - the overload ``.kernel`` of the first two: unknown to autograd as well. An operator that Python taught to
-  differentiate costs 8 us more per call even when nothing is recorded, so eager mode records by itself.
+  differentiate costs 3 to 8 us more per call even when nothing is recorded, so eager mode records by itself, and what
+  is left of the operator in a compiled graph is this overload.
 
 The compiled kernels (``kernels/bindings.cpp``) register themselves for CPU and CUDA and take precedence over the
 plain-torch implementation, which serves every device for which none were built.
@@ -338,7 +339,9 @@ _RecordedAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temp
 # --- registrations: plain torch for devices without kernels, shapes and autograd for compilers -----------------------
 
 
-def _register(out_of_place: tuple, in_place, compute, adjoint) -> None:
+def _register(out_of_place: tuple, in_place, compute, recorded: type[Function]) -> None:
+    kernel = out_of_place[1]._op
+
     def plain(x: Tensor, shift: str) -> Tensor:
         return compute(x, decoded(shift))
 
@@ -359,12 +362,10 @@ def _register(out_of_place: tuple, in_place, compute, adjoint) -> None:
     for view_of_other_values in ("Conjugate", "Negative"):  # +0 there is not +0 in memory
         _library.impl(in_place, through_a_copy, view_of_other_values)
 
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.shift = inputs[1]
+    def differentiable(x: Tensor, shift: str) -> Tensor:
+        return recorded.apply(x, shift) if x.requires_grad and torch.is_grad_enabled() else kernel(x, shift)
 
-    torch.library.register_autograd(
-        out_of_place[0], lambda ctx, grad: (adjoint(grad, ctx.shift), None), setup_context=setup_context, lib=_library
-    )
+    _library.impl(out_of_place[0], differentiable, "Autograd")
     torch.library.register_vmap(out_of_place[0], functools.partial(_mapped, out_of_place[0]), lib=_library)
 
 
@@ -399,11 +400,11 @@ _register(
     (_schemas.temporal_shift.default, _schemas.temporal_shift.kernel),
     _schemas.temporal_shift_.default,
     reference.temporal_shift,
-    temporal_shift_backward,
+    _RecordedShift,
 )
 _register(
     (_schemas.temporal_shift_backward.default, _schemas.temporal_shift_backward.kernel),
     _schemas.temporal_shift_backward_.default,
     reference.temporal_shift_backward,
-    temporal_shift,
+    _RecordedAdjoint,
 )

@@ -368,19 +368,19 @@ def _branch(modules: list[nn.Module], stream: _Stream) -> tuple[Tensor, Norm | N
     """The residual branch of these modules without its last norm, and that norm; or the branch with it, and None."""
     conv1, *modules, last = modules
     if stream.shift is not None:
-        z = conv1.shifted_module(stream.first)
+        z = conv1.shifted_module()(stream.first)
     elif _is_shifted(conv1) and torch.is_grad_enabled() and is_compiling():
         # A compiler keeps what it is not told to compute again: here the shifted input, beside the input.
         shift = conv1.shift_of(stream.first)
         first = checkpoint(ops.temporal_shift, stream.first, shift, use_reentrant=False, preserve_rng_state=False)
-        z = conv1.shifted_module(first)
+        z = conv1.shifted_module()(first)
     elif _is_shifted(conv1):  # in the first block of a stage: recorded, as in place, it keeps no second activation
         recorded = True if torch.is_grad_enabled() else None
         z = conv1.call_shifted(stream.first, conv1.shift_of(stream.first), inplace=recorded)
     else:
         z = conv1(stream.first)
     before = _unshifted(conv1)
-    in_place = not torch.is_grad_enabled() and not is_compiling()
+    in_place = not torch.is_grad_enabled()
     relu_is_done = False
     for module, after in zip(modules, (*modules[1:], last), strict=True):
         norm = _norm(module, z) if in_place and _is_relu(after) and _is_convolution(before) else None
@@ -473,7 +473,7 @@ def _refusal(block: nn.Module) -> str | None:
     if has_hooks(block):
         return "it has hooks, or a forward of its own"
     for name, what in _NOT_UNDERSTOOD.items():
-        if getattr(block, name, None) is not None:
+        if block._modules.get(name, block.__dict__.get(name)) is not None:  # getattr is slow where there is none
             return f"it has {what}"
     activation = getattr(block, _BLOCKS[kind][1])
     if not _is_relu(activation):
@@ -493,7 +493,7 @@ def _kind_of(kind: type) -> str:
 
 
 def _unshifted(module: nn.Module) -> nn.Module:
-    return module.shifted_module if _is_shifted(module) else module
+    return module.shifted_module() if _is_shifted(module) else module
 
 
 def _is_shifted(module: nn.Module) -> bool:

@@ -72,7 +72,7 @@ class _Stock:
             plan, padding = temporal(x.shape[1], self.f_div, self.shift_depth), "keep"
         else:
             plan, padding = temporal(x.shape[1], self.fold_div), "zeros"
-        return self.shifted_module(peers.eager(x, Shift(n_segment, n_shifted, 1, padding, plan)))
+        return self.shifted_module()(peers.eager(x, Shift(n_segment, n_shifted, 1, padding, plan)))
 
 
 def networks(case: Case, device: torch.device) -> dict[str, nn.Module]:
