@@ -1,5 +1,6 @@
 """Fused residual networks: the operators against the reference, networks against what they were before."""
 
+import collections
 import copy
 import functools
 import io
@@ -759,8 +760,9 @@ def _listed(value) -> list:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_one_graph(device, merged, training):
-    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+@pytest.mark.parametrize("name", ["ResNet, basic blocks", "ResNet, bottlenecks"])
+def test_one_graph(device, merged, name, training):
+    net, fused, x = pair(NETWORKS[name], device)
     torch._dynamo.reset()
     compiled = torch.compile(fused.train(training), backend="aot_eager", fullgraph=True)
     assert_same_step(net.train(training), compiled, x)
@@ -768,6 +770,39 @@ def test_one_graph(device, merged, training):
         expected = net.eval()(x)
         fused.eval()
         assert (compiled(x) - expected).norm() <= 1e-11 * expected.norm()
+
+
+@pytest.mark.parametrize("merged", [True], indirect=True)
+def test_one_graph_of_blocks_in_parts(device, merged):
+    """Under autocast: the weights of a block are cast together, and norms are ours."""
+    _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device, dtype=torch.float32)
+    fused.conv1._forward_hooks.clear()
+    for frozen in (fused.layer1, fused.layer2[1].conv2):
+        frozen.requires_grad_(False)
+    twins, graphs = [copy.deepcopy(fused) for _ in range(2)], []
+
+    def keep(graph, _):
+        graphs.append(collections.Counter(node.target for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+    x = F.interpolate(x, scale_factor=3)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual, not_compiled = (gradients_in_a_row(each, x) for each in (compiled, twins[0]))
+    exact = gradients_in_a_row(twins[1], x)
+    assert (actual - exact).norm() <= 1.5 * (not_compiled - exact).norm()
+    forward, backward = graphs
+    ops, blocks = torch.ops.tsm_jit, 9
+    assert forward[ops.cast.default] == backward[ops.cast.default] == blocks - 2
+    assert forward[ops.residual_shift.default] == 3 * blocks
+    assert forward[torch.ops.aten._native_batch_norm_legit_functional.default] == 1  # before the first block
+    if device.type == "cuda":
+        assert backward[ops.residual_end_backward.default] == 3 * blocks
+
+
+def gradients_in_a_row(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([each.flatten() for each in step(net, x)[1]])
 
 
 def test_one_graph_for_every_batch_size(device):

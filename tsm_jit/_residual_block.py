@@ -1,4 +1,4 @@
-"""A whole residual block as one function of autograd, for ``residual.py``: its layers, and its end.
+"""A whole residual block that is recorded, for ``residual.py``: its layers, and its end. One function of autograd.
 
 What PyTorch records operation by operation costs the host more than a small batch costs the GPU; so does a block that
 Python puts together, which is why its parts are operators:
@@ -10,7 +10,8 @@ Python puts together, which is why its parts are operators:
   of ``downsample`` is differentiated after them;
 - ``cast``, under autocast: all weights of a block by one launch, and their gradients by another.
 
-And a norm with its ReLU is one pass here, forward and backward, as the end of a block is.
+And a norm with its ReLU is one pass here, forward and backward, as the end of a block is. Compilers are given the
+parts.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from tsm_jit import ops
 from tsm_jit._residual_ops import (
     NO_SHIFT,
     Norm,
     Operand,
+    applied_norm,
     batch_statistics,
+    end_of_block,
     for_readers,
     gradients_of_end,
+    shifted_again,
     write_new,
 )
 
@@ -94,12 +100,62 @@ def block_of_layers(
     """
     if identity.dtype is not x.dtype:
         identity, unread = identity.to(x.dtype), None if unread is None else unread.to(x.dtype)
+    if is_compiling():
+        return _in_parts(x, layers, first_shift, identity, downsample, unread, shift, shifted, readers)
     if downsample is not None:
         layers = [*layers, downsample]
     how = (layers, downsample is not None, first_shift or "", shift, shifted, readers)
     parameters = [part for layer in layers for part in (layer.weight, *layer.norm_parts[2:])]
     unread_out, *out = _Block.apply(x, identity, unread, how, *parameters)
     return out, unread_out if shifted else None
+
+
+def _in_parts(
+    x: Tensor,
+    layers: Sequence[Layer],
+    first_shift: str | None,
+    identity: Tensor,
+    downsample: Layer | None,
+    unread: Tensor | None,
+    shift: str,
+    shifted: bool,
+    readers: int,
+) -> tuple[list[Tensor], Tensor | None]:
+    """:func:`block_of_layers` for compilers: their code costs the host nothing between two operators, and has no Python
+    to save."""
+    x = x if first_shift is None else shifted_again(x, first_shift)
+    weights = _cast_like(x, [layer.weight for layer in (*layers, downsample) if layer is not None])
+
+    def convolved(k: int, layer: Layer, x: Tensor) -> tuple[Tensor, Norm]:
+        c = layer.convolution
+        z = F.conv2d(x, weights[k], None, c.stride, c.padding, c.dilation, c.groups)
+        z = z.contiguous(memory_format=torch.channels_last)
+        return z, applied_norm(layer.norm, layer.norm_parts, z, recorded=True)
+
+    last = len(layers) - 1
+    for k in range(last):
+        (x,), _ = end_of_block(*convolved(k, layers[k], x), None, None, None, NO_SHIFT, False, readers=1)
+    z, norm = convolved(last, layers[last], x)
+    identity, identity_norm = (identity, None) if downsample is None else convolved(-1, downsample, identity)
+    return end_of_block(z, norm, identity, identity_norm, unread, shift, shifted, readers=readers)
+
+
+def _cast_like(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    if all(weight.dtype is x.dtype for weight in weights):
+        return weights
+    trained = [weight for weight in weights if weight.requires_grad]
+    made = iter(_Cast.apply(x.dtype, *trained) if trained else ())
+    return [next(made) if weight.requires_grad else weight.to(x.dtype) for weight in weights]
+
+
+class _Cast(Function):
+    @staticmethod
+    def forward(ctx, dtype, *weights):
+        return tuple(torch.ops.tsm_jit.cast.default(weights, dtype))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *torch.ops.tsm_jit.cast.default(grads, torch.float32)
 
 
 class _Block(Function):

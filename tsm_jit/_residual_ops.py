@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
+from torch.utils.checkpoint import checkpoint
 
-from tsm_jit import reference
+from tsm_jit import ops, reference
 from tsm_jit.ops import decoded
 from tsm_jit.plans import Shift
 
@@ -230,23 +231,19 @@ def batch_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance by channel of the activations ``x`` ``[N*T, C, H, W]``, channels_last; updates the
     running ones, of the type :func:`wide`, and the number of batches, as ``torch.nn.BatchNorm2d`` does."""
-    statistics = _plain_statistics if is_compiling() else _statistics
+    statistics = torch.ops.tsm_jit.channel_statistics_.default if is_compiling() else _statistics
     return statistics(x, running_mean, running_var, batches, momentum)
-
-
-def _plain_statistics(x, running_mean, running_var, batches, momentum) -> tuple[Tensor, Tensor]:
-    batches.add_(1)
-    count = x.numel() // x.shape[1]
-    variance, mean = torch.var_mean(x.to(wide(x.dtype)), (0, 2, 3), correction=0)
-    running_mean.lerp_(mean, momentum)
-    running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
-    return mean, variance
 
 
 def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
     """``relu(norm(z))``, written into the activations ``z`` ``[N*T, C, H, W]``; where nothing is recorded."""
     _written(z, None, None, 1, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
     return z
+
+
+def shifted_again(x: Tensor, shift: str) -> Tensor:
+    """``shift(x)`` for compilers, marked to be computed again backward: they would keep it, beside x."""
+    return checkpoint(ops.temporal_shift, x, shift, use_reentrant=False, preserve_rng_state=False)
 
 
 class _EndOfBlock(Function):
@@ -334,10 +331,11 @@ def gradients_of_end(
     """The gradients of z and those of the identity: of the values, and of the norm's weight and bias; and of unread.
     None where not wanted."""
     grads = (grad_a, grad_b, grad_unread, out, unread_out)
-    if is_compiling() or not sums_are_in_kernel(out):
-        found = _plain_gradients_of_end(*grads, z, identity, shift, identity_is_shifted)
+    if sums_are_in_kernel(out):
+        operator = torch.ops.tsm_jit.residual_end_backward.default if is_compiling() else _end_backward
+        found = operator(*grads, *z.flat(), *identity.flat(), shift, identity_is_shifted)
     else:
-        found = _end_backward(*grads, *z.flat(), *identity.flat(), shift, identity_is_shifted)
+        found = _plain_gradients_of_end(*grads, z, identity, shift, identity_is_shifted)
     return found[:3], found[3:6], found[6]
 
 
@@ -371,14 +369,13 @@ def _through_norm(
     ``kernels/residual_shift.h``.
     """
     values_norm = [norm.mean, norm.variance, *beside] if norm.of_batch else []
-    if is_compiling():
-        scaled = grad * (norm.weight * torch.rsqrt(norm.variance + norm.epsilon))[:, None, None]
-        return (scaled + _normed(values, values_norm, norm.epsilon) if values_norm else scaled).to(grad.dtype)
     zero = torch.zeros_like(norm.weight) if zero is None else zero
     out = grad if overwrite else torch.empty_like(grad)
     values = _laid_out_as(values, grad) if values_norm else None
     grad_norm = [zero, norm.variance, norm.weight, zero]
-    _write(out, None, None, 1, grad, grad_norm, norm.epsilon, values, values_norm, norm.epsilon, None, NO_SHIFT, False)
+    _written(
+        out, None, None, 1, grad, grad_norm, norm.epsilon, values, values_norm, norm.epsilon, None, NO_SHIFT, False
+    )
     return out
 
 
@@ -450,6 +447,15 @@ def _laid_out_as(x: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 # For devices without kernels.
+
+
+def _plain_statistics(x, running_mean, running_var, batches, momentum) -> tuple[Tensor, Tensor]:
+    batches.add_(1)
+    count = x.numel() // x.shape[1]
+    variance, mean = torch.var_mean(x.to(wide(x.dtype)), (0, 2, 3), correction=0)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
+    return mean, variance
 
 
 def _plain_write(
@@ -578,6 +584,30 @@ def _like_new_gradients(
     )
 
 
+def _like_new_end_gradients(
+    grad_a,
+    grad_b,
+    grad_unread,
+    out,
+    unread_out,
+    z,
+    z_norm,
+    z_epsilon,
+    z_how,
+    identity,
+    identity_norm,
+    identity_epsilon,
+    identity_how,
+    shift,
+    shifted,
+):
+    found = []
+    for norm, (of_batch, wanted, norm_is_wanted) in ((z_norm, z_how), (identity_norm, identity_how)):
+        found.append(torch.empty_like(out) if wanted else None)
+        found += [torch.empty_like(norm[0]) if norm and (of_batch or norm_is_wanted) else None for _ in range(2)]
+    return *found, _new_unread(out, shift) if shifted else None
+
+
 def _plain_new(*given):
     *parts, shift, shifted = given
     out, unread_out = _like_new(*given)
@@ -605,7 +635,7 @@ for _operator, _compute, _fake in (
     (_schemas.residual_shift.default, _plain_new, _like_new),
     (_schemas.residual_pool.default, _plain_pool, _like_new_pool),
     (_schemas.residual_shift_backward.default, _plain_new_gradients, _like_new_gradients),
+    (_schemas.residual_end_backward.default, _plain_end_backward, _like_new_end_gradients),
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")
     _library.impl(_operator, _fake, "Meta")
-_library.impl(_schemas.residual_end_backward.default, _plain_end_backward, "CompositeExplicitAutograd")

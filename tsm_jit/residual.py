@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.compiler import is_compiling, is_dynamo_compiling
-from torch.utils.checkpoint import checkpoint
 
 from tsm_jit import ops, tsam, tsm
 from tsm_jit._families import resnet_stages
@@ -43,6 +42,7 @@ from tsm_jit._residual_ops import (
     pixels_are_known,
     pool_of_relu_of_norm,
     relu_of_norm_,
+    shifted_again,
     sums_are_in_kernel,
     wide,
 )
@@ -179,7 +179,7 @@ def _pooled(pool: nn.Module, x: Tensor) -> Tensor:
     """What is called as it is, but for the mean over all pixels where it is recorded: the gradient that PyTorch makes
     of it is as large as x, at the very moment when all activations are kept. For an x that no hook sees."""
     is_mean = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and not has_hooks(pool)
-    if not is_mean or is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+    if not is_mean or not (torch.is_grad_enabled() and x.requires_grad):
         return pool(x)
     return _MeanOverPixels.apply(x)
 
@@ -340,8 +340,8 @@ def _step(downsample: nn.Sequential, x: Tensor) -> int:
 
 def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
     """``x``, of the type in which ``modules`` compute, and their layers. None if the modules are to be called: nothing
-    is recorded, a compiler does it better, or they are not convolution, norm and ReLU, again and again."""
-    if not torch.is_grad_enabled() or is_compiling() or not sums_are_in_kernel(x) or x.shape[0] < 2:
+    is recorded, no kernel sums by channel, or they are not convolution, norm and ReLU, again and again."""
+    if not torch.is_grad_enabled() or not sums_are_in_kernel(x) or x.shape[0] < 2:
         return None
     device, in_type = x.device.type, x.dtype
     autocast = torch.is_autocast_enabled(device) and in_type is not torch.float64
@@ -370,10 +370,7 @@ def _branch(modules: list[nn.Module], stream: _Stream) -> tuple[Tensor, Norm | N
     if stream.shift is not None:
         z = conv1.shifted_module()(stream.first)
     elif _is_shifted(conv1) and torch.is_grad_enabled() and is_compiling():
-        # A compiler keeps what it is not told to compute again: here the shifted input, beside the input.
-        shift = conv1.shift_of(stream.first)
-        first = checkpoint(ops.temporal_shift, stream.first, shift, use_reentrant=False, preserve_rng_state=False)
-        z = conv1.shifted_module()(first)
+        z = conv1.shifted_module()(shifted_again(stream.first, conv1.shift_of(stream.first)))
     elif _is_shifted(conv1):  # in the first block of a stage: recorded, as in place, it keeps no second activation
         recorded = True if torch.is_grad_enabled() else None
         z = conv1.call_shifted(stream.first, conv1.shift_of(stream.first), inplace=recorded)
