@@ -1058,7 +1058,9 @@ std::vector<Tensor> cast(const std::vector<Tensor>& tensors, ScalarType dtype) {
 }
 
 void register_operators(torch::stable::detail::StableLibrary& m) {
-  for (const char* name : {"temporal_shift", "temporal_shift.kernel"}) m.impl(name, TORCH_BOX(&out_of_place<false>));
+  for (const char* name : {"temporal_shift", "temporal_shift.kernel", "temporal_shift.again"}) {
+    m.impl(name, TORCH_BOX(&out_of_place<false>));
+  }
   for (const char* name : {"temporal_shift_backward", "temporal_shift_backward.kernel"}) {
     m.impl(name, TORCH_BOX(&out_of_place<true>));
   }

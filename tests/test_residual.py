@@ -796,9 +796,30 @@ def test_one_graph_of_blocks_in_parts(device, merged):
     ops, blocks = torch.ops.tsm_jit, 9
     assert forward[ops.cast.default] == backward[ops.cast.default] == blocks - 2
     assert forward[ops.residual_shift.default] == 3 * blocks
+    assert forward[ops.temporal_shift.kernel] == backward[ops.temporal_shift.again] == 4  # at the start of each stage
     assert forward[torch.ops.aten._native_batch_norm_legit_functional.default] == 1  # before the first block
     if device.type == "cuda":
         assert backward[ops.residual_end_backward.default] == 3 * blocks
+
+
+def test_inductor_trains_in_place(cuda, monkeypatch):
+    """It copies nothing of what our operators write into: the statistics of norms, and the gradients of shifts."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], cuda, dtype=torch.float32)
+    x = F.interpolate(x, scale_factor=3)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True)
+    made, codes = run_and_get_code(gradients_in_a_row, compiled, x)
+    for actual in (made, gradients_in_a_row(compiled, x)):
+        expected = gradients_in_a_row(net, x)
+        assert (actual - expected).norm() <= 1e-2 * expected.norm()
+    for (name, ours), theirs in zip(fused.named_buffers(), net.buffers(), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name
+    written = re.findall(r"channel_statistics_\.default\(\w+, (\w+), (\w+), (\w+), ", "".join(codes))
+    assert len(written) == 3 * 9 + 4
+    assert all(name.startswith("primals") for names in written for name in names)
+    assert len(re.findall(r"temporal_shift_backward_\.default\(buf", "".join(codes))) == 4
+    assert "clone" not in "".join(codes)
 
 
 def gradients_in_a_row(net: nn.Module, x: Tensor) -> Tensor:
@@ -845,8 +866,10 @@ def test_compiled_inference_norms_in_place(device):
     assert not re.findall(r"fused\w*(?:batch_norm|copy)|\.copy_\(", code)
 
 
-def test_compiled_training_keeps_no_second_input_of_a_stage():
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_parts):
     """What a graph keeps for the backward: what the network without shift keeps, and the unread frames of a stream."""
+    monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: in_parts)
     kept = {}
 
     def keeps(name: str):

@@ -36,7 +36,6 @@ from tsm_jit._residual_ops import (
     end_of_block,
     for_readers,
     gradients_of_end,
-    shifted_again,
     write_new,
 )
 
@@ -123,12 +122,15 @@ def _in_parts(
 ) -> tuple[list[Tensor], Tensor | None]:
     """:func:`block_of_layers` for compilers: their code costs the host nothing between two operators, and has no Python
     to save."""
-    x = x if first_shift is None else shifted_again(x, first_shift)
     weights = _cast_like(x, [layer.weight for layer in (*layers, downsample) if layer is not None])
 
     def convolved(k: int, layer: Layer, x: Tensor) -> tuple[Tensor, Norm]:
         c = layer.convolution
-        z = F.conv2d(x, weights[k], None, c.stride, c.padding, c.dilation, c.groups)
+        if k == 0 and first_shift is not None:
+            how = (*c.stride, *c.padding, *c.dilation, c.groups)
+            z = _ConvolutionOfShift.apply(x, first_shift, weights[k], how)
+        else:
+            z = F.conv2d(x, weights[k], None, c.stride, c.padding, c.dilation, c.groups)
         z = z.contiguous(memory_format=torch.channels_last)
         return z, applied_norm(layer.norm, layer.norm_parts, z, recorded=True)
 
@@ -156,6 +158,29 @@ class _Cast(Function):
     @staticmethod
     def backward(ctx, *grads):
         return None, *torch.ops.tsm_jit.cast.default(grads, torch.float32)
+
+
+class _ConvolutionOfShift(Function):
+    """Of ``x``, which is kept, and shifted again backward; and the adjoint overwrites the gradient, which is new."""
+
+    @staticmethod
+    def forward(ctx, x, shift, weight, how):
+        ctx.how = shift, how
+        ctx.save_for_backward(x, weight)
+        shifted = torch.ops.tsm_jit.temporal_shift.kernel(x, shift)
+        return F.conv2d(shifted, weight, None, how[:2], how[2:4], how[4:6], how[6])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        shift, how = ctx.how
+        shifted = torch.ops.tsm_jit.temporal_shift.again(x, shift)
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        of_x, of_weight = _convolved_backward(grad, shifted, weight, how, *wanted)
+        if of_x is not None:
+            torch.ops.tsm_jit.temporal_shift_backward_.default(of_x, shift)
+        return of_x, None, of_weight, None
 
 
 class _Block(Function):

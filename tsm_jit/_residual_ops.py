@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
-from torch.utils.checkpoint import checkpoint
 
-from tsm_jit import ops, reference
+from tsm_jit import reference
 from tsm_jit.ops import decoded
 from tsm_jit.plans import Shift
 
@@ -239,11 +238,6 @@ def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
     """``relu(norm(z))``, written into the activations ``z`` ``[N*T, C, H, W]``; where nothing is recorded."""
     _written(z, None, None, 1, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
     return z
-
-
-def shifted_again(x: Tensor, shift: str) -> Tensor:
-    """``shift(x)`` for compilers, marked to be computed again backward: they would keep it, beside x."""
-    return checkpoint(ops.temporal_shift, x, shift, use_reentrant=False, preserve_rng_state=False)
 
 
 class _EndOfBlock(Function):

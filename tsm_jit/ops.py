@@ -10,7 +10,9 @@ Each takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
   while; the first returns the frames that nothing reads any more, the second takes them to restore every bit;
 - the overload ``.kernel`` of the first two: unknown to autograd as well. An operator that Python taught to
   differentiate costs 3 to 8 us more per call even when nothing is recorded, so eager mode records by itself, and what
-  is left of the operator in a compiled graph is this overload.
+  is left of the operator in a compiled graph is this overload;
+- the overload ``.again`` of the first: for a backward that shifts again. Of the same call in the forward, compilers
+  would keep the result for it.
 
 The compiled kernels (``kernels/bindings.cpp``) register themselves for CPU and CUDA and take precedence over the
 plain-torch implementation, which serves every device for which none were built.
@@ -38,6 +40,7 @@ _library = torch.library.Library("tsm_jit", "DEF")
 for _schema in (
     "temporal_shift(Tensor x, str shift) -> Tensor",
     "temporal_shift.kernel(Tensor x, str shift) -> Tensor",
+    "temporal_shift.again(Tensor x, str shift) -> Tensor",
     "temporal_shift_(Tensor(a!) x, str shift) -> ()",
     "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward.kernel(Tensor grad, str shift) -> Tensor",
@@ -339,8 +342,8 @@ _RecordedAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temp
 # --- registrations: plain torch for devices without kernels, shapes and autograd for compilers -----------------------
 
 
-def _register(out_of_place: tuple, in_place, compute, recorded: type[Function]) -> None:
-    kernel = out_of_place[1]._op
+def _register(differentiable, kernels: tuple, in_place, compute, recorded: type[Function]) -> None:
+    kernel = kernels[0]._op
 
     def plain(x: Tensor, shift: str) -> Tensor:
         return compute(x, decoded(shift))
@@ -350,23 +353,23 @@ def _register(out_of_place: tuple, in_place, compute, recorded: type[Function]) 
 
     # Fakes are registered as kernels for Meta: torch.library.register_fake looks for its caller in every module there
     # is, a third of the time that importing tsm_jit takes.
-    for op in out_of_place:
+    for op in (differentiable, *kernels):
         _library.impl(op, plain, "CompositeExplicitAutograd")
         _library.impl(op, lambda x, shift: torch.empty_like(x), "Meta")
 
     def through_a_copy(x: Tensor, shift: str) -> None:
-        x.copy_(out_of_place[1](x, shift))
+        x.copy_(kernels[0](x, shift))
 
     _library.impl(in_place, plain_in_place, "CompositeExplicitAutograd")
     _library.impl(in_place, lambda x, shift: None, "Meta")
     for view_of_other_values in ("Conjugate", "Negative"):  # +0 there is not +0 in memory
         _library.impl(in_place, through_a_copy, view_of_other_values)
 
-    def differentiable(x: Tensor, shift: str) -> Tensor:
+    def recording(x: Tensor, shift: str) -> Tensor:
         return recorded.apply(x, shift) if x.requires_grad and torch.is_grad_enabled() else kernel(x, shift)
 
-    _library.impl(out_of_place[0], differentiable, "Autograd")
-    torch.library.register_vmap(out_of_place[0], functools.partial(_mapped, out_of_place[0]), lib=_library)
+    _library.impl(differentiable, recording, "Autograd")
+    torch.library.register_vmap(differentiable, functools.partial(_mapped, differentiable), lib=_library)
 
 
 def _plain_keeping(x: Tensor, shift: str) -> Tensor:
@@ -397,13 +400,15 @@ for _op, _compute, _fake in (
     _library.impl(_op, _compute, "CompositeExplicitAutograd")
     _library.impl(_op, _fake, "Meta")
 _register(
-    (_schemas.temporal_shift.default, _schemas.temporal_shift.kernel),
+    _schemas.temporal_shift.default,
+    (_schemas.temporal_shift.kernel, _schemas.temporal_shift.again),
     _schemas.temporal_shift_.default,
     reference.temporal_shift,
     _RecordedShift,
 )
 _register(
-    (_schemas.temporal_shift_backward.default, _schemas.temporal_shift_backward.kernel),
+    _schemas.temporal_shift_backward.default,
+    (_schemas.temporal_shift_backward.kernel,),
     _schemas.temporal_shift_backward_.default,
     reference.temporal_shift_backward,
     _RecordedAdjoint,

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.utils.checkpoint import checkpoint
 
 from tsm_jit import ops, tsam, tsm
 from tsm_jit._families import resnet_stages
@@ -42,7 +43,6 @@ from tsm_jit._residual_ops import (
     pixels_are_known,
     pool_of_relu_of_norm,
     relu_of_norm_,
-    shifted_again,
     sums_are_in_kernel,
     wide,
 )
@@ -247,7 +247,7 @@ def _run_stem(
     if not _is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
         x = pool(relu(norm(z)))
     elif torch.is_grad_enabled():
-        normed = None if is_compiling() else _norm(norm, z)
+        normed = None if is_compiling() else _norm(norm, z)  # compilers make one pass of them and of the pooling
         if normed is None:
             x = relu(norm(z))
         else:
@@ -370,7 +370,10 @@ def _branch(modules: list[nn.Module], stream: _Stream) -> tuple[Tensor, Norm | N
     if stream.shift is not None:
         z = conv1.shifted_module()(stream.first)
     elif _is_shifted(conv1) and torch.is_grad_enabled() and is_compiling():
-        z = conv1.shifted_module()(shifted_again(stream.first, conv1.shift_of(stream.first)))
+        # A compiler keeps what it is not told to compute again: here the shifted input, beside the input.
+        shift = conv1.shift_of(stream.first)
+        first = checkpoint(ops.temporal_shift, stream.first, shift, use_reentrant=False, preserve_rng_state=False)
+        z = conv1.shifted_module()(first)
     elif _is_shifted(conv1):  # in the first block of a stage: recorded, as in place, it keeps no second activation
         recorded = True if torch.is_grad_enabled() else None
         z = conv1.call_shifted(stream.first, conv1.shift_of(stream.first), inplace=recorded)
