@@ -157,7 +157,7 @@ class _Cast(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, *torch.ops.tsm_jit.cast.default(grads, torch.float32)
+        return None, *torch.ops.tsm_jit.cast.default(grads, torch.float32)  # what autocast casts is of that type
 
 
 class _ConvolutionOfShift(Function):

@@ -325,11 +325,16 @@ def gradients_of_end(
     """The gradients of z and those of the identity: of the values, and of the norm's weight and bias; and of unread.
     None where not wanted."""
     grads = (grad_a, grad_b, grad_unread, out, unread_out)
-    if sums_are_in_kernel(out):
-        operator = torch.ops.tsm_jit.residual_end_backward.default if is_compiling() else _end_backward
-        found = operator(*grads, *z.flat(), *identity.flat(), shift, identity_is_shifted)
-    else:
+    operator = _end_backward if sums_are_in_kernel(out) else None
+    if operator is not None and is_compiling():
+        # Compilers rely on an operator's results being apart in memory, and aligned to 16 bytes. Without a norm one may
+        # be two of them; and gradients of norms are rows of one tensor.
+        apart = (z.norm is not None or identity.norm is not None) and out.shape[1] % 4 == 0
+        operator = torch.ops.tsm_jit.residual_end_backward.default if apart else None
+    if operator is None:
         found = _plain_gradients_of_end(*grads, z, identity, shift, identity_is_shifted)
+    else:
+        found = operator(*grads, *z.flat(), *identity.flat(), shift, identity_is_shifted)
     return found[:3], found[3:6], found[6]
 
 

@@ -68,7 +68,8 @@ def fuse(net: nn.Module) -> None:
     Outputs and gradients are those of the network before, to rounding; keys of the state dict stay. Where a block's
     last batch normalization can be applied in the same pass, it is. Gradients exist to the first order. What is
     exported, traced or transformed by ``torch.func`` is the network before. Dispatch modes, as of selective
-    checkpointing, see a block that is recorded as a whole as one operator, and the cast of its weights as another.
+    checkpointing, see a block that is recorded as a whole as one operator, and the cast of its weights as another
+    (compiled, they see its parts).
 
     Args:
         net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision or timm, converted by
