@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -809,6 +811,35 @@ def as_on_a_gpu(monkeypatch, device) -> None:
     if device.type == "cpu":
         for module in (residual, _residual_ops):
             monkeypatch.setattr(module, "sums_are_in_kernel", lambda x: x.shape[1] > 1)
+
+
+@pytest.mark.parametrize("normed", [(True, False), (True, True), (False, True)], ids=str)
+def test_what_compilers_are_told_of_the_gradients_of_an_end(device, normed):
+    """Which results there are and how they lie in memory; where they are given the operator, apart and aligned."""
+    dtype, t, channels = random.choice(DTYPES[1:]), random.randint(1, 5), 4 * random.randint(1, 9)
+    shift = Shift(t, t, 1, "zeros", ((1, 1), (1, -1))).canonical().encode()
+    shifted = not normed[1] and random.random() < 0.5  # a norm's values are plain
+
+    def values() -> Tensor:
+        return random_values((2 * t, channels, 3, 5), dtype, device).contiguous(memory_format=torch.channels_last)
+
+    def operand(norm: bool) -> tuple:
+        parts = random_norm(channels, _residual_ops.wide(dtype), device)[:3]
+        how = [random.randint(0, 1) for _ in range(3)]
+        return (values(), parts, 1e-5, how) if norm else (None, [], 0.0, [0, how[1], 0])
+
+    operator = torch.ops.tsm_jit.residual_end_backward.default
+    for _ in range(8):
+        given = values(), None, None, values(), None, *operand(normed[0]), *operand(normed[1]), shift, shifted
+        made = operator(*given)
+        with FakeTensorMode() as mode:
+            told = operator(*tree_map_only(Tensor, mode.from_tensor, given))
+        assert [each is None for each in made] == [each is None for each in told]
+        there = [(ours, fake) for ours, fake in zip(made, told, strict=True) if ours is not None and ours.numel()]
+        for ours, fake in there:
+            assert (ours.shape, ours.stride(), ours.dtype) == (fake.shape, fake.stride(), fake.dtype)
+            assert ours.data_ptr() % 16 == 0
+        assert len({ours.data_ptr() for ours, _ in there}) == len(there)
 
 
 def test_compilers_are_given_results_that_are_aligned(monkeypatch):
