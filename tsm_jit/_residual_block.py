@@ -99,46 +99,36 @@ def block_of_layers(
     """
     if identity.dtype is not x.dtype:
         identity, unread = identity.to(x.dtype), None if unread is None else unread.to(x.dtype)
-    if is_compiling():
-        return _in_parts(x, layers, first_shift, identity, downsample, unread, shift, shifted, readers)
     if downsample is not None:
         layers = [*layers, downsample]
     how = (layers, downsample is not None, first_shift or "", shift, shifted, readers)
+    if is_compiling():
+        return _in_parts(x, identity, unread, how)
     parameters = [part for layer in layers for part in (layer.weight, *layer.norm_parts[2:])]
     unread_out, *out = _Block.apply(x, identity, unread, how, *parameters)
     return out, unread_out if shifted else None
 
 
-def _in_parts(
-    x: Tensor,
-    layers: Sequence[Layer],
-    first_shift: str | None,
-    identity: Tensor,
-    downsample: Layer | None,
-    unread: Tensor | None,
-    shift: str,
-    shifted: bool,
-    readers: int,
-) -> tuple[list[Tensor], Tensor | None]:
-    """:func:`block_of_layers` for compilers: their code costs the host nothing between two operators, and has no Python
-    to save."""
-    weights = _cast_like(x, [layer.weight for layer in (*layers, downsample) if layer is not None])
+def _in_parts(x: Tensor, identity: Tensor, unread: Tensor | None, how: tuple) -> tuple[list[Tensor], Tensor | None]:
+    """:class:`_Block` for compilers: their code costs the host nothing between two operators, and has no Python to
+    save."""
+    layers, downsample, first_shift, shift, shifted, readers = how
+    weights = _cast_like(x, [layer.weight for layer in layers])
 
-    def convolved(k: int, layer: Layer, x: Tensor) -> tuple[Tensor, Norm]:
-        c = layer.convolution
-        if k == 0 and first_shift is not None:
-            how = (*c.stride, *c.padding, *c.dilation, c.groups)
-            z = _ConvolutionOfShift.apply(x, first_shift, weights[k], how)
+    def convolved(k: int, x: Tensor) -> tuple[Tensor, Norm]:
+        c, _, norm, parts = layers[k]
+        if k == 0 and first_shift:
+            z = _ConvolutionOfShift.apply(x, first_shift, weights[k], (*c.stride, *c.padding, *c.dilation, c.groups))
         else:
             z = F.conv2d(x, weights[k], None, c.stride, c.padding, c.dilation, c.groups)
         z = z.contiguous(memory_format=torch.channels_last)
-        return z, applied_norm(layer.norm, layer.norm_parts, z, recorded=True)
+        return z, applied_norm(norm, parts, z, recorded=True)
 
-    last = len(layers) - 1
+    last = len(layers) - 1 - downsample
     for k in range(last):
-        (x,), _ = end_of_block(*convolved(k, layers[k], x), None, None, None, NO_SHIFT, False, readers=1)
-    z, norm = convolved(last, layers[last], x)
-    identity, identity_norm = (identity, None) if downsample is None else convolved(-1, downsample, identity)
+        (x,), _ = end_of_block(*convolved(k, x), None, None, None, NO_SHIFT, False, readers=1)
+    z, norm = convolved(last, x)
+    identity, identity_norm = convolved(last + 1, identity) if downsample else (identity, None)
     return end_of_block(z, norm, identity, identity_norm, unread, shift, shifted, readers=readers)
 
 

@@ -583,27 +583,13 @@ def _like_new_gradients(
     )
 
 
-def _like_new_end_gradients(
-    grad_a,
-    grad_b,
-    grad_unread,
-    out,
-    unread_out,
-    z,
-    z_norm,
-    z_epsilon,
-    z_how,
-    identity,
-    identity_norm,
-    identity_epsilon,
-    identity_how,
-    shift,
-    shifted,
-):
+def _like_new_end_gradients(grad_a, grad_b, grad_unread, out, unread_out, *given):
+    *operands, shift, shifted = given
     found = []
-    for norm, (of_batch, wanted, norm_is_wanted) in ((z_norm, z_how), (identity_norm, identity_how)):
-        found.append(torch.empty_like(out) if wanted else None)
-        found += [torch.empty_like(norm[0]) if norm and (of_batch or norm_is_wanted) else None for _ in range(2)]
+    for operand in (Operand.of_flat(*operands[:4]), Operand.of_flat(*operands[4:])):
+        found.append(torch.empty_like(out) if operand.wanted else None)
+        _, norm, _ = operand.summed()
+        found += [torch.empty_like(norm[0]) if norm else None for _ in range(2)]
     return *found, _new_unread(out, shift) if shifted else None
 
 
