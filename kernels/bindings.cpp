@@ -685,7 +685,7 @@ Tensor new_wide(const Tensor& x, std::initializer_list<int64_t> sizes) {
   return new_tensor(x, dtype, strides.size(), sizes.begin(), strides.data());
 }
 
-void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, const Optional& grad_unread_in,
+void residual_shift_backward(const Optional& grad, const Optional& grad_shifted, const Optional& grad_unread_in,
                              const Optional& norm_gradients, const Optional& grad_a, const Optional& grad_b,
                              const Optional& grad_unread, const Tensor& out, const Optional& unread_out,
                              const Optional& z, const std::vector<Tensor>& z_norm, double z_epsilon,
@@ -694,8 +694,7 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
   if (out.numel() == 0) return;
   ResidualWork work;
   const Residual& r = work.residual;
-  const Optional written = grad;
-  describe_residual(out, shift, {&written, &grad_shifted, &grad_a, &grad_b, &z, &identity},
+  describe_residual(out, shift, {&grad, &grad_shifted, &grad_a, &grad_b, &z, &identity},
                     {&grad_unread_in, &grad_unread, &unread_out}, work);
   tsm_jit::ResidualBackward b{};
   b.out = out.const_data_ptr();
@@ -704,10 +703,11 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
   b.grad_a = data(grad_a);
   b.grad_b = data(grad_b);
   b.grad_unread = data(grad_unread);
-  b.grad = grad.mutable_data_ptr();
+  b.grad = mutable_data(grad);
   b.grad_shifted = mutable_data(grad_shifted);
   b.grad_unread_in = mutable_data(grad_unread_in);
   if (grad_shifted.has_value() != grad_unread_in.has_value()) fail("grad_shifted must come with grad_unread_in");
+  if (!grad && !grad_shifted) fail("grad must be given, or grad_shifted");
   const int64_t channels = out.size(1);
   [[maybe_unused]] tsm_jit::NormGradients n{};
   if (norm_gradients) {
@@ -747,18 +747,18 @@ void residual_shift_backward(const Tensor& grad, const Optional& grad_shifted, c
 
 // What residual_shift_backward writes, as new tensors; absent if not wanted.
 struct Made {
-  Tensor grad;
-  Optional grad_shifted, grad_unread_in, norm_gradients;
+  Optional grad, grad_shifted, grad_unread_in, norm_gradients;
 };
 
 Made make_gradients(const Optional& grad_a, const Optional& grad_b, const Optional& grad_unread, const Tensor& out,
                     const Optional& unread_out, const Optional& z, const std::vector<Tensor>& z_norm, double z_epsilon,
                     const Optional& identity, const std::vector<Tensor>& identity_norm, double identity_epsilon,
-                    const std::string& shift, bool shifted) {
+                    const std::string& shift, bool plain, bool shifted) {
   const Optional a = in_format_of(out, grad_a);
   // A plain gradient that had to be copied (that of a mean over pixels is one value) is ours to overwrite.
   const bool is_ours = a && a->get() != grad_a->get() && !unread_out;
-  Made made{is_ours ? *a : new_like(out), {}, {}, {}};
+  Made made;
+  if (plain) made.grad = is_ours ? *a : new_like(out);
   if (shifted) {
     made.grad_shifted = new_like(out);
     made.grad_unread_in = new_unread(out, shift);
@@ -778,9 +778,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> new_residual_shift_backward(
     const Optional& identity, const std::vector<Tensor>& identity_norm, double identity_epsilon,
     const std::string& shift, bool shifted) {
   const Made made = make_gradients(grad_a, grad_b, grad_unread, out, unread_out, z, z_norm, z_epsilon, identity,
-                                   identity_norm, identity_epsilon, shift, shifted);
+                                   identity_norm, identity_epsilon, shift, true, shifted);
   const auto or_nothing = [&](const Optional& x) { return x ? *x : nothing(out); };
-  return {made.grad, or_nothing(made.grad_shifted), or_nothing(made.grad_unread_in), or_nothing(made.norm_gradients)};
+  return {*made.grad, or_nothing(made.grad_shifted), or_nothing(made.grad_unread_in), or_nothing(made.norm_gradients)};
 }
 
 #ifdef TSM_JIT_CUDA
@@ -826,7 +826,7 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, const Tensor& run
 // One of the two that the end of a block adds, backward.
 struct Operand {
   Optional values;
-  std::vector<Tensor> norm;  // mean, variance and weight; empty: none
+  std::vector<Tensor> norm;  // mean, variance and weight, under a ReLU its bias; empty: none
   double epsilon;
   bool of_batch;             // are mean and variance those of the values, so that gradients go through them as well?
   bool wanted, norm_wanted;  // which gradients
@@ -846,22 +846,34 @@ Tensor row(const Tensor& rows, int64_t k) {
   return Tensor(out);
 }
 
-// The gradient of an operand's values, of which `grad` is that of their norm. `zero` is a row of zeros, `beside` weight
-// and bias of the norm that the gradient has beside; see NormGradients. `overwrite` allows to write it into `grad`.
-Tensor through_norm(const Tensor& grad, const Operand& x, const void* zero, const void* beside, bool overwrite) {
+// The gradient of an operand's values, of which `made` has that of their norm. `zero` is a row of zeros, `beside` weight
+// and bias of the norm that the gradient has beside; see NormGradients. `overwrite` allows to write it into `made.grad`.
+Tensor through_norm(const Made& made, const Operand& x, const void* zero, const void* beside, bool overwrite,
+                    const std::string& shift) {
+  const Tensor& grad = made.grad ? *made.grad : *made.grad_shifted;
   const Optional values = x.of_batch ? in_format_of(grad, x.values) : std::nullopt;
-  Tensor out = overwrite ? grad : new_like(grad);
+  Tensor out = overwrite && made.grad ? grad : new_like(grad);
   ResidualWork work;
-  describe_residual(grad, kNoShift, {&values}, {}, work);
+  if (made.grad) {
+    describe_residual(grad, kNoShift, {&values}, {}, work);
+  } else {
+    describe_residual(grad, shift, {&values}, {&made.grad_unread_in}, work);
+  }
   const bool in_float = work.residual.type != Sum::float64;
   const void *mean = x.norm[0].const_data_ptr(), *variance = x.norm[1].const_data_ptr();
+  const tsm_jit::Norm grad_norm{zero, variance, x.norm[2].const_data_ptr(), zero, in_float, x.epsilon};
   tsm_jit::ResidualForward f{};
-  f.z = grad.const_data_ptr();
-  f.z_norm = {zero, variance, x.norm[2].const_data_ptr(), zero, in_float, x.epsilon};
   if (values) {
     const void* bias = static_cast<const char*>(beside) + x.norm[0].numel() * x.norm[0].element_size();
-    f.identity = values->const_data_ptr();
-    f.identity_norm = {mean, variance, beside, bias, in_float, x.epsilon};
+    f.z = values->const_data_ptr();
+    f.z_norm = {mean, variance, beside, bias, in_float, x.epsilon};
+    f.identity = grad.const_data_ptr();
+    f.identity_norm = grad_norm;
+    f.identity_is_shifted = !made.grad;
+    if (f.identity_is_shifted) f.unread = data(made.grad_unread_in);
+  } else {
+    f.z = grad.const_data_ptr();
+    f.z_norm = grad_norm;
   }
   f.out = out.mutable_data_ptr();
   execute(grad, work.residual, f);
@@ -879,10 +891,12 @@ std::tuple<Gradients, Gradients, Tensor> gradients_of_end(const Optional& grad_a
   static const std::vector<Tensor> kNoNorm;
   const Operand* const operands[tsm_jit::kNorms] = {&z, &identity};
   for (const Operand* x : operands) check_norm(x->norm, x->values, out);
+  // Where the identity was shifted, the norm of z may read its gradient in that form, beside the values.
+  const bool plain = !identity_is_shifted || (z.wanted && (z.norm.empty() || !z.of_batch));
   const Made made =
       make_gradients(grad_a, grad_b, grad_unread, out, unread_out, z.summed() ? z.values : kNone,
                      z.summed() ? z.norm : kNoNorm, z.epsilon, identity.summed() ? identity.values : kNone,
-                     identity.summed() ? identity.norm : kNoNorm, identity.epsilon, shift, identity_is_shifted);
+                     identity.summed() ? identity.norm : kNoNorm, identity.epsilon, shift, plain, identity_is_shifted);
   Optional zeros = made.norm_gradients;  // its first row is
   const auto row_of = [&](int64_t k) {
     return static_cast<const char*>(zeros->const_data_ptr()) + k * out.size(1) * zeros->element_size();
@@ -895,17 +909,70 @@ std::tuple<Gradients, Gradients, Tensor> gradients_of_end(const Optional& grad_a
       found[k].bias = row(*made.norm_gradients, 2 + 4 * k);
     }
     if (!x.wanted) continue;
-    found[k].values = k == 1 && identity_is_shifted ? *made.grad_shifted : made.grad;
-    if (x.norm.empty()) continue;
+    if (x.norm.empty()) {
+      found[k].values = k == 1 && identity_is_shifted ? *made.grad_shifted : *made.grad;
+      continue;
+    }
     if (!zeros) {
       zeros = new_wide(out, {1, out.size(1)});
       torch::stable::zero_(*zeros);
     }
     // The last one that reads `grad`, where that is nobody's gradient itself.
     const bool last = k == 1 ? !z.norm.empty() : identity_is_shifted || !identity.wanted;
-    found[k].values = through_norm(made.grad, x, row_of(0), row_of(3 + 4 * k), last);
+    found[k].values = through_norm(made, x, row_of(0), row_of(3 + 4 * k), last, shift);
   }
   return {found[0], found[1], made.grad_unread_in.value_or(Tensor())};
+}
+
+// Those of z, given that of relu(norm(z)), a norm with its bias. `overwrite` allows to write that of the values into it.
+Gradients gradients_of_relu(const Tensor& given, const Operand& z, bool overwrite) {
+  const Tensor& values = *z.values;
+  const int64_t channels = values.size(1);
+  const Optional grad = in_format_of(values, given);
+  ResidualWork work;
+  const Residual& r = work.residual;
+  describe_residual(values, kNoShift, {&grad}, {}, work);
+  check_sums(values, r);
+  for (const Tensor& part : z.norm) {
+    if (!is_wide(part, values, channels)) fail("a norm must be of the type that activations are added in");
+  }
+  tsm_jit::ReluOfNormBackward b{};
+  b.grad = data(grad);
+  b.z = values.const_data_ptr();
+  b.norm = norm_of(values, channels, z.norm, z.epsilon);
+  if (b.norm.mean == nullptr) fail("norm must be given");
+  tsm_jit::NormGradients n{};
+  Gradients found;
+  if (z.summed()) {
+    const Tensor made = new_wide(values, {1 + 4, channels});
+    n.made = made.mutable_data_ptr();
+    n.count = values.numel() / channels;
+    n.variance[0] = b.norm.variance;
+    n.weight[0] = b.norm.weight;
+    n.epsilon[0] = z.epsilon;
+    found.weight = row(made, 1);
+    found.bias = row(made, 2);
+    if (z.of_batch) {
+      b.beside = b.norm;
+      b.beside.weight = row(made, 3).const_data_ptr();
+      b.beside.bias = row(made, 4).const_data_ptr();
+    }
+  }
+  if (z.wanted) {
+    found.values = overwrite || grad->get() != given.get() ? *grad : new_like(values);
+    b.out = found.values.mutable_data_ptr();
+  }
+  on_stream(values, [&](void* stream) -> const char* {
+    if (z.summed()) {
+      b.slices = n.slices = tsm_jit::backward_slices(r);
+      const Tensor sums = new_wide(values, {b.slices * (1 + tsm_jit::kNorms) * channels});
+      n.sums = b.sums = sums.mutable_data_ptr();
+      if (const char* error = tsm_jit::relu_of_norm_sums_cuda(r, b, stream)) return error;
+      if (const char* error = tsm_jit::norm_gradients_cuda(r.type, channels, n, stream)) return error;
+    }
+    return z.wanted ? tsm_jit::relu_of_norm_backward_cuda(r, b, stream) : nullptr;
+  });
+  return found;
 }
 
 // [of_batch, wanted, norm_wanted], from Python.
@@ -924,6 +991,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_end_
       gradients_of_end(grad_a, grad_b, grad_unread, out, unread_out, operand_of(z, z_norm, z_epsilon, z_how),
                        operand_of(identity, identity_norm, identity_epsilon, identity_how), shift, shifted);
   return {of_z.values, of_z.weight, of_z.bias, of_identity.values, of_identity.weight, of_identity.bias, of_unread};
+}
+
+std::tuple<Tensor, Tensor, Tensor> relu_of_norm_backward(const Tensor& grad, const Tensor& z,
+                                                         const std::vector<Tensor>& norm, double epsilon,
+                                                         const std::vector<int64_t>& how) {
+  if (z.numel() == 0) fail("z must have values, to be differentiated");
+  const auto [values, weight, bias] = gradients_of_relu(grad, operand_of(z, norm, epsilon, how), false);
+  return {values, weight, bias};
 }
 
 // A convolution of two dimensions: its stride, padding and dilation, two each, and its groups; whether the norm after
@@ -999,44 +1074,52 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
 }
 
 // Of these layers, given the gradient of what the last one convolved. `kept` has, of each but the last, what it
-// convolved, mean, variance and weight of its norm, and the ReLU of that. `wanted`: x; of each layer, weight and norm.
+// convolved, mean, variance, weight and bias of its norm; then the ReLUs of these. That of the first may be missing: it
+// is made again. `wanted`: x; of each layer, weight and norm.
 // Returned: of x; of each layer, of its weight, and of weight and bias of its norm (not of the last one).
 std::vector<Tensor> residual_block_backward(const Tensor& of_last, const Tensor& given, const std::string& first_shift,
                                             const std::vector<Tensor>& weights,
                                             const std::vector<int64_t>& convolutions, const std::vector<Tensor>& kept,
                                             const std::vector<double>& epsilons, const std::vector<int64_t>& wanted) {
-  const size_t layers = weights.size();
-  if (layers == 0 || convolutions.size() != kConvolution * layers || kept.size() != 5 * (layers - 1) ||
-      epsilons.size() != layers || wanted.size() != 1 + 2 * layers) {
+  const size_t layers = weights.size(), norms = 5 * (layers - 1), relus = kept.size() - norms;
+  if (layers == 0 || convolutions.size() != kConvolution * layers || kept.size() < norms ||
+      (relus != layers - 1 && relus + 1 != layers - 1) || epsilons.size() != layers ||
+      wanted.size() != 1 + 2 * layers) {
     fail("each layer must have a convolution, a norm and what they were given");
   }
   const auto any_before = [&](size_t end) {
     return std::any_of(wanted.begin(), wanted.begin() + end, [](int64_t each) { return each != 0; });
   };
+  const auto given_to = [&](size_t k) -> Tensor {
+    if (k == 0) return first_shift.empty() ? given : out_of_place<false>(given, first_shift);
+    const Tensor* const layer = &kept[5 * (k - 1)];
+    if (layers - k <= relus) return kept[kept.size() - (layers - k)];
+    const std::vector<Tensor> norm{layer + 1, layer + 5};
+    return std::get<0>(new_residual_shift(*layer, norm, epsilons[k - 1], std::nullopt, {}, 0, std::nullopt, kNoShift,
+                                          false));
+  };
   std::vector<Tensor> found(1 + 3 * layers);
   Tensor of_z = of_last;
   for (size_t k = layers; k-- > 0;) {
     const int64_t* const how = &convolutions[kConvolution * k];
-    const bool before = any_before(1 + 2 * k);
-    const Tensor* const layer = k == 0 ? nullptr : &kept[5 * (k - 1)];
-    const Tensor x = k > 0 ? layer[4] : first_shift.empty() ? given : out_of_place<false>(given, first_shift);
+    const bool before = any_before(1 + 2 * k), weight_wanted = wanted[1 + 2 * k] != 0;
     Tensor of_x;
-    std::tie(of_x, found[1 + 3 * k]) = convolved_backward(of_z, x, weights[k], how, before, wanted[1 + 2 * k] != 0);
+    std::tie(of_x, found[1 + 3 * k]) = convolved_backward(of_z, given_to(k), weights[k], how, before, weight_wanted);
     if (!before) break;
     if (k == 0) {
       if (!first_shift.empty()) in_place<true>(of_x, first_shift);
       found[0] = of_x;
       break;
     }
-    const Operand z{layer[0],          {layer + 1, layer + 4},
+    const Tensor* const layer = &kept[5 * (k - 1)];
+    const Operand z{layer[0],          {layer + 1, layer + 5},
                     epsilons[k - 1],   how[7 - static_cast<int64_t>(kConvolution)] != 0,
                     any_before(2 * k), wanted[2 * k] != 0};
-    auto [of_values, of_nothing, of_unread] =
-        gradients_of_end(of_x, std::nullopt, std::nullopt, x, std::nullopt, z, Operand{}, kNoShift, false);
-    found[3 * k - 1] = of_values.weight;
-    found[3 * k] = of_values.bias;
+    const Gradients of = gradients_of_relu(of_x, z, true);
+    found[3 * k - 1] = of.weight;
+    found[3 * k] = of.bias;
     if (!z.wanted) break;
-    of_z = of_values.values;
+    of_z = of.values;
   }
   return found;
 }
@@ -1071,7 +1154,7 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("cast", TORCH_BOX(&cast));
   m.impl("residual_shift_", TORCH_BOX(&residual_shift));
   m.impl("residual_shift_backward_", TORCH_BOX(&residual_shift_backward));
-  m.impl("residual_shift", TORCH_BOX(&new_residual_shift));
+  for (const char* name : {"residual_shift", "residual_shift.again"}) m.impl(name, TORCH_BOX(&new_residual_shift));
   m.impl("residual_pool", TORCH_BOX(&residual_pool));
   m.impl("residual_shift_backward", TORCH_BOX(&new_residual_shift_backward));
 }
@@ -1084,6 +1167,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CUDA, m) {
   register_operators(m);
   m.impl("channel_statistics_", TORCH_BOX(&channel_statistics));
   m.impl("residual_end_backward", TORCH_BOX(&residual_end_backward));
+  m.impl("relu_of_norm_backward", TORCH_BOX(&relu_of_norm_backward));
   m.impl("residual_block", TORCH_BOX(&residual_block));
   m.impl("residual_block_backward", TORCH_BOX(&residual_block_backward));
 }

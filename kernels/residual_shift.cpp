@@ -200,8 +200,8 @@ void backward(const Residual& r, const ResidualBackward& b, int64_t first_task, 
     const Place same{s, 0, {0, 0}}, place = b.out_is_shifted ? there : same;
     const auto bytes = [](const void* data) { return static_cast<const char*>(data); };
     const auto out = piece.at(place, bytes(b.out), bytes(b.unread_out));
-    const auto grad = piece.plain(static_cast<char*>(b.grad), s);
     const auto shifted = piece.at(there, static_cast<char*>(b.grad_shifted), static_cast<char*>(b.grad_unread_in));
+    const auto grad = b.grad == nullptr ? shifted : piece.plain(static_cast<char*>(b.grad), s);
     std::vector<FrameRows<const char>> terms{piece.at(place, bytes(b.grad_a), bytes(b.grad_unread)),
                                              piece.at(place, bytes(b.grad_b), bytes(nullptr))};
     const FrameRange readers = r.shift.padding == Padding::zeros ? same.pads : place.pads;
@@ -225,8 +225,8 @@ void backward(const Residual& r, const ResidualBackward& b, int64_t first_task, 
           to[at] = Element::widen(mask[at]) <= 0 ? Stored{} : Element::narrow(of);
         }
       }
-      if (to_shifted != nullptr) std::memcpy(to_shifted, to, count * sizeof(Stored));
       if (to_shifted == nullptr) continue;
+      if (to_shifted != to) std::memcpy(to_shifted, to, count * sizeof(Stored));
       for (int32_t t = there.pads.begin; t < there.pads.end; ++t) {
         auto* padding = reinterpret_cast<Stored*>(piece.plain(static_cast<char*>(b.grad_shifted), t)[row]);
         for (int64_t at = 0; at < count; ++at) padding[at] = Stored{};

@@ -143,6 +143,12 @@ struct Backward {
 };
 
 template <class Element, int kLanes>
+struct OfRelu {
+  static auto sums() { return relu_of_norm_sums<Element, kLanes>; }
+  static auto backward() { return relu_of_norm_backward<Element, kLanes>; }
+};
+
+template <class Element, int kLanes>
 struct Statistics {
   static auto sum() { return sum_channels<Element, kLanes>; }
   static auto finish() { return finish_statistics<Element>; }
@@ -204,6 +210,24 @@ Launch by_channel(int64_t channels) {
 
 int32_t backward_slices(const Residual& r) { return slices(r, kBlocksOfBackward); }
 int32_t statistics_slices(const Residual& r) { return slices(r, kBlocksOfStatistics); }
+
+const char* relu_of_norm_sums_cuda(const Residual& r, const ReluOfNormBackward& b, void* stream) {
+  const Norm& norm = b.norm;
+  return with_kernels<OfRelu>(r, {b.slices, 0, false, false}, {b.grad, b.z}, sizeof(float),
+                              {norm.mean, norm.variance, norm.weight, norm.bias}, [&](const Launch& on, auto kernels) {
+                                return launch(kernels.sums(), on.grid, on.block, 0, stream, on.args, b);
+                              });
+}
+
+const char* relu_of_norm_backward_cuda(const Residual& r, const ReluOfNormBackward& b, void* stream) {
+  const Norm& norm = b.norm;
+  return with_kernels<OfRelu>(
+      r, {0, kBlocksOfBackward, false, false}, {b.grad, b.z, b.out}, sizeof(float),
+      {norm.mean, norm.variance, norm.weight, norm.bias, b.beside.weight, b.beside.bias},
+      [&](const Launch& on, auto kernels) {
+        return launch(kernels.backward(), on.grid, on.block, 0, stream, on.args, b);
+      });
+}
 
 const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream) {
   return with_kernels<Statistics>(r, {c.slices, 0, false, false}, {c.x}, 1, {}, [&](const Launch& on, auto kernels) {

@@ -49,6 +49,11 @@ __global__ void residual_pool(const __grid_constant__ ResidualArgs a, const __gr
 template <class Element, int kLanes, int kRead>
 __global__ void residual_backward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ResidualBackward b);
 template <class Element, int kLanes>
+__global__ void relu_of_norm_sums(const __grid_constant__ ResidualArgs a, const __grid_constant__ ReluOfNormBackward b);
+template <class Element, int kLanes>
+__global__ void relu_of_norm_backward(const __grid_constant__ ResidualArgs a,
+                                      const __grid_constant__ ReluOfNormBackward b);
+template <class Element, int kLanes>
 __global__ void sum_channels(const __grid_constant__ ResidualArgs a, const __grid_constant__ ChannelStatistics c);
 template <class Element>
 __global__ void finish_statistics(const __grid_constant__ ChannelStatistics c, int32_t channels, int64_t count);
@@ -230,37 +235,32 @@ __device__ Wide larger(Wide a, Wide b) {
   return b <= a || a != a ? a : b;
 }
 
-// What a block sums up by channel: each thread in registers, then the threads of a column through shared memory.
+// What a block sums up by channel: each thread in registers, then those of the same channels through shared memory.
 template <class Element, int kLanes, int kSums>
 struct ChannelSums {
   using Wide = typename Element::Wide;
   Wide of[kSums][kLanes] = {};
 
-  // Calls visit(channel, sums) for every channel of the block, in one thread each.
-  template <class Visit>
-  __device__ void for_each_channel_of_block(const ResidualArgs& a, int32_t begin, Visit visit) {
-    __shared__ Wide shared[kLanes][kResidualThreads];
-    const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
+  // Into [slices, rows, channels], of which each block of a column of the grid writes a slice: all its threads, each for
+  // some channels.
+  __device__ void store(const ResidualArgs& a, void* slices, int32_t rows) const {
+    __shared__ Wide shared[kResidualThreads * kLanes];  // [rows of threads, channels of the block]
+    const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x, width = blockDim.x * kLanes;
+    const int32_t channels = a.run / static_cast<int32_t>(sizeof(typename Element::Stored));
+    const int32_t first = blockIdx.x * width, last = min(first + width, channels);
+    Wide* const slice = static_cast<Wide*>(slices) + int64_t{blockIdx.y} * rows * channels;
 #pragma unroll
     for (int sum = 0; sum < kSums; ++sum) {
       __syncthreads();
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) shared[k][thread] = of[sum][k];
+      for (int k = 0; k < kLanes; ++k) shared[thread * kLanes + k] = of[sum][k];
       __syncthreads();
-      if (threadIdx.y != 0) continue;
-#pragma unroll
-      for (int k = 0; k < kLanes; ++k) {
 #pragma unroll 1
-        for (uint32_t y = 1; y < blockDim.y; ++y) of[sum][k] += shared[k][y * blockDim.x + threadIdx.x];
+      for (int32_t channel = first + thread; channel < last; channel += kResidualThreads) {
+        Wide total = 0;
+        for (uint32_t y = 0; y < blockDim.y; ++y) total += shared[y * width + channel - first];
+        slice[sum * channels + channel] = total;
       }
-    }
-    if (threadIdx.y != 0 || begin >= a.run) return;
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k) {
-      Wide sums[kSums];
-#pragma unroll
-      for (int sum = 0; sum < kSums; ++sum) sums[sum] = of[sum][k];
-      visit(begin / static_cast<int32_t>(sizeof(typename Element::Stored)) + k, sums);
     }
   }
 };
@@ -498,12 +498,96 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
       }
     });
   }
-  if (b.sums == nullptr) return;
-  const int32_t channels = a.run / static_cast<int32_t>(sizeof(typename Element::Stored));
-  sums.for_each_channel_of_block(a, unit.begin, [&](int32_t channel, const Wide* of) {
-    Wide* slice = static_cast<Wide*>(b.sums) + int64_t{blockIdx.y} * (1 + kNorms) * channels + channel;
+  if (b.sums != nullptr) sums.store(a, b.sums, 1 + kNorms);
+}
+
+// The gradient of norm(z), given that of its ReLU, for the channels of one unit.
+template <class Element, int kLanes>
+struct ReluOfNorm {
+  using Values = Pack<Element, kLanes>;
+  using Wide = typename Element::Wide;
+  Wide scale[kLanes], bias[kLanes] = {};
+
+  __device__ ReluOfNorm(const ResidualArgs& a, const Norm& norm, const Channels<kLanes>& channels) {
+    read_norm<Element>(a, norm, channels, scale, bias);
+  }
+  // Where the ReLU, computed and rounded as by EndOfBlock, is not 0. NaN stays.
+  __device__ void mask(const Values& grad, const Values& z, Wide (&masked)[kLanes]) const {
+    Wide x[kLanes];
 #pragma unroll
-    for (int sum = 0; sum < 1 + kRead; ++sum) slice[sum * channels] = of[sum];
+    for (int lane = 0; lane < kLanes; ++lane) x[lane] = z[lane] * scale[lane] + bias[lane];
+    const Values rounded = Values::of(x);
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) masked[lane] = rounded[lane] <= 0 ? 0 : grad[lane];
+  }
+};
+
+// Each block of a column of the grid is a slice of the sums.
+template <class Element, int kLanes>
+__global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
+    relu_of_norm_sums(const __grid_constant__ ResidualArgs a, const __grid_constant__ ReluOfNormBackward b) {
+  using Values = Pack<Element, kLanes>;
+  using Wide = typename Element::Wide;
+  const Unit<Values> unit(a);
+  ChannelSums<Element, kLanes, 2> sums;
+  if (unit.exists()) {
+    const Channels<kLanes> channels(a, unit.first_element());
+    const ReluOfNorm<Element, kLanes> relu(a, b.norm, channels);
+    Wide mean[kLanes];
+    channels.template read<Native<Wide>>(a, b.norm.mean, mean);
+    unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+      const int32_t s = frames.begin, row = first + threadIdx.y;
+      const auto grad = unit.plain(b.grad, clip, s, row), z = unit.plain(b.z, clip, s, row);
+      Values of_grad[kRowsOfThread], of_z[kRowsOfThread];
+      for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
+        of_grad[k] = grad.load(k);
+        of_z[k] = z.load(k);
+      });
+      for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
+        Wide masked[kLanes];
+        relu.mask(of_grad[k], of_z[k], masked);
+#pragma unroll
+        for (int lane = 0; lane < kLanes; ++lane) {
+          sums.of[0][lane] += masked[lane];
+          sums.of[1][lane] += masked[lane] * (of_z[k][lane] - mean[lane]);
+        }
+      });
+    });
+  }
+  sums.store(a, b.sums, 1 + kNorms);
+}
+
+template <class Element, int kLanes>
+__global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
+    relu_of_norm_backward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ReluOfNormBackward b) {
+  using Values = Pack<Element, kLanes>;
+  using Wide = typename Element::Wide;
+  const Unit<Values> unit(a);
+  if (!unit.exists()) return;
+  const Channels<kLanes> channels(a, unit.first_element());
+  const ReluOfNorm<Element, kLanes> relu(a, b.norm, channels);
+  Wide beside[kLanes] = {}, bias[kLanes] = {};
+  const bool adds = b.beside.mean != nullptr;
+  if (adds) read_norm<Element>(a, b.beside, channels, beside, bias);
+  unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+    const int32_t s = frames.begin, row = first + threadIdx.y;
+    const auto grad = unit.plain(b.grad, clip, s, row), z = unit.plain(b.z, clip, s, row);
+    const auto out = unit.plain(b.out, clip, s, row);
+    Values of_grad[kRowsOfThread], of_z[kRowsOfThread];
+    for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
+      of_grad[k] = grad.load(k);
+      of_z[k] = z.load(k);
+    });
+    for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
+      Wide x[kLanes];
+      relu.mask(of_grad[k], of_z[k], x);
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) {
+        x[lane] = x[lane] * relu.scale[lane] + bias[lane];
+        if (adds) x[lane] += of_z[k][lane] * beside[lane];
+      }
+      out.store(k, Values::of(x));
+    });
   });
 }
 
@@ -533,12 +617,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfStatistics)
       });
     });
   }
-  const int32_t channels = a.run / static_cast<int32_t>(sizeof(typename Element::Stored));
-  sums.for_each_channel_of_block(a, unit.begin, [&](int32_t channel, const Wide* of) {
-    Wide* const slice = static_cast<Wide*>(c.sums) + int64_t{blockIdx.y} * 2 * channels + channel;
-    slice[0] = of[0];
-    slice[channels] = of[1];
-  });
+  sums.store(a, c.sums, 2);
 }
 
 // Adds up [slices, kSums, channels] for one channel in each column of threads; true in the one that has the result.
@@ -549,7 +628,9 @@ __device__ bool add_slices(const void* slices, int32_t n_slices, int32_t channel
   const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
   for (int k = 0; k < kSums; ++k) sums[k] = 0;
-  for (int32_t slice = threadIdx.y; slice < n_slices && channel < channels; slice += blockDim.y) {
+  const int32_t last = channel < channels ? n_slices : 0;
+#pragma unroll 4
+  for (int32_t slice = threadIdx.y; slice < last; slice += blockDim.y) {
 #pragma unroll
     for (int k = 0; k < kSums; ++k) {
       sums[k] += static_cast<const Wide*>(slices)[(int64_t{slice} * kSums + k) * channels + channel];

@@ -69,13 +69,24 @@ constexpr int32_t kNorms = 2;  // of z, and of the identity
 struct ResidualBackward {
   const void *out, *unread_out;               // as the forward wrote them
   const void *grad_a, *grad_b, *grad_unread;  // of `out`, from its two readers, and of `unread_out`; may be null
-  void* grad;                                 // plain
+  void* grad;                                 // plain; may be null beside
   void *grad_shifted, *grad_unread_in;        // the same in shifted form; null if the identity was plain
   bool out_is_shifted;
   void* sums;                  // [slices, 1 + kNorms, channels] of grad, and of grad * (normed - mean); may be null
   int32_t slices;              // blocks that share the work where sums are made
   const void* normed[kNorms];  // what had a norm, and its mean by channel; may be null
   const void* mean[kNorms];
+};
+
+// The gradient of z, given that of relu(norm(z)). What the ReLU made is neither read nor kept: norm(z), computed again,
+// tells where it was 0. First come the sums, and out of them `beside`.
+struct ReluOfNormBackward {
+  const void *grad, *z;
+  Norm norm;
+  void* sums;  // [slices, 1 + kNorms, channels]: those of a ResidualBackward with one norm
+  int32_t slices;
+  Norm beside;  // of z, added to what comes through the norm: see NormGradients. A null mean: nothing is
+  void* out;    // may be `grad`
 };
 
 // Mean and variance of x by channel; the running ones follow as in a batch normalization, which counts its batches.
@@ -129,6 +140,8 @@ void residual_backward_cpu(const Residual& r, const ResidualBackward& b, int64_t
 const char* residual_forward_cuda(const Residual& r, const ResidualForward& f, void* stream);
 const char* residual_pool_cuda(const Residual& r, const ResidualPool& p, void* stream);
 const char* residual_backward_cuda(const Residual& r, const ResidualBackward& b, void* stream);
+const char* relu_of_norm_sums_cuda(const Residual& r, const ReluOfNormBackward& b, void* stream);
+const char* relu_of_norm_backward_cuda(const Residual& r, const ReluOfNormBackward& b, void* stream);
 const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream);
 // For how many slices the sums of these need memory.
 int32_t backward_slices(const Residual& r);

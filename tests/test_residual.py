@@ -34,6 +34,8 @@ from tsm_jit._residual_ops import (
     end_of_block,
     pixels_are_known,
     pool_of_relu_of_norm,
+    relu_of_norm,
+    sums_are_in_kernel,
 )
 from tsm_jit.plans import PADDINGS, Shift
 
@@ -249,6 +251,51 @@ def test_gradients_of_norms(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("of_batch", [False, True], ids=["of before", "of the batch"])
+def test_gradients_of_relu_of_norm(device, dtype, of_batch):
+    shape = (random.randint(2, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(1, 9))
+    wide, count = _residual_ops.wide(dtype), shape[0] * shape[2] * shape[3]
+    z, grad = (
+        random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last).requires_grad_(needed)
+        for needed in (True, False)
+    )
+    mean, variance, weight, bias = random_norm(shape[1], wide, device)
+    # As small as not even half of the least number of 16 bits: such a ReLU is 0 although the norm is positive.
+    weight[: shape[1] // 2] *= 1e-8
+    bias[: shape[1] // 2] *= 1e-8
+    if of_batch:
+        variance, mean = torch.var_mean(z.detach().to(wide), (0, 2, 3), correction=0)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    z_before, grad_before = z.detach().clone(), grad.clone()
+    poison(z.detach())
+    x = relu_of_norm(z, Norm(mean, variance, weight, bias, 1e-3, of_batch))
+    made, _ = end_of_block(
+        z.detach(), Norm(mean, variance, weight, bias, 1e-3), torch.zeros_like(z), None, None, NO_SHIFT, False
+    )
+    assert_same_bits(x, made[0].detach())
+    gradients = torch.autograd.grad(x, (z, weight, bias), grad)
+    assert_same_bits(z.detach(), z_before)
+    assert_same_bits(grad, grad_before)
+
+    parts = [each.detach().double().requires_grad_(each.requires_grad) for each in (z, weight, bias)]
+    running = (None, None) if of_batch else (mean.double(), variance.double())
+    normed = F.batch_norm(parts[0], *running, *parts[1:], training=of_batch, eps=1e-3)
+    expected = torch.autograd.grad(normed, parts, torch.where(x > 0, grad, 0).double())
+    # Of values around 1, rounded once; of sums of `count` of them.
+    scale = (weight.abs() * (variance + 1e-3).rsqrt()).detach().double()[:, None, None]
+    close = 16 * torch.finfo(wide).eps * count + torch.finfo(dtype).eps
+    assert ((gradients[0] - expected[0]).abs() <= scale * close * 8 + torch.finfo(dtype).smallest_normal).all()
+    for ours, theirs in zip(gradients[1:], expected[1:], strict=True):
+        assert ours.dtype is wide
+        # Where no kernel sums up, PyTorch adds products of this type.
+        exact = torch.finfo(wide if sums_are_in_kernel(z) else dtype).eps
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=50 * count**0.5 * exact * count**0.5)
+    if not of_batch:
+        assert_same_bits(gradients[0] != 0, (x > 0) & (grad.to(wide) * scale.to(wide)).to(dtype).ne(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_batch_statistics(device, dtype):
     shape = (random.randint(1, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(2, 9))
     x = random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) + 100
@@ -291,6 +338,27 @@ def test_gradients_are_those_of_differences(device, layout, norms, shifted):
         return x, 2 * again, *([unread] if shifted and unread.numel() else [])
 
     torch.autograd.gradcheck(of, (z, identity, *z_weights, *identity_weights))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("of_batch", [False, True], ids=["of before", "of the batch"])
+def test_gradients_of_relu_of_norm_are_those_of_differences(device, layout, of_batch):
+    _, make = random_case(torch.float64, layout, device, "zeros", largest=3)
+    z = make().requires_grad_()
+    weights = [(torch.rand(z.shape[1], dtype=torch.float64, device=device) + 0.5).requires_grad_() for _ in range(2)]
+
+    def of(z, *weights):
+        variance, mean = torch.var_mean(z.detach(), (0, 2, 3), correction=0)
+        if not of_batch:
+            mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
+        return relu_of_norm(z, Norm(mean, variance, *weights, 0.1, of_batch))
+
+    torch.autograd.gradcheck(of, (z, *weights))
+    for wanted in itertools.product((False, True), repeat=3):
+        given = [each.detach().requires_grad_(needed) for each, needed in zip((z, *weights), wanted, strict=True)]
+        if any(wanted):
+            of(*given).sum().backward()
+        assert tuple(each.grad is not None for each in given) == wanted
 
 
 def test_gradients_may_be_changed_in_place(device, merged):
@@ -501,6 +569,7 @@ def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsamp
         add_layer(widths[0], widths[-1], 2, of_batch[0])
     layers = len(of_batch) - downsample
     wanted = [random.random() < 0.7 for _ in range(1 + 2 * layers)]
+    first_is_made_again = random.randint(0, 1)
     found = []
     with torch.backends.cudnn.flags(deterministic=True):
         for forward, backward in (
@@ -511,15 +580,17 @@ def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsamp
             rest = factors, identity, downsample, None, shift, True
             out, unread, made = forward(x, shift, weights, convolutions, *changed, *rest)
             parts, made = list(made), iter(made)
-            kept, of_last = [], None
+            kept, relus, of_last = [], [], None
             for k, is_of_batch in enumerate(of_batch):
                 z = next(made)
                 statistics = [next(made), next(made)] if is_of_batch else norms[4 * k : 4 * k + 2]
                 if k < layers - 1:
-                    kept += [z, *statistics, norms[4 * k + 2], next(made)]
+                    kept += [z, *statistics, *norms[4 * k + 2 : 4 * k + 4]]
+                    relus.append(next(made))
                 elif k == layers - 1:
                     of_last = z.cos()
             assert not list(made)
+            kept += relus[first_is_made_again:]
             rest = convolutions[: 8 * layers], kept, factors[: 2 * layers : 2], wanted
             grads = backward(of_last, x, shift, weights[:layers], *rest)
             grads = [x.new_empty(0) if each is None else each for each in grads]  # not wanted
@@ -803,8 +874,11 @@ def test_one_graph_of_blocks_in_parts(device, merged, training):
     assert forward[ops.residual_shift.default] == 3 * blocks
     assert forward[ops.temporal_shift.kernel] == backward[ops.temporal_shift.again] == 4  # at the start of each stage
     assert forward[torch.ops.aten._native_batch_norm_legit_functional.default] == training  # before the first block
+    assert backward[ops.residual_shift.again] >= 4
     if device.type == "cuda":
-        assert backward[ops.residual_end_backward.default] == 3 * blocks
+        assert backward[ops.residual_shift.again] == 4
+        assert backward[ops.residual_end_backward.default] == blocks
+        assert backward[ops.relu_of_norm_backward.default] == 2 * blocks
 
 
 def as_on_a_gpu(monkeypatch, device) -> None:
@@ -828,37 +902,49 @@ def test_what_compilers_are_told_of_the_gradients_of_an_end(device, normed):
         how = [random.randint(0, 1) for _ in range(3)]
         return (values(), parts, 1e-5, how) if norm else (None, [], 0.0, [0, how[1], 0])
 
-    operator = torch.ops.tsm_jit.residual_end_backward.default
     for _ in range(8):
         given = values(), None, None, values(), None, *operand(normed[0]), *operand(normed[1]), shift, shifted
-        made = operator(*given)
-        with FakeTensorMode() as mode:
-            told = operator(*tree_map_only(Tensor, mode.from_tensor, given))
-        assert [each is None for each in made] == [each is None for each in told]
-        there = [(ours, fake) for ours, fake in zip(made, told, strict=True) if ours is not None and ours.numel()]
-        for ours, fake in there:
-            assert (ours.shape, ours.stride(), ours.dtype) == (fake.shape, fake.stride(), fake.dtype)
-            assert ours.data_ptr() % 16 == 0
-        assert len({ours.data_ptr() for ours, _ in there}) == len(there)
+        assert_as_told(torch.ops.tsm_jit.residual_end_backward.default, given)
+
+
+def test_what_compilers_are_told_of_the_gradients_of_a_relu(device):
+    dtype, shape = random.choice(DTYPES[1:]), (random.randint(1, 5), 4 * random.randint(1, 9), 3, 5)
+    grad, z = (random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    norm = random_norm(shape[1], _residual_ops.wide(dtype), device)
+    for how in itertools.product((0, 1), repeat=3):
+        assert_as_told(torch.ops.tsm_jit.relu_of_norm_backward.default, (grad, z, norm, 1e-5, list(how)))
+
+
+def assert_as_told(operator, given: tuple) -> None:
+    made = operator(*given)
+    with FakeTensorMode() as mode:
+        told = operator(*tree_map_only(Tensor, mode.from_tensor, given))
+    assert [each is None for each in made] == [each is None for each in told]
+    there = [(ours, fake) for ours, fake in zip(made, told, strict=True) if ours is not None and ours.numel()]
+    for ours, fake in there:
+        assert (ours.shape, ours.stride(), ours.dtype) == (fake.shape, fake.stride(), fake.dtype)
+        assert ours.data_ptr() % 16 == 0
+    assert len({ours.data_ptr() for ours, _ in there}) == len(there)
 
 
 def test_compilers_are_given_results_that_are_aligned(monkeypatch):
     """The gradients of a norm of 18 channels are rows that begin anywhere, and no results of one operator."""
     as_on_a_gpu(monkeypatch, torch.device("cpu"))
     _, fused, x = pair(lambda: tsm(small(layers=(1, 1, 1, 1), width_per_group=18)), torch.device("cpu"))
-    channels = set()
+    ops, channels = torch.ops.tsm_jit, {}
+    given = {ops.residual_end_backward.default: 3, ops.relu_of_norm_backward.default: 1}  # which argument is like it
 
     def of_backward(graph, _):
         for node in graph.graph.nodes:
-            if node.target is torch.ops.tsm_jit.residual_end_backward.default:
-                channels.add(node.args[3].meta["val"].shape[1])
+            if node.target in given:
+                channels.setdefault(node.target, set()).add(node.args[given[node.target]].meta["val"].shape[1])
         raise InterruptedError
 
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=of_backward)
     torch._dynamo.reset()
     with pytest.raises((InterruptedError, BackendCompilerFailed)):
         torch.compile(fused, backend=backend, fullgraph=True)(x).sum().backward()
-    assert channels == {36, 72, 144, 256, 512, 1024, 2048}
+    assert list(map(channels.get, given)) == [{256, 512, 1024, 2048}, {36, 72, 144}]
 
 
 def test_inductor_trains_what_has_other_norms(device, monkeypatch):
@@ -966,8 +1052,34 @@ def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_part
         torch._dynamo.reset()
         torch.compile(each, backend=keeps(name), fullgraph=True)(x).sum().backward()
     # The second block of each stage receives a shifted stream: of a quarter of its channels, one of 4 frames is unread.
-    unread = sum(4 * 8 * 64 * 16 * 16 // 2**stage // 16 for stage in range(4))
-    assert kept["fused"] <= kept["without shift"] + unread
+    # And the ReLU of each first block, as large as what the block returns, is made again.
+    stages = sum(4 * 8 * 64 * 16 * 16 // 2**stage for stage in range(4))
+    assert kept["fused"] <= kept["without shift"] + stages // 16 - in_parts * stages
+
+
+def test_recorded_blocks_keep_less_than_those_without_shift(monkeypatch, device):
+    """But for the unread frames; and the ReLU of each first block is made again."""
+    monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: True)
+    net = torchvision.models.resnet18(num_classes=5).to(device, memory_format=torch.channels_last)
+    fused = copy.deepcopy(net)
+    tsm_jit.make_temporal_shift(fused, 4)
+    residual.fuse(fused)
+    x = torch.randn(8, 3, 64, 64, device=device).contiguous(memory_format=torch.channels_last)
+    kept = []
+    for each in (net, fused):
+        storages = {}
+
+        def keep(saved: Tensor, storages=storages) -> Tensor:
+            if saved.dim() == 4 and saved.shape[0] <= len(x) and not isinstance(saved, nn.Parameter):
+                storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            loss = each(x).sum()
+        kept.append(sum(storages.values()))
+        loss.backward()
+    stages = sum(4 * 8 * 64 * 16 * 16 // 2**stage for stage in range(4))
+    assert kept[1] == kept[0] + stages // 16 - stages
 
 
 @pytest.mark.parametrize("strict", [False, True])

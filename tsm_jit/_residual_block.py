@@ -10,8 +10,8 @@ Python puts together, which is why its parts are operators:
   of ``downsample`` is differentiated after them;
 - ``cast``, under autocast: all weights of a block by one launch, and their gradients by another.
 
-And a norm with its ReLU is one pass here, forward and backward, as the end of a block is. Compilers are given the
-parts.
+And a norm with its ReLU is one pass here, as the end of a block is; backward, what the ReLU made is not read. Compilers
+are given the parts.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from tsm_jit._residual_ops import (
     end_of_block,
     for_readers,
     gradients_of_end,
+    gradients_of_relu_of_norm,
+    relu_of_norm,
+    sums_are_in_kernel,
     write_new,
 )
 
@@ -51,8 +54,9 @@ for _schema in (
     "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] convolutions, Tensor(a!)[] norms, "
     "Tensor(b!)[] batches, float[] factors, Tensor identity, bool downsample, Tensor? unread, str shift, bool shifted) "
     "-> (Tensor, Tensor, Tensor[])",
-    # `kept` has of each layer but the last what it convolved, mean, variance and weight of its norm, and its ReLU;
-    # `wanted` tells of x, and of each layer's convolution and norm, whether gradients are.
+    # `kept` has of each layer but the last what it convolved, mean, variance, weight and bias of its norm; then their
+    # ReLUs, of which that of the first layer may be missing: it is made again. `wanted` tells of x, and of each layer's
+    # convolution and norm, whether gradients are.
     "residual_block_backward(Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] convolutions, "
     "Tensor[] kept, float[] epsilons, int[] wanted) -> Tensor[]",
     "cast(Tensor[] tensors, ScalarType dtype) -> Tensor[]",
@@ -93,7 +97,8 @@ def block_of_layers(
     Args:
         x: ``[N*T, C, H, W]`` in channels_last, of the type in which the layers compute.
         layers: all but the last are followed by a ReLU.
-        first_shift: of ``x``, encoded. Then x itself is what is kept, and it is shifted again for the backward.
+        first_shift: of ``x``, encoded. Then x itself is what is kept, and it is shifted again for the backward; and the
+            first layer's ReLU is made again as well, which pays for all unread frames of a network.
         identity: or what ``downsample`` makes it of.
         unread, shift, shifted, readers: as there.
     """
@@ -115,19 +120,26 @@ def _in_parts(x: Tensor, identity: Tensor, unread: Tensor | None, how: tuple) ->
     layers, downsample, first_shift, shift, shifted, readers = how
     weights = _cast_like(x, [layer.weight for layer in layers])
 
-    def convolved(k: int, x: Tensor) -> tuple[Tensor, Norm]:
-        c, _, norm, parts = layers[k]
+    def convolved(k: int, x: Tensor, relu_of: tuple[Tensor, Norm] | None = None) -> tuple[Tensor, Norm]:
+        c, _, module, parts = layers[k]
+        how = (*c.stride, *c.padding, *c.dilation, c.groups)
         if k == 0 and first_shift:
-            z = _ConvolutionOfShift.apply(x, first_shift, weights[k], (*c.stride, *c.padding, *c.dilation, c.groups))
+            z = _ConvolutionOfShift.apply(x, first_shift, weights[k], how)
+        elif relu_of is not None:
+            z, norm = relu_of
+            z = _ConvolutionOfRelu.apply(x, weights[k], how, norm.epsilon, z, *norm[:4])
         else:
             z = F.conv2d(x, weights[k], None, c.stride, c.padding, c.dilation, c.groups)
         z = z.contiguous(memory_format=torch.channels_last)
-        return z, applied_norm(norm, parts, z, recorded=True)
+        return z, applied_norm(module, parts, z, recorded=True)
 
     last = len(layers) - 1 - downsample
+    made_again = None
     for k in range(last):
-        (x,), _ = end_of_block(*convolved(k, x), None, None, None, NO_SHIFT, False, readers=1)
-    z, norm = convolved(last, x)
+        z, norm = convolved(k, x, made_again)
+        x = relu_of_norm(z, norm)
+        made_again = (z, norm) if k == 0 and first_shift else None
+    z, norm = convolved(last, x, made_again)
     identity, identity_norm = convolved(last + 1, identity) if downsample else (identity, None)
     return end_of_block(z, norm, identity, identity_norm, unread, shift, shifted, readers=readers)
 
@@ -173,6 +185,25 @@ class _ConvolutionOfShift(Function):
         return of_x, None, of_weight, None
 
 
+class _ConvolutionOfRelu(Function):
+    """Of ``x``, which is ``relu(norm(z))``, and not kept, but made of z again backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, how, epsilon, z, *norm):
+        ctx.how = how, epsilon
+        ctx.save_for_backward(weight, z, *norm)
+        return F.conv2d(x, weight, None, how[:2], how[2:4], how[4:6], how[6])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight, z, *norm = ctx.saved_tensors
+        how, epsilon = ctx.how
+        x, _ = torch.ops.tsm_jit.residual_shift.again(z, norm, epsilon, None, [], 0.0, None, NO_SHIFT, False)
+        gradients = _convolved_backward(grad, x, weight, how, *ctx.needs_input_grad[:2])
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
 class _Block(Function):
     @staticmethod
     def forward(ctx, x, identity, unread, how, *parameters):
@@ -203,21 +234,23 @@ class _Block(Function):
             shift,
             shifted,
         )
-        made, of_layers = iter(made), []
+        made, of_layers, relus = iter(made), [], []
         last = len(layers) - 1 - downsample
         for k, layer in enumerate(layers):
             z = next(made)
             statistics = (next(made), next(made)) if layer.norm.training else layer.norm_parts[:2]
-            of_layers += (z, *statistics, layer.norm_parts[2])
+            of_layers += (z, *statistics, *layer.norm_parts[2:])
             if k < last:
-                of_layers.append(next(made))
+                relus.append(next(made))
+        if first_shift:
+            del relus[:1]
         needed = ctx.needs_input_grad
         convolved = identity if downsample and (needed[1] or needed[-3]) else None
         if downsample and not (needed[1] or any(needed[-3:])):  # nothing of it is needed
-            downsample, weights, of_layers = False, weights[:-1], of_layers[:-4]
+            downsample, weights, of_layers = False, weights[:-1], of_layers[:-5]
         ctx.how = (first_shift, convolutions, factors[: 2 * len(weights) : 2], downsample, in_float, shift, shifted)
         ctx.identity_is_shifted = unread is not None
-        ctx.save_for_backward(x, convolved, out, unread_out if shifted else None, *weights, *of_layers)
+        ctx.save_for_backward(x, convolved, out, unread_out if shifted else None, *weights, *of_layers, *relus)
         ctx.set_materialize_grads(False)
         return unread_out, *for_readers(out, readers)
 
@@ -230,7 +263,7 @@ class _Block(Function):
         of_x_wanted, of_identity_wanted, _, _, *needed = ctx.needs_input_grad
         layers = len(epsilons)
         branch = layers - downsample
-        weights, saved = saved[:layers], saved[layers:]
+        weights, of_layers, relus = saved[:layers], saved[layers : 6 * layers], saved[6 * layers :]
         wanted = [of_x_wanted]
         for k in range(0, 3 * branch, 3):
             wanted += [needed[k], needed[k + 1] or needed[k + 2]]
@@ -238,24 +271,27 @@ class _Block(Function):
         # The end. What it alone needs is freed after it.
         end = 5 * (branch - 1)
         z_how = epsilons[branch - 1], bool(convolutions[8 * branch - 1])
-        z = Operand.of_kept(saved[end : end + 4], z_how, any(wanted[:-1]), wanted[-1])
+        z = Operand.of_kept(of_layers[end : end + 4], z_how, any(wanted[:-1]), wanted[-1])
         identity = Operand(wanted=of_identity_wanted)
         if downsample:
             how = epsilons[-1], bool(convolutions[-1])
-            identity = Operand.of_kept(saved[-4:], how, of_identity_wanted or needed[-3], needed[-2] or needed[-1])
+            kept = of_layers[end + 5 : end + 9]
+            identity = Operand.of_kept(kept, how, of_identity_wanted or needed[-3], needed[-2] or needed[-1])
+            del kept
         grads = grad_a, grad_b, grad_unread if shifted else None
         (of_z, *of_norm), (of_identity, *of_identity_norm), of_unread = gradients_of_end(
             *grads, out, unread_out, z, identity, shift, ctx.identity_is_shifted
         )
-        del saved[end:], out, unread_out, z, identity, grads, grad_a, grad_b, grad_unread
+        kept = of_layers[:end] + relus
+        del saved, of_layers, relus, out, unread_out, z, identity, grads, grad_a, grad_b, grad_unread
 
         of_x, *of_layers = [None] * (1 + 3 * branch)
         if of_z is not None:
-            given = x, first_shift, weights[:branch], convolutions[: 8 * branch], saved, epsilons[:branch], wanted
+            given = x, first_shift, weights[:branch], convolutions[: 8 * branch], kept, epsilons[:branch], wanted
             of_x, *of_layers = _called(_backward, of_z, *given)
             del given
         of_layers[-2:] = of_norm
-        del of_z, x, saved
+        del of_z, x, kept
         if downsample:
             of_weight = None
             if of_identity is not None:
@@ -345,11 +381,21 @@ def _plain_forward(
 
 
 def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons, wanted):
-    found = [x.new_empty(0)] * (1 + 3 * len(weights))  # not wanted
-    for k in reversed(range(len(weights))):
+    layers = len(weights)
+    found = [x.new_empty(0)] * (1 + 3 * layers)  # not wanted
+    relus = [None] * (6 * (layers - 1) - len(kept)) + kept[5 * (layers - 1) :]
+    for k in reversed(range(layers)):
         *how, _ = convolutions[8 * k : 8 * k + 8]
         before = any(wanted[: 1 + 2 * k])
-        given = kept[5 * k - 1] if k > 0 else ops.temporal_shift(x, first_shift) if first_shift else x
+        if k == 0:
+            given = ops.temporal_shift(x, first_shift) if first_shift else x
+        else:
+            z_how = epsilons[k - 1], bool(convolutions[8 * k - 1])
+            values, *parts = kept[5 * k - 5 : 5 * k]
+            z = Operand(values, Norm(*parts, *z_how), any(wanted[: 2 * k]), bool(wanted[2 * k]))
+            given = relus[k - 1]
+            if given is None:
+                given = write_new(values, z.norm, None, None, None, NO_SHIFT, False)[0]
         of_x, of_weight = _convolved_backward(grad, given, weights[k], how, before, bool(wanted[1 + 2 * k]))
         if wanted[1 + 2 * k]:
             found[1 + 3 * k] = of_weight
@@ -360,9 +406,7 @@ def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons,
                 ops.temporal_shift_backward_(of_x, first_shift)
             found[0] = of_x
             break
-        z_how = epsilons[k - 1], bool(convolutions[8 * k - 1])
-        z = Operand.of_kept(kept[5 * k - 5 : 5 * k - 1], z_how, any(wanted[: 2 * k]), bool(wanted[2 * k]))
-        grad, *of_norm = gradients_of_end(of_x, None, None, given, None, z, Operand(), NO_SHIFT, False)[0]
+        grad, *of_norm = gradients_of_relu_of_norm(of_x, z, sums_are_in_kernel(values))
         if z.summed()[1]:
             found[3 * k - 1 : 3 * k + 1] = of_norm
         if grad is None:

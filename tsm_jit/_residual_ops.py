@@ -6,8 +6,10 @@ in ``kernels/residual_shift.h``.
 
 - ``residual_shift_(out!, unread_out!, plain!, step, z, z_norm, ..., shift)`` and ``residual_shift_backward_`` write
   into tensors that they are given;
-- ``residual_shift`` and ``residual_shift_backward`` make these tensors;
+- ``residual_shift`` and ``residual_shift_backward`` make these tensors; the overload ``.again`` of the first is for a
+  backward: of the same call in the forward, compilers keep the result;
 - ``residual_end_backward`` makes of the latter the gradients of values and norms;
+- ``relu_of_norm_backward`` makes those of ``relu(norm(z))``, for which it does not read what the ReLU made;
 - ``channel_statistics_`` are those of a batch normalization;
 - ``residual_pool`` is what a ResNet begins with, ``max_pool2d(relu(norm(z)), 3, 2, 1)``, in the forms of x.
 
@@ -44,7 +46,9 @@ for _schema in (
     "residual_pool(Tensor z, Tensor[] z_norm, float z_epsilon, str shift, bool plain, bool shifted) "
     "-> (Tensor, Tensor, Tensor)",
     f"residual_shift({_NORMS}, bool shifted) -> (Tensor, Tensor)",
-    "residual_shift_backward_(Tensor(a!) grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_unread_in, "
+    f"residual_shift.again({_NORMS}, bool shifted) -> (Tensor, Tensor)",
+    "relu_of_norm_backward(Tensor grad, Tensor z, Tensor[] norm, float epsilon, int[] how) -> (Tensor, Tensor, Tensor)",
+    "residual_shift_backward_(Tensor(a!)? grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_unread_in, "
     f"Tensor(d!)? norm_gradients, {_GRADS}, {_NORMED}, str shift) -> ()",
     "channel_statistics_(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) batches, "
     "float momentum) -> (Tensor, Tensor)",
@@ -60,6 +64,7 @@ _write = torch.ops.tsm_jit.residual_shift_.default._op
 _pool = torch.ops.tsm_jit.residual_pool.default._op
 _statistics = torch.ops.tsm_jit.channel_statistics_.default._op
 _end_backward = torch.ops.tsm_jit.residual_end_backward.default._op
+_relu_backward = torch.ops.tsm_jit.relu_of_norm_backward.default._op
 
 
 class Norm(NamedTuple):
@@ -234,6 +239,11 @@ def batch_statistics(
     return statistics(x, running_mean, running_var, batches, momentum)
 
 
+def relu_of_norm(z: Tensor, norm: Norm) -> Tensor:
+    """``relu(norm(z))`` of the activations ``z`` ``[N*T, C, H, W]``, differentiable once; it is not kept for that."""
+    return _ReluOfNorm.apply(_alike(z, None, None)[0], *norm[:4], norm[4:])
+
+
 def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
     """``relu(norm(z))``, written into the activations ``z`` ``[N*T, C, H, W]``; where nothing is recorded."""
     _written(z, None, None, 1, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
@@ -267,6 +277,28 @@ class _EndOfBlock(Function):
         )
         of_norms = (None, None, *of_z[1:], None, None, *of_identity[1:])
         return of_z[0], of_identity[0], of_unread, *of_norms, None, None
+
+
+class _ReluOfNorm(Function):
+    @staticmethod
+    def forward(ctx, z, *norm):
+        *parts, how = norm
+        ctx.how = how
+        # Asked here: where a backward asks how a tensor lies in memory, compilers make its gradients contiguous.
+        ctx.in_kernel = sums_are_in_kernel(z)
+        ctx.save_for_backward(z, *parts)
+        return write_new(z, Norm(*parts, *how), None, None, None, NO_SHIFT, False)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        z, *parts = ctx.saved_tensors
+        if ctx.in_kernel:  # hooks that keep tensors elsewhere may lose their strides
+            z = z.contiguous(memory_format=torch.channels_last)
+        needed = ctx.needs_input_grad
+        of_z = Operand(z, Norm(*parts, *ctx.how), needed[0], any(needed[3:5]))
+        of_values, *of_norm = gradients_of_relu_of_norm(grad, of_z, ctx.in_kernel)
+        return of_values, None, None, *of_norm, None
 
 
 def for_readers(out: Tensor, readers: int) -> list[Tensor]:
@@ -336,6 +368,16 @@ def gradients_of_end(
     else:
         found = operator(*grads, *z.flat(), *identity.flat(), shift, identity_is_shifted)
     return found[:3], found[3:6], found[6]
+
+
+def gradients_of_relu_of_norm(grad: Tensor, z: Operand, in_kernel: bool) -> tuple[Tensor | None, ...]:
+    """Those of ``z``, given that of ``relu(norm(z))``: of the values, and of the norm's weight and bias."""
+    operator = _relu_backward if in_kernel else _plain_relu_backward
+    if in_kernel and is_compiling():  # as above: rows of one tensor, which are to be aligned
+        aligned = z.values.shape[1] % 4 == 0
+        operator = torch.ops.tsm_jit.relu_of_norm_backward.default if aligned else _plain_relu_backward
+    _, norm, epsilon, how = z.flat()
+    return operator(grad, z.values, [*norm, z.norm.bias], epsilon, how)
 
 
 def _plain_gradients_of_end(
@@ -539,13 +581,15 @@ def _plain_write_gradients(
 ) -> None:
     shift = decoded(shift)
     given = [each for each in (grad_a, grad_b) if each is not None]
-    grad.copy_(reference.residual_shift_backward(given, grad_unread, out, unread_out, shift))
+    masked = reference.residual_shift_backward(given, grad_unread, out, unread_out, shift)
+    if grad is not None:
+        grad.copy_(masked)
     if grad_shifted is not None:
         without_padding = shift if shift.padding == "circular" else shift._replace(padding="zeros")
-        grad_shifted.copy_(reference.temporal_shift(grad, without_padding))
-        grad_unread_in.copy_(reference.unread_frames(grad, shift))
+        grad_shifted.copy_(reference.temporal_shift(masked, without_padding))
+        grad_unread_in.copy_(reference.unread_frames(masked, shift))
     if norm_gradients is not None:
-        made = _norm_gradients(grad, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon)
+        made = _norm_gradients(masked, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon)
         norm_gradients.copy_(made)
 
 
@@ -553,6 +597,13 @@ def _plain_end_backward(grad_a, grad_b, grad_unread, out, unread_out, *given):
     *operands, shift, shifted = given
     z, identity = Operand.of_flat(*operands[:4]), Operand.of_flat(*operands[4:])
     return _plain_gradients_of_end(grad_a, grad_b, grad_unread, out, unread_out, z, identity, shift, shifted)
+
+
+def _plain_relu_backward(grad, z, norm, epsilon, how):
+    norm = Norm(*norm, epsilon, bool(how[0]))
+    x, _ = torch.ops.tsm_jit.residual_shift.again(z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, False)
+    of_z = Operand(z, norm, *map(bool, how[1:]))
+    return _plain_gradients_of_end(grad, None, None, x, None, of_z, Operand(), NO_SHIFT, False)[:3]
 
 
 def _like_new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
@@ -593,6 +644,12 @@ def _like_new_end_gradients(grad_a, grad_b, grad_unread, out, unread_out, *given
     return *found, _new_unread(out, shift) if shifted else None
 
 
+def _like_new_relu_gradients(grad, z, norm, epsilon, how):
+    of_batch, wanted, norm_wanted = how
+    of_norm = (torch.empty_like(norm[0]) if of_batch or norm_wanted else None for _ in range(2))
+    return torch.empty_like(z) if wanted else None, *of_norm
+
+
 def _plain_new(*given):
     *parts, shift, shifted = given
     out, unread_out = _like_new(*given)
@@ -618,6 +675,8 @@ for _operator, _compute, _fake in (
         lambda x, mean, variance, *_: (torch.empty_like(mean), torch.empty_like(variance)),
     ),
     (_schemas.residual_shift.default, _plain_new, _like_new),
+    (_schemas.residual_shift.again, _plain_new, _like_new),
+    (_schemas.relu_of_norm_backward.default, _plain_relu_backward, _like_new_relu_gradients),
     (_schemas.residual_pool.default, _plain_pool, _like_new_pool),
     (_schemas.residual_shift_backward.default, _plain_new_gradients, _like_new_gradients),
     (_schemas.residual_end_backward.default, _plain_end_backward, _like_new_end_gradients),

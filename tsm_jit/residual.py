@@ -42,6 +42,7 @@ from tsm_jit._residual_ops import (
     end_of_block,
     pixels_are_known,
     pool_of_relu_of_norm,
+    relu_of_norm,
     relu_of_norm_,
     sums_are_in_kernel,
     wide,
@@ -249,11 +250,7 @@ def _run_stem(
         x = pool(relu(norm(z)))
     elif torch.is_grad_enabled():
         normed = None if is_compiling() else _norm(norm, z)  # compilers make one pass of them and of the pooling
-        if normed is None:
-            x = relu(norm(z))
-        else:
-            (x,), _ = end_of_block(z, normed, None, None, None, NO_SHIFT, False, readers=1)
-        x = pool(x)
+        x = pool(relu(norm(z)) if normed is None else relu_of_norm(z, normed))
     elif not _is_pool(pool) or (normed := _norm(norm, z)) is None:
         x = pool(relu(norm(z)))
     else:

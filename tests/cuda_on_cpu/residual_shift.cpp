@@ -78,7 +78,8 @@ class Case {
 
   bool is_right() {
     return told("forward", forward()) && told("backward", backward()) &&
-           (r_.inner != 1 || (told("pool", pool()) && told("statistics", statistics())));
+           (r_.inner != 1 || (told("pool", pool()) && told("statistics", statistics()) &&
+                              told("backward of a ReLU", backward_of_relu())));
   }
 
  private:
@@ -248,23 +249,32 @@ class Case {
     b.slices = static_cast<int32_t>(between(1, 6));
     const Tensor new_grads[] = {activations(), to_shifted ? activations() : Tensor{}, to_shifted ? unread() : Tensor{}};
 
+    bool plain = true;
     const auto outputs = [&](int poison, auto kernel) {
       std::vector<Tensor> out;
       for (const Tensor& grad : new_grads) out.push_back(poisoned(grad, poison));
-      b.grad = out[0].data();
+      b.grad = plain ? out[0].data() : nullptr;
       b.grad_shifted = out[1].data();
       b.grad_unread_in = out[2].data();
       kernel();
       return out;
     };
-    auto expected = outputs(kCpuPoison, [&] { residual_backward_cpu(r_, b, 0, r_.shift.clips * r_.shift.frames); });
+    const auto on_cpu = [&] { residual_backward_cpu(r_, b, 0, r_.shift.clips * r_.shift.frames); };
+    auto expected = outputs(kCpuPoison, on_cpu);
     const std::vector<Tensor> old = in;
     const std::vector<Wide> old_means[] = {means[0], means[1]};
     std::vector<Wide> slices(sums ? b.slices * (1 + kNorms) * channels_ : 0, Wide{12345678});
     b.sums = sums ? slices.data() : nullptr;
     const char* error = nullptr;
-    const auto actual = outputs(kCudaPoison, [&] { error = residual_backward_cuda(r_, b, nullptr); });
+    const auto on_cuda = [&] { error = residual_backward_cuda(r_, b, nullptr); };
+    const auto actual = outputs(kCudaPoison, on_cuda);
     bool right = error == nullptr && actual == expected && means[0] == old_means[0] && means[1] == old_means[1];
+    if (to_shifted) {  // in shifted form alone
+      plain = false;
+      for (const auto& out : {outputs(kCpuPoison, on_cpu), outputs(kCudaPoison, on_cuda)}) {
+        right &= error == nullptr && out[1] == expected[1] && out[2] == expected[2];
+      }
+    }
     for (int i = 0; i < kInputs; ++i) right &= in[i].has_bytes_of(old[i]);
 
     for (int32_t sum = 0; sums && sum < 1 + kNorms; ++sum) {
@@ -281,6 +291,73 @@ class Case {
       }
     }
     return right && (!sums || norm_gradients(r_.type, slices, b.slices));
+  }
+
+  bool backward_of_relu() {
+    ReluOfNormBackward b{};
+    const bool special = one_in(4), adds = !one_in(3), in_place = one_in(2);
+    Tensor grad = numbers(activations(), true, special), z = numbers(activations(), true, special);
+    std::vector<Wide> zeros(channels_), parts[6];  // mean, variance, weight and bias, and the last two of `beside`
+    for (std::vector<Wide>& part : parts) {
+      for (int64_t c = 0; c < channels_; ++c) part.push_back(&part == &parts[1] ? std::abs(any()) : any());
+    }
+    for (Wide& mean : parts[0]) mean = static_cast<Wide>(between(-kLargest, kLargest));
+    const auto norm = [&](const std::vector<Wide>& mean, const std::vector<Wide>& weight,
+                          const std::vector<Wide>& bias) {
+      return Norm{mean.data(), parts[1].data(), weight.data(), bias.data(), sizeof(Wide) == sizeof(float), 1e-5};
+    };
+    b.norm = norm(parts[0], parts[2], parts[3]);
+    if (adds) b.beside = norm(parts[0], parts[4], parts[5]);
+
+    // The ReLU, what it masks, and of that and z the sum that ends a block.
+    const int64_t frames = r_.shift.clips * r_.shift.frames;
+    Tensor relu = activations(), masked = grad, expected = activations();
+    ResidualForward f{};
+    f.z = z.data();
+    f.z_norm = b.norm;
+    f.relu = true;
+    f.out = relu.data();
+    residual_forward_cpu(r_, f, 0, frames);
+    const int64_t count = rows() * channels_;
+    for (int64_t at = 0; at < count; ++at) {
+      if (Element::widen(relu.data()[at]) <= 0) masked.data()[at] = Stored{};
+    }
+    f = {};
+    f.z = adds ? z.data() : masked.data();
+    f.z_norm = adds ? b.beside : norm(zeros, parts[2], zeros);
+    if (adds) {
+      f.identity = masked.data();
+      f.identity_norm = norm(zeros, parts[2], zeros);
+    }
+    f.out = expected.data();
+    residual_forward_cpu(r_, f, 0, frames);
+
+    const Tensor old_grad = grad, old_z = z;
+    const std::vector<std::vector<Wide>> old_parts(parts, parts + 6);
+    b.slices = static_cast<int32_t>(between(1, 6));
+    std::vector<Wide> slices(b.slices * (1 + kNorms) * channels_, Wide{12345678});
+    b.grad = grad.data();
+    b.z = z.data();
+    b.sums = slices.data();
+    bool right = relu_of_norm_sums_cuda(r_, b, nullptr) == nullptr && grad.has_bytes_of(old_grad);
+    for (int64_t c = 0; right && c < channels_; ++c) {
+      double made[2] = {}, total[2] = {};
+      for (int64_t slice = 0; slice < b.slices; ++slice) {
+        for (int64_t k = 0; k < 2; ++k) made[k] += slices[(slice * (1 + kNorms) + k) * channels_ + c];
+      }
+      for (int64_t at = c; at < count; at += channels_) {
+        const double of = Element::widen(masked.data()[at]);
+        total[0] += of;
+        total[1] += of * (Element::widen(z.data()[at]) - parts[0][c]);
+      }
+      right = same(made[0], total[0]) && same(made[1], total[1]);
+    }
+    Tensor out = in_place ? grad : poisoned(activations(), kCudaPoison);
+    if (in_place) b.grad = out.data();
+    b.out = out.data();
+    right = right && relu_of_norm_backward_cuda(r_, b, nullptr) == nullptr && out == expected;
+    return right && grad.has_bytes_of(old_grad) && z.has_bytes_of(old_z) &&
+           std::equal(old_parts.begin(), old_parts.end(), parts);
   }
 
   bool norm_gradients(Sum type, const std::vector<Wide>& sums, int32_t slices) {

@@ -64,6 +64,11 @@ const char* residual(Sum type, int64_t unit, int32_t norms) {
   b.out = b.grad = address(unit);
   for (int32_t n = 0; n < norms; ++n) b.normed[n] = address(unit);
   if (const char* error = residual_backward_cuda(r, b, kStream)) return error;
+  ReluOfNormBackward relu{};
+  relu.grad = relu.z = relu.out = address(unit);
+  relu.slices = 2;
+  if (const char* error = relu_of_norm_sums_cuda(r, relu, kStream)) return error;
+  if (const char* error = relu_of_norm_backward_cuda(r, relu, kStream)) return error;
   ChannelStatistics c{};
   c.x = address(unit);
   c.slices = 2;
