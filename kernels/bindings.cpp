@@ -846,8 +846,9 @@ Tensor row(const Tensor& rows, int64_t k) {
   return Tensor(out);
 }
 
-// The gradient of an operand's values, of which `made` has that of their norm. `zero` is a row of zeros, `beside` weight
-// and bias of the norm that the gradient has beside; see NormGradients. `overwrite` allows to write it into `made.grad`.
+// The gradient of an operand's values, of which `made` has that of their norm. `zero` is a row of zeros, `beside`
+// weight and bias of the norm that the gradient has beside; see NormGradients. `overwrite` allows to write it into
+// `made.grad`.
 Tensor through_norm(const Made& made, const Operand& x, const void* zero, const void* beside, bool overwrite,
                     const std::string& shift) {
   const Tensor& grad = made.grad ? *made.grad : *made.grad_shifted;
@@ -924,7 +925,7 @@ std::tuple<Gradients, Gradients, Tensor> gradients_of_end(const Optional& grad_a
   return {found[0], found[1], made.grad_unread_in.value_or(Tensor())};
 }
 
-// Those of z, given that of relu(norm(z)), a norm with its bias. `overwrite` allows to write that of the values into it.
+// Those of z, given that of relu(norm(z)), a norm with its bias. `overwrite` allows to write into what is given.
 Gradients gradients_of_relu(const Tensor& given, const Operand& z, bool overwrite) {
   const Tensor& values = *z.values;
   const int64_t channels = values.size(1);
@@ -1095,8 +1096,8 @@ std::vector<Tensor> residual_block_backward(const Tensor& of_last, const Tensor&
     const Tensor* const layer = &kept[5 * (k - 1)];
     if (layers - k <= relus) return kept[kept.size() - (layers - k)];
     const std::vector<Tensor> norm{layer + 1, layer + 5};
-    return std::get<0>(new_residual_shift(*layer, norm, epsilons[k - 1], std::nullopt, {}, 0, std::nullopt, kNoShift,
-                                          false));
+    return std::get<0>(
+        new_residual_shift(*layer, norm, epsilons[k - 1], std::nullopt, {}, 0, std::nullopt, kNoShift, false));
   };
   std::vector<Tensor> found(1 + 3 * layers);
   Tensor of_z = of_last;

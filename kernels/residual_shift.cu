@@ -213,20 +213,18 @@ int32_t statistics_slices(const Residual& r) { return slices(r, kBlocksOfStatist
 
 const char* relu_of_norm_sums_cuda(const Residual& r, const ReluOfNormBackward& b, void* stream) {
   const Norm& norm = b.norm;
-  return with_kernels<OfRelu>(r, {b.slices, 0, false, false}, {b.grad, b.z}, sizeof(float),
-                              {norm.mean, norm.variance, norm.weight, norm.bias}, [&](const Launch& on, auto kernels) {
-                                return launch(kernels.sums(), on.grid, on.block, 0, stream, on.args, b);
-                              });
+  return with_kernels<OfRelu>(
+      r, {b.slices, 0, false, false}, {b.grad, b.z}, sizeof(float), {norm.mean, norm.variance, norm.weight, norm.bias},
+      [&](const Launch& on, auto kernels) { return launch(kernels.sums(), on.grid, on.block, 0, stream, on.args, b); });
 }
 
 const char* relu_of_norm_backward_cuda(const Residual& r, const ReluOfNormBackward& b, void* stream) {
   const Norm& norm = b.norm;
-  return with_kernels<OfRelu>(
-      r, {0, kBlocksOfBackward, false, false}, {b.grad, b.z, b.out}, sizeof(float),
-      {norm.mean, norm.variance, norm.weight, norm.bias, b.beside.weight, b.beside.bias},
-      [&](const Launch& on, auto kernels) {
-        return launch(kernels.backward(), on.grid, on.block, 0, stream, on.args, b);
-      });
+  return with_kernels<OfRelu>(r, {0, kBlocksOfBackward, false, false}, {b.grad, b.z, b.out}, sizeof(float),
+                              {norm.mean, norm.variance, norm.weight, norm.bias, b.beside.weight, b.beside.bias},
+                              [&](const Launch& on, auto kernels) {
+                                return launch(kernels.backward(), on.grid, on.block, 0, stream, on.args, b);
+                              });
 }
 
 const char* channel_statistics_cuda(const Residual& r, const ChannelStatistics& c, void* stream) {

@@ -241,8 +241,8 @@ struct ChannelSums {
   using Wide = typename Element::Wide;
   Wide of[kSums][kLanes] = {};
 
-  // Into [slices, rows, channels], of which each block of a column of the grid writes a slice: all its threads, each for
-  // some channels.
+  // Into [slices, rows, channels], of which each block of a column of the grid writes a slice: all its threads, each
+  // for some channels.
   __device__ void store(const ResidualArgs& a, void* slices, int32_t rows) const {
     __shared__ Wide shared[kResidualThreads * kLanes];  // [rows of threads, channels of the block]
     const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x, width = blockDim.x * kLanes;
