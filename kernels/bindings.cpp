@@ -928,6 +928,7 @@ std::tuple<Gradients, Gradients, Tensor> gradients_of_end(const Optional& grad_a
 // Those of z, given that of relu(norm(z)), a norm with its bias. `overwrite` allows to write into what is given.
 Gradients gradients_of_relu(const Tensor& given, const Operand& z, bool overwrite) {
   const Tensor& values = *z.values;
+  if (values.numel() == 0) fail("z must have values, to be differentiated");
   const int64_t channels = values.size(1);
   const Optional grad = in_format_of(values, given);
   ResidualWork work;
@@ -997,7 +998,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_end_
 std::tuple<Tensor, Tensor, Tensor> relu_of_norm_backward(const Tensor& grad, const Tensor& z,
                                                          const std::vector<Tensor>& norm, double epsilon,
                                                          const std::vector<int64_t>& how) {
-  if (z.numel() == 0) fail("z must have values, to be differentiated");
   const auto [values, weight, bias] = gradients_of_relu(grad, operand_of(z, norm, epsilon, how), false);
   return {values, weight, bias};
 }
@@ -1091,9 +1091,11 @@ std::vector<Tensor> residual_block_backward(const Tensor& of_last, const Tensor&
   const auto any_before = [&](size_t end) {
     return std::any_of(wanted.begin(), wanted.begin() + end, [](int64_t each) { return each != 0; });
   };
-  const auto given_to = [&](size_t k) -> Tensor {
-    if (k == 0) return first_shift.empty() ? given : out_of_place<false>(given, first_shift);
+  const auto given_to = [&](size_t k, bool weight_wanted) -> Tensor {
+    const bool shifts = !first_shift.empty() && weight_wanted;  // or else nobody reads its values
+    if (k == 0) return shifts ? out_of_place<false>(given, first_shift) : given;
     const Tensor* const layer = &kept[5 * (k - 1)];
+    if (!weight_wanted) return *layer;
     if (layers - k <= relus) return kept[kept.size() - (layers - k)];
     const std::vector<Tensor> norm{layer + 1, layer + 5};
     return std::get<0>(
@@ -1105,7 +1107,8 @@ std::vector<Tensor> residual_block_backward(const Tensor& of_last, const Tensor&
     const int64_t* const how = &convolutions[kConvolution * k];
     const bool before = any_before(1 + 2 * k), weight_wanted = wanted[1 + 2 * k] != 0;
     Tensor of_x;
-    std::tie(of_x, found[1 + 3 * k]) = convolved_backward(of_z, given_to(k), weights[k], how, before, weight_wanted);
+    std::tie(of_x, found[1 + 3 * k]) =
+        convolved_backward(of_z, given_to(k, weight_wanted), weights[k], how, before, weight_wanted);
     if (!before) break;
     if (k == 0) {
       if (!first_shift.empty()) in_place<true>(of_x, first_shift);

@@ -37,7 +37,7 @@ struct ResidualForward {
   const void* z;
   Norm z_norm;
   const void* identity;  // may be null: nothing is added, and nothing shifted
-  Norm identity_norm;    // of a plain identity
+  Norm identity_norm;    // by channel, so in either form
   const void* unread;
   void* out;  // may be `identity` in the same form, or `z`: see shifts_z_in_place
   void* unread_out;
@@ -78,8 +78,8 @@ struct ResidualBackward {
   const void* mean[kNorms];
 };
 
-// The gradient of z, given that of relu(norm(z)). What the ReLU made is neither read nor kept: norm(z), computed again,
-// tells where it was 0. First come the sums, and out of them `beside`.
+// The gradient of z, given that of relu(norm(z)). What the ReLU made is not read: norm(z), computed again, tells where
+// it was 0. First come the sums, and out of them `beside`.
 struct ReluOfNormBackward {
   const void *grad, *z;
   Norm norm;

@@ -656,6 +656,26 @@ def test_frozen_statistics_in_training(device, merged):
     assert_same_step(net, fused, x)
 
 
+@pytest.mark.parametrize("merged", [True], indirect=True)
+def test_running_statistics_may_change_before_the_backward(device, merged):
+    """As where a step has a forward in eval mode, then one in training. PyTorch's own norms take the new ones."""
+    _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    parameters = list(fused.parameters())
+    expected = torch.autograd.grad(fused.eval()(x).sum(), parameters)
+    scores = fused(x).sum()
+    fused.train()(x)
+    for ours, before in zip(torch.autograd.grad(scores, parameters), expected, strict=True):
+        assert (ours - before).norm() <= 1e-9 * before.norm() + 1e-12
+
+
+def test_of_nothing_no_block_is_differentiated(cuda):
+    x = torch.empty(0, 8, 1, 1, device=cuda).contiguous(memory_format=torch.channels_last)
+    weights, norm = [torch.randn(8, 8, 1, 1, device=cuda)] * 2, random_norm(8, torch.float32, cuda)
+    convolutions, kept = [1, 1, 0, 0, 1, 1, 1, 1] * 2, [x, *norm, x]
+    with pytest.raises(RuntimeError, match="z must have values, to be differentiated"):
+        _residual_block._backward(x, x, "", weights, convolutions, kept, [1e-5] * 2, [1] * 5)
+
+
 def test_frozen_weights(device, merged):
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     for each in (net, fused):
@@ -872,11 +892,11 @@ def test_one_graph_of_blocks_in_parts(device, merged, training):
     ops, blocks = torch.ops.tsm_jit, 9
     assert forward[ops.cast.default] == backward[ops.cast.default] == blocks - 2
     assert forward[ops.residual_shift.default] == 3 * blocks
-    assert forward[ops.temporal_shift.kernel] == backward[ops.temporal_shift.again] == 4  # at the start of each stage
+    assert forward[ops.temporal_shift.kernel] == 4  # at the start of each stage
+    assert backward[ops.temporal_shift.again] == 3  # for weights that are not frozen
     assert forward[torch.ops.aten._native_batch_norm_legit_functional.default] == training  # before the first block
-    assert backward[ops.residual_shift.again] >= 4
     if device.type == "cuda":
-        assert backward[ops.residual_shift.again] == 4
+        assert backward[ops.residual_shift.again] == 3
         assert backward[ops.residual_end_backward.default] == blocks
         assert backward[ops.relu_of_norm_backward.default] == 2 * blocks
 

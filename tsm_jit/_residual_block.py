@@ -10,8 +10,8 @@ Python puts together, which is why its parts are operators:
   of ``downsample`` is differentiated after them;
 - ``cast``, under autocast: all weights of a block by one launch, and their gradients by another.
 
-And a norm with its ReLU is one pass here, as the end of a block is; backward, what the ReLU made is not read. Compilers
-are given the parts.
+And a norm with its ReLU is one pass here, as the end of a block is; backward, its sign is computed again, and not read.
+Compilers are given the parts.
 """
 
 from __future__ import annotations
@@ -177,9 +177,10 @@ class _ConvolutionOfShift(Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         shift, how = ctx.how
-        shifted = torch.ops.tsm_jit.temporal_shift.again(x, shift)
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        of_x, of_weight = _convolved_backward(grad, shifted, weight, how, *wanted)
+        if wanted[1]:  # or else nobody reads its values
+            x = torch.ops.tsm_jit.temporal_shift.again(x, shift)
+        of_x, of_weight = _convolved_backward(grad, x, weight, how, *wanted)
         if of_x is not None:
             torch.ops.tsm_jit.temporal_shift_backward_.default(of_x, shift)
         return of_x, None, of_weight, None
@@ -197,9 +198,10 @@ class _ConvolutionOfRelu(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight, z, *norm = ctx.saved_tensors
+        weight, x, *norm = ctx.saved_tensors
         how, epsilon = ctx.how
-        x, _ = torch.ops.tsm_jit.residual_shift.again(z, norm, epsilon, None, [], 0.0, None, NO_SHIFT, False)
+        if ctx.needs_input_grad[1]:  # or else nobody reads its values
+            x, _ = torch.ops.tsm_jit.residual_shift.again(x, norm, epsilon, None, [], 0.0, None, NO_SHIFT, False)
         gradients = _convolved_backward(grad, x, weight, how, *ctx.needs_input_grad[:2])
         return *gradients, *[None] * (len(ctx.needs_input_grad) - 2)
 
@@ -236,9 +238,12 @@ class _Block(Function):
         )
         made, of_layers, relus = iter(made), [], []
         last = len(layers) - 1 - downsample
+        running = [part for layer in layers if not layer.norm.training for part in layer.norm_parts[:2]]
+        running = iter(_cast(running, running[0].dtype) if running else ())  # which may change before the backward
         for k, layer in enumerate(layers):
             z = next(made)
-            statistics = (next(made), next(made)) if layer.norm.training else layer.norm_parts[:2]
+            source = made if layer.norm.training else running
+            statistics = next(source), next(source)
             of_layers += (z, *statistics, *layer.norm_parts[2:])
             if k < last:
                 relus.append(next(made))
@@ -387,17 +392,19 @@ def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons,
     for k in reversed(range(layers)):
         *how, _ = convolutions[8 * k : 8 * k + 8]
         before = any(wanted[: 1 + 2 * k])
+        weight_wanted = bool(wanted[1 + 2 * k])  # or else nobody reads the values of what is given
         if k == 0:
-            given = ops.temporal_shift(x, first_shift) if first_shift else x
+            given = ops.temporal_shift(x, first_shift) if first_shift and weight_wanted else x
         else:
             z_how = epsilons[k - 1], bool(convolutions[8 * k - 1])
-            values, *parts = kept[5 * k - 5 : 5 * k]
-            z = Operand(values, Norm(*parts, *z_how), any(wanted[: 2 * k]), bool(wanted[2 * k]))
-            given = relus[k - 1]
-            if given is None:
-                given = write_new(values, z.norm, None, None, None, NO_SHIFT, False)[0]
-        of_x, of_weight = _convolved_backward(grad, given, weights[k], how, before, bool(wanted[1 + 2 * k]))
-        if wanted[1 + 2 * k]:
+            given, *parts = kept[5 * k - 5 : 5 * k]
+            z = Operand(given, Norm(*parts, *z_how), any(wanted[: 2 * k]), bool(wanted[2 * k]))
+            if weight_wanted:
+                given = relus[k - 1]
+                if given is None:
+                    given = write_new(z.values, z.norm, None, None, None, NO_SHIFT, False)[0]
+        of_x, of_weight = _convolved_backward(grad, given, weights[k], how, before, weight_wanted)
+        if weight_wanted:
             found[1 + 3 * k] = of_weight
         if not before:
             break
@@ -406,7 +413,7 @@ def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons,
                 ops.temporal_shift_backward_(of_x, first_shift)
             found[0] = of_x
             break
-        grad, *of_norm = gradients_of_relu_of_norm(of_x, z, sums_are_in_kernel(values))
+        grad, *of_norm = gradients_of_relu_of_norm(of_x, z, sums_are_in_kernel(z.values))
         if z.summed()[1]:
             found[3 * k - 1 : 3 * k + 1] = of_norm
         if grad is None:

@@ -9,7 +9,7 @@ in ``kernels/residual_shift.h``.
 - ``residual_shift`` and ``residual_shift_backward`` make these tensors; the overload ``.again`` of the first is for a
   backward: of the same call in the forward, compilers keep the result;
 - ``residual_end_backward`` makes of the latter the gradients of values and norms;
-- ``relu_of_norm_backward`` makes those of ``relu(norm(z))``, for which it does not read what the ReLU made;
+- ``relu_of_norm_backward`` makes those of ``relu(norm(z))``, whose sign it computes again instead of reading it;
 - ``channel_statistics_`` are those of a batch normalization;
 - ``residual_pool`` is what a ResNet begins with, ``max_pool2d(relu(norm(z)), 3, 2, 1)``, in the forms of x.
 
@@ -286,7 +286,10 @@ class _ReluOfNorm(Function):
         ctx.how = how
         # Asked here: where a backward asks how a tensor lies in memory, compilers make its gradients contiguous.
         ctx.in_kernel = sums_are_in_kernel(z)
-        ctx.save_for_backward(z, *parts)
+        kept = parts
+        if not how[1] and not is_compiling():  # running statistics, which may change before the backward
+            kept = [each.clone() for each in parts[:2]] + parts[2:]
+        ctx.save_for_backward(z, *kept)
         return write_new(z, Norm(*parts, *how), None, None, None, NO_SHIFT, False)[0]
 
     @staticmethod
