@@ -853,13 +853,10 @@ Tensor through_norm(const Made& made, const Operand& x, const void* zero, const 
                     const std::string& shift) {
   const Tensor& grad = made.grad ? *made.grad : *made.grad_shifted;
   const Optional values = x.of_batch ? in_format_of(grad, x.values) : std::nullopt;
+  const Optional unread = made.grad ? std::nullopt : made.grad_unread_in;
   Tensor out = overwrite && made.grad ? grad : new_like(grad);
   ResidualWork work;
-  if (made.grad) {
-    describe_residual(grad, kNoShift, {&values}, {}, work);
-  } else {
-    describe_residual(grad, shift, {&values}, {&made.grad_unread_in}, work);
-  }
+  describe_residual(grad, made.grad ? kNoShift : shift, {&values}, {&unread}, work);
   const bool in_float = work.residual.type != Sum::float64;
   const void *mean = x.norm[0].const_data_ptr(), *variance = x.norm[1].const_data_ptr();
   const tsm_jit::Norm grad_norm{zero, variance, x.norm[2].const_data_ptr(), zero, in_float, x.epsilon};
@@ -870,8 +867,8 @@ Tensor through_norm(const Made& made, const Operand& x, const void* zero, const 
     f.z_norm = {mean, variance, beside, bias, in_float, x.epsilon};
     f.identity = grad.const_data_ptr();
     f.identity_norm = grad_norm;
-    f.identity_is_shifted = !made.grad;
-    if (f.identity_is_shifted) f.unread = data(made.grad_unread_in);
+    f.identity_is_shifted = unread.has_value();
+    f.unread = data(unread);
   } else {
     f.z = grad.const_data_ptr();
     f.z_norm = grad_norm;

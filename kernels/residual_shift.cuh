@@ -511,14 +511,29 @@ struct ReluOfNorm {
   __device__ ReluOfNorm(const ResidualArgs& a, const Norm& norm, const Channels<kLanes>& channels) {
     read_norm<Element>(a, norm, channels, scale, bias);
   }
-  // Where the ReLU, computed and rounded as by EndOfBlock, is not 0. NaN stays.
-  __device__ void mask(const Values& grad, const Values& z, Wide (&masked)[kLanes]) const {
-    Wide x[kLanes];
+  // Calls visit(line of `out`, place in it, z, masked) for all units of z. Masked is the gradient where the ReLU,
+  // computed and rounded as by EndOfBlock, is not 0. NaN stays.
+  template <class Visit>
+  __device__ void for_each(const Unit<Values>& unit, const ReluOfNormBackward& b, Visit visit) const {
+    unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+      const int32_t s = frames.begin, row = first + threadIdx.y;
+      const auto grad = unit.plain(b.grad, clip, s, row), z = unit.plain(b.z, clip, s, row);
+      const auto out = unit.plain(b.out, clip, s, row);
+      Values of_grad[kRowsOfThread], of_z[kRowsOfThread];
+      for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
+        of_grad[k] = grad.load(k);
+        of_z[k] = z.load(k);
+      });
+      for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
+        Wide x[kLanes];
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) x[lane] = z[lane] * scale[lane] + bias[lane];
-    const Values rounded = Values::of(x);
+        for (int lane = 0; lane < kLanes; ++lane) x[lane] = of_z[k][lane] * scale[lane] + bias[lane];
+        const Values rounded = Values::of(x);
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) masked[lane] = rounded[lane] <= 0 ? 0 : grad[lane];
+        for (int lane = 0; lane < kLanes; ++lane) x[lane] = rounded[lane] <= 0 ? 0 : of_grad[k][lane];
+        visit(out, k, of_z[k], x);
+      });
+    });
   }
 };
 
@@ -535,23 +550,12 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
     const ReluOfNorm<Element, kLanes> relu(a, b.norm, channels);
     Wide mean[kLanes];
     channels.template read<Native<Wide>>(a, b.norm.mean, mean);
-    unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
-      const int32_t s = frames.begin, row = first + threadIdx.y;
-      const auto grad = unit.plain(b.grad, clip, s, row), z = unit.plain(b.z, clip, s, row);
-      Values of_grad[kRowsOfThread], of_z[kRowsOfThread];
-      for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
-        of_grad[k] = grad.load(k);
-        of_z[k] = z.load(k);
-      });
-      for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
-        Wide masked[kLanes];
-        relu.mask(of_grad[k], of_z[k], masked);
+    relu.for_each(unit, b, [&](const Line<Values>&, int, const Values& z, const Wide(&masked)[kLanes]) {
 #pragma unroll
-        for (int lane = 0; lane < kLanes; ++lane) {
-          sums.of[0][lane] += masked[lane];
-          sums.of[1][lane] += masked[lane] * (of_z[k][lane] - mean[lane]);
-        }
-      });
+      for (int lane = 0; lane < kLanes; ++lane) {
+        sums.of[0][lane] += masked[lane];
+        sums.of[1][lane] += masked[lane] * (z[lane] - mean[lane]);
+      }
     });
   }
   sums.store(a, b.sums, 1 + kNorms);
@@ -569,25 +573,14 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
   Wide beside[kLanes] = {}, bias[kLanes] = {};
   const bool adds = b.beside.mean != nullptr;
   if (adds) read_norm<Element>(a, b.beside, channels, beside, bias);
-  unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
-    const int32_t s = frames.begin, row = first + threadIdx.y;
-    const auto grad = unit.plain(b.grad, clip, s, row), z = unit.plain(b.z, clip, s, row);
-    const auto out = unit.plain(b.out, clip, s, row);
-    Values of_grad[kRowsOfThread], of_z[kRowsOfThread];
-    for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
-      of_grad[k] = grad.load(k);
-      of_z[k] = z.load(k);
-    });
-    for_each_of<kRowsOfThread>(row, blockDim.y, last, [&](int k) {
-      Wide x[kLanes];
-      relu.mask(of_grad[k], of_z[k], x);
+  relu.for_each(unit, b, [&](const Line<Values>& out, int k, const Values& z, const Wide(&masked)[kLanes]) {
+    Wide x[kLanes];
 #pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) {
-        x[lane] = x[lane] * relu.scale[lane] + bias[lane];
-        if (adds) x[lane] += of_z[k][lane] * beside[lane];
-      }
-      out.store(k, Values::of(x));
-    });
+    for (int lane = 0; lane < kLanes; ++lane) {
+      x[lane] = masked[lane] * relu.scale[lane] + bias[lane];
+      if (adds) x[lane] += z[lane] * beside[lane];
+    }
+    out.store(k, Values::of(x));
   });
 }
 
