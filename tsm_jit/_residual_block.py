@@ -129,7 +129,7 @@ def _in_parts(x: Tensor, identity: Tensor, unread: Tensor | None, how: tuple) ->
             z, norm = relu_of
             z = _ConvolutionOfRelu.apply(x, weights[k], how, norm.epsilon, z, *norm[:4])
         else:
-            z = F.conv2d(x, weights[k], None, c.stride, c.padding, c.dilation, c.groups)
+            z = _convolved(x, weights[k], how)
         z = z.contiguous(memory_format=torch.channels_last)
         return z, applied_norm(module, parts, z, recorded=True)
 
@@ -169,8 +169,7 @@ class _ConvolutionOfShift(Function):
     def forward(ctx, x, shift, weight, how):
         ctx.how = shift, how
         ctx.save_for_backward(x, weight)
-        shifted = torch.ops.tsm_jit.temporal_shift.kernel(x, shift)
-        return F.conv2d(shifted, weight, None, how[:2], how[2:4], how[4:6], how[6])
+        return _convolved(torch.ops.tsm_jit.temporal_shift.kernel(x, shift), weight, how)
 
     @staticmethod
     @once_differentiable
@@ -193,7 +192,7 @@ class _ConvolutionOfRelu(Function):
     def forward(ctx, x, weight, how, epsilon, z, *norm):
         ctx.how = how, epsilon
         ctx.save_for_backward(weight, z, *norm)
-        return F.conv2d(x, weight, None, how[:2], how[2:4], how[4:6], how[6])
+        return _convolved(x, weight, how)
 
     @staticmethod
     @once_differentiable
@@ -323,10 +322,15 @@ def _in_channels_last(saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]
     ]
 
 
+def _convolved(x: Tensor, weight: Tensor, how: Sequence[int]) -> Tensor:
+    """``how`` is stride, padding, dilation and groups."""
+    return F.conv2d(x, weight, None, how[:2], how[2:4], how[4:6], how[6])
+
+
 def _convolved_backward(
     grad: Tensor, x: Tensor, weight: Tensor, how: Sequence[int], x_wanted: bool, weight_wanted: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of what is convolved and of the weight; ``how`` is stride, padding, dilation and groups."""
+    """The gradients of what is convolved and of the weight."""
     masks = [x_wanted, weight_wanted, False]
     return torch.ops.aten.convolution_backward.default(
         grad, x, weight, None, how[:2], how[2:4], how[4:6], False, [0, 0], how[6], masks
@@ -366,8 +370,7 @@ def _plain_forward(
         *how, of_batch = convolutions[8 * k : 8 * k + 8]
         mean, variance, *affine = norms[4 * k : 4 * k + 4]
         epsilon, momentum = factors[2 * k : 2 * k + 2]
-        z = torch.conv2d(x, weights[k], None, how[:2], how[2:4], how[4:6], how[6])
-        z = z.contiguous(memory_format=torch.channels_last)
+        z = _convolved(x, weights[k], how).contiguous(memory_format=torch.channels_last)
         made.append(z)
         if of_batch:
             mean, variance = batch_statistics(z, mean, variance, next(batches), momentum)

@@ -18,7 +18,8 @@ All are unknown to autograd; :func:`end_of_block` is not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,8 +64,6 @@ _new = torch.ops.tsm_jit.residual_shift.default._op
 _write = torch.ops.tsm_jit.residual_shift_.default._op
 _pool = torch.ops.tsm_jit.residual_pool.default._op
 _statistics = torch.ops.tsm_jit.channel_statistics_.default._op
-_end_backward = torch.ops.tsm_jit.residual_end_backward.default._op
-_relu_backward = torch.ops.tsm_jit.relu_of_norm_backward.default._op
 
 
 class Norm(NamedTuple):
@@ -226,6 +225,8 @@ def applied_norm(module: nn.BatchNorm2d, parts: Sequence[Tensor], x: Tensor, rec
     if module.training:
         statistics = batch_statistics(x.detach(), *parts[:2], module.num_batches_tracked, module.momentum)
         parts = (*statistics, *parts[2:])
+    elif not is_compiling():  # the running ones, which may change before the backward
+        parts = (parts[0].clone(), parts[1].clone(), *parts[2:])
     in_type = wide(x.dtype)
     return Norm(*(part if part.dtype is in_type else part.to(in_type) for part in parts), module.eps, module.training)
 
@@ -286,10 +287,7 @@ class _ReluOfNorm(Function):
         ctx.how = how
         # Asked here: where a backward asks how a tensor lies in memory, compilers make its gradients contiguous.
         ctx.in_kernel = sums_are_in_kernel(z)
-        kept = parts
-        if not how[1] and not is_compiling():  # running statistics, which may change before the backward
-            kept = [each.clone() for each in parts[:2]] + parts[2:]
-        ctx.save_for_backward(z, *kept)
+        ctx.save_for_backward(z, *parts)
         return write_new(z, Norm(*parts, *how), None, None, None, NO_SHIFT, False)[0]
 
     @staticmethod
@@ -359,28 +357,31 @@ def gradients_of_end(
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], Tensor | None]:
     """The gradients of z and those of the identity: of the values, and of the norm's weight and bias; and of unread.
     None where not wanted."""
+    normed = z.norm is not None or identity.norm is not None  # or else one result may be two of them
+    operator = _for_gradients(
+        torch.ops.tsm_jit.residual_end_backward.default, _plain_end_backward, out, sums_are_in_kernel(out), normed
+    )
     grads = (grad_a, grad_b, grad_unread, out, unread_out)
-    operator = _end_backward if sums_are_in_kernel(out) else None
-    if operator is not None and is_compiling():
-        # Compilers rely on an operator's results being apart in memory, and aligned to 16 bytes. Without a norm one may
-        # be two of them; and gradients of norms are rows of one tensor.
-        apart = (z.norm is not None or identity.norm is not None) and out.shape[1] % 4 == 0
-        operator = torch.ops.tsm_jit.residual_end_backward.default if apart else None
-    if operator is None:
-        found = _plain_gradients_of_end(*grads, z, identity, shift, identity_is_shifted)
-    else:
-        found = operator(*grads, *z.flat(), *identity.flat(), shift, identity_is_shifted)
+    found = operator(*grads, *z.flat(), *identity.flat(), shift, identity_is_shifted)
     return found[:3], found[3:6], found[6]
 
 
 def gradients_of_relu_of_norm(grad: Tensor, z: Operand, in_kernel: bool) -> tuple[Tensor | None, ...]:
     """Those of ``z``, given that of ``relu(norm(z))``: of the values, and of the norm's weight and bias."""
-    operator = _relu_backward if in_kernel else _plain_relu_backward
-    if in_kernel and is_compiling():  # as above: rows of one tensor, which are to be aligned
-        aligned = z.values.shape[1] % 4 == 0
-        operator = torch.ops.tsm_jit.relu_of_norm_backward.default if aligned else _plain_relu_backward
+    operator = _for_gradients(
+        torch.ops.tsm_jit.relu_of_norm_backward.default, _plain_relu_backward, z.values, in_kernel
+    )
     _, norm, epsilon, how = z.flat()
     return operator(grad, z.values, [*norm, z.norm.bias], epsilon, how)
+
+
+def _for_gradients(operator, plain: Callable, like: Tensor, in_kernel: bool, apart: bool = True) -> Callable:
+    """``operator``, of activations like these, or what is ``plain`` where no kernel sums up or a compiler must not have
+    it: they rely on results being ``apart`` in memory, and aligned to 16 bytes. Gradients of norms are rows of one
+    tensor."""
+    if in_kernel and not is_compiling():
+        return operator._op
+    return operator if in_kernel and apart and like.shape[1] % 4 == 0 else plain
 
 
 def _plain_gradients_of_end(
@@ -603,9 +604,8 @@ def _plain_end_backward(grad_a, grad_b, grad_unread, out, unread_out, *given):
 
 
 def _plain_relu_backward(grad, z, norm, epsilon, how):
-    norm = Norm(*norm, epsilon, bool(how[0]))
-    x, _ = torch.ops.tsm_jit.residual_shift.again(z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, False)
-    of_z = Operand(z, norm, *map(bool, how[1:]))
+    x, _ = torch.ops.tsm_jit.residual_shift.again(z, norm, epsilon, None, [], 0.0, None, NO_SHIFT, False)
+    of_z = Operand.of_flat(z, norm[:3], epsilon, how)
     return _plain_gradients_of_end(grad, None, None, x, None, of_z, Operand(), NO_SHIFT, False)[:3]
 
 
@@ -639,18 +639,18 @@ def _like_new_gradients(
 
 def _like_new_end_gradients(grad_a, grad_b, grad_unread, out, unread_out, *given):
     *operands, shift, shifted = given
-    found = []
-    for operand in (Operand.of_flat(*operands[:4]), Operand.of_flat(*operands[4:])):
-        found.append(torch.empty_like(out) if operand.wanted else None)
-        _, norm, _ = operand.summed()
-        found += [torch.empty_like(norm[0]) if norm else None for _ in range(2)]
-    return *found, _new_unread(out, shift) if shifted else None
+    found = (_like_gradients_of(Operand.of_flat(*each), out) for each in (operands[:4], operands[4:]))
+    return *itertools.chain(*found), _new_unread(out, shift) if shifted else None
 
 
 def _like_new_relu_gradients(grad, z, norm, epsilon, how):
-    of_batch, wanted, norm_wanted = how
-    of_norm = (torch.empty_like(norm[0]) if of_batch or norm_wanted else None for _ in range(2))
-    return torch.empty_like(z) if wanted else None, *of_norm
+    return tuple(_like_gradients_of(Operand.of_flat(z, norm[:3], epsilon, how), z))
+
+
+def _like_gradients_of(operand: Operand, values: Tensor) -> list[Tensor | None]:
+    _, norm, _ = operand.summed()
+    of_norm = [torch.empty_like(norm[0]) if norm else None for _ in range(2)]
+    return [torch.empty_like(values) if operand.wanted else None, *of_norm]
 
 
 def _plain_new(*given):
