@@ -474,13 +474,20 @@ def assert_same_step(net: nn.Module, fused: nn.Module, x: Tensor, close: float =
 
 
 def assert_same_gradients_to_rounding(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """In float32, a sum in another order may turn a ReLU near zero, which alone changes all gradients by up to some
-    hundredths. That is so for some inputs; what is computed wrongly is wrong for all. So: for one of several."""
+    """Of x and other inputs in float32, in which a sum in another order may turn a ReLU near zero. One changes all
+    gradients before it by some hundredths, for the inputs that have it. So all inputs are that close, and one is as
+    close as sums are. Each is given twice: what is right for the first call alone is not the same again."""
+
+    def gradients(of: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([each.flatten() for each in step(of, x)[1]])
+
     apart = []
-    for each in (x, *(torch.randn_like(x) for _ in range(3))):
-        actual, expected = (torch.cat([part.flatten() for part in step(of, each)[1]]) for of in (fused, net))
+    for each in (x, *(torch.randn_like(x) for _ in range(7))):
+        (actual, expected), (again, _) = [(gradients(fused, each), gradients(net, each)) for _ in range(2)]
+        assert (again - actual).norm() <= 1e-3 * actual.norm()
         apart.append(((actual - expected).norm() / expected.norm()).item())
-    assert min(apart) <= 2e-2, apart
+    assert max(apart) <= 0.2, apart
+    assert min(apart) <= 1e-2, apart
 
 
 @pytest.fixture(params=[False, True], ids=["as on the CPU", "as on a GPU"])
