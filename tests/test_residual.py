@@ -841,8 +841,8 @@ def test_the_gradient_of_the_mean_over_pixels_is_one_value_for_all(device, merge
     assert of_last.untyped_storage().nbytes() == of_last[:, :, 0, 0].numel() * of_last.element_size()
 
 
-def _graph_bytes(output: Tensor) -> int:
-    """Of all storages that the graph of ``output`` has saved."""
+def _graph_bytes(output: Tensor, counts=torch.is_tensor) -> int:
+    """Of all storages that the graph of ``output`` has saved, of tensors that count."""
     storages, seen, todo = {}, set(), [output.grad_fn]
     while todo:
         node = todo.pop()
@@ -854,7 +854,7 @@ def _graph_bytes(output: Tensor) -> int:
         raw += _listed(getattr(node, "saved_tensors", ())) if not names else []
         for each in raw:
             tensor = getattr(each, "data", each)
-            if isinstance(tensor, Tensor) and tensor.numel():
+            if isinstance(tensor, Tensor) and tensor.numel() and counts(tensor):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         todo += [function for function, _ in node.next_functions]
     return sum(storages.values())
@@ -1067,43 +1067,40 @@ def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_part
             partition_fn=min_cut_rematerialization_partition,
         )
 
-    net = torchvision.models.resnet18(num_classes=5).to(memory_format=torch.channels_last)
-    fused = copy.deepcopy(net)
-    tsm_jit.make_temporal_shift(fused, 4)
-    residual.fuse(fused)
-    x = torch.randn(8, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    net, fused, x = without_shift_and_fused(torch.device("cpu"))
     for name, each in (("without shift", net), ("fused", fused)):
         torch._dynamo.reset()
         torch.compile(each, backend=keeps(name), fullgraph=True)(x).sum().backward()
     # The second block of each stage receives a shifted stream: of a quarter of its channels, one of 4 frames is unread.
     # And the ReLU of each first block, as large as what the block returns, is made again.
-    stages = sum(4 * 8 * 64 * 16 * 16 // 2**stage for stage in range(4))
-    assert kept["fused"] <= kept["without shift"] + stages // 16 - in_parts * stages
+    assert kept["fused"] <= kept["without shift"] + OF_STAGES // 16 - in_parts * OF_STAGES
 
 
 def test_recorded_blocks_keep_less_than_those_without_shift(monkeypatch, device):
     """But for the unread frames; and the ReLU of each first block is made again."""
     monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: True)
+    *networks, x = without_shift_and_fused(device)
+
+    def is_activation(saved: Tensor) -> bool:
+        return saved.dim() == 4 and saved.shape[0] <= len(x)
+
+    kept = []
+    for each in networks:
+        loss = each(x).sum()
+        kept.append(_graph_bytes(loss, is_activation))
+        loss.backward()
+    assert kept[1] == kept[0] + OF_STAGES // 16 - OF_STAGES
+
+
+def without_shift_and_fused(device) -> tuple[nn.Module, nn.Module, Tensor]:
     net = torchvision.models.resnet18(num_classes=5).to(device, memory_format=torch.channels_last)
     fused = copy.deepcopy(net)
     tsm_jit.make_temporal_shift(fused, 4)
     residual.fuse(fused)
-    x = torch.randn(8, 3, 64, 64, device=device).contiguous(memory_format=torch.channels_last)
-    kept = []
-    for each in (net, fused):
-        storages = {}
+    return net, fused, torch.randn(8, 3, 64, 64, device=device).contiguous(memory_format=torch.channels_last)
 
-        def keep(saved: Tensor, storages=storages) -> Tensor:
-            if saved.dim() == 4 and saved.shape[0] <= len(x) and not isinstance(saved, nn.Parameter):
-                storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
-            return saved
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            loss = each(x).sum()
-        kept.append(sum(storages.values()))
-        loss.backward()
-    stages = sum(4 * 8 * 64 * 16 * 16 // 2**stage for stage in range(4))
-    assert kept[1] == kept[0] + stages // 16 - stages
+OF_STAGES = sum(4 * 8 * 64 * 16 * 16 // 2**stage for stage in range(4))  # bytes of what a block of each returns
 
 
 @pytest.mark.parametrize("strict", [False, True])
