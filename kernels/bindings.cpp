@@ -685,6 +685,20 @@ Tensor new_wide(const Tensor& x, std::initializer_list<int64_t> sizes) {
   return new_tensor(x, dtype, strides.size(), sizes.begin(), strides.data());
 }
 
+#ifdef TSM_JIT_CUDA
+// The sums of a backward of activations like x, which `kernel` makes, and the gradients of norms, made of them.
+template <class Backward>
+const char* sum_up(const Tensor& x, const Residual& r, Backward& b, tsm_jit::NormGradients& n, void* stream,
+                   const char* (*kernel)(const Residual&, const Backward&, void*)) {
+  const int64_t channels = x.size(1);
+  b.slices = n.slices = tsm_jit::backward_slices(r);
+  const Tensor sums = new_wide(x, {b.slices * (1 + tsm_jit::kNorms) * channels});
+  n.sums = b.sums = sums.mutable_data_ptr();
+  if (const char* error = kernel(r, b, stream)) return error;
+  return tsm_jit::norm_gradients_cuda(r.type, channels, n, stream);
+}
+#endif
+
 void residual_shift_backward(const Optional& grad, const Optional& grad_shifted, const Optional& grad_unread_in,
                              const Optional& norm_gradients, const Optional& grad_a, const Optional& grad_b,
                              const Optional& grad_unread, const Tensor& out, const Optional& unread_out,
@@ -734,11 +748,7 @@ void residual_shift_backward(const Optional& grad, const Optional& grad_shifted,
   if (out.is_cuda()) {
     return on_stream(out, [&](void* stream) {
       if (!norm_gradients) return tsm_jit::residual_backward_cuda(r, b, stream);
-      b.slices = n.slices = tsm_jit::backward_slices(r);
-      const Tensor sums = new_wide(out, {b.slices * (1 + tsm_jit::kNorms) * channels});
-      n.sums = b.sums = sums.mutable_data_ptr();
-      if (const char* error = tsm_jit::residual_backward_cuda(r, b, stream)) return error;
-      return tsm_jit::norm_gradients_cuda(r.type, channels, n, stream);
+      return sum_up(out, r, b, n, stream, tsm_jit::residual_backward_cuda);
     });
   }
 #endif
@@ -963,11 +973,7 @@ Gradients gradients_of_relu(const Tensor& given, const Operand& z, bool overwrit
   }
   on_stream(values, [&](void* stream) -> const char* {
     if (z.summed()) {
-      b.slices = n.slices = tsm_jit::backward_slices(r);
-      const Tensor sums = new_wide(values, {b.slices * (1 + tsm_jit::kNorms) * channels});
-      n.sums = b.sums = sums.mutable_data_ptr();
-      if (const char* error = tsm_jit::relu_of_norm_sums_cuda(r, b, stream)) return error;
-      if (const char* error = tsm_jit::norm_gradients_cuda(r.type, channels, n, stream)) return error;
+      if (const char* error = sum_up(values, r, b, n, stream, tsm_jit::relu_of_norm_sums_cuda)) return error;
     }
     return z.wanted ? tsm_jit::relu_of_norm_backward_cuda(r, b, stream) : nullptr;
   });
