@@ -42,15 +42,13 @@ def gradients(net: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: weight.grad for name, weight in net.named_parameters()}
 
 
-def _train(rank, ranks, device, file, inplace, wrapper, compiled, state, x, expected) -> None:
+def _train(rank, ranks, device, file, net, wrapper, compiled, x, expected) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=ranks)
     try:
-        net, x = network(inplace), x.chunk(ranks)[rank].to(device)
-        net.load_state_dict(state)
-        net.to(device)
+        net, x = copy.deepcopy(net).to(device), x.chunk(ranks)[rank].to(device)
         if wrapper == "DDP":
             wrapped = DistributedDataParallel(net)
         else:
@@ -69,36 +67,39 @@ def _train(rank, ranks, device, file, inplace, wrapper, compiled, state, x, expe
         dist.destroy_process_group()
 
 
-def train(wrapper, device, inplace, folder, compiled=False) -> None:
+def train(wrapper, device, net, x, expected, folder, compiled=False) -> None:
     """Several processes with a part of the clips each get the gradients of one with all: two, or one per GPU."""
     ranks = 2 if device.type == "cpu" else min(2, torch.cuda.device_count())
-    net, x = network(inplace), torch.randn(4 * CLIP, 16, 5, 5, dtype=torch.float64)
-    expected = gradients(net, x)
-    state = net.state_dict()
-    arguments = (ranks, device.type, str(folder / "rendezvous"), inplace, wrapper, compiled, state, x, expected)
+    arguments = (ranks, device.type, str(folder / "rendezvous"), net, wrapper, compiled, x, expected)
     torch.multiprocessing.spawn(_train, arguments, nprocs=ranks)
+
+
+def train_shifts(wrapper, device, inplace, folder, compiled=False) -> None:
+    net, x = network(inplace), torch.randn(4 * CLIP, 16, 5, 5, dtype=torch.float64)
+    expected = gradients(copy.deepcopy(net), x)
+    train(wrapper, device, net, x, expected, folder, compiled)
 
 
 @pytest.mark.feature("DDP")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_ddp(device, inplace, tmp_path):
-    train("DDP", device, inplace, tmp_path)
+    train_shifts("DDP", device, inplace, tmp_path)
 
 
 @pytest.mark.feature("FSDP2")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_fsdp2(device, inplace, tmp_path):
-    train("FSDP2", device, inplace, tmp_path)
+    train_shifts("FSDP2", device, inplace, tmp_path)
 
 
 @pytest.mark.feature("DDP", column="compiled")
 def test_ddp_compiled(device, tmp_path):
-    train("DDP", device, True, tmp_path, compiled=True)
+    train_shifts("DDP", device, True, tmp_path, compiled=True)
 
 
 @pytest.mark.feature("FSDP2", column="compiled")
 def test_fsdp2_compiled(device, tmp_path):
-    train("FSDP2", device, True, tmp_path, compiled=True)
+    train_shifts("FSDP2", device, True, tmp_path, compiled=True)
 
 
 @pytest.mark.feature("DataParallel, threads")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from support import assert_same_bits, poison, random_values
+from test_distributed import gradients, train
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
@@ -1499,16 +1500,12 @@ def test_synchronized_batch_norm(cuda):
         dist.destroy_process_group()
 
 
-def test_data_parallel(device):
-    import torch.distributed as dist
-
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
-        wrapped = nn.parallel.DistributedDataParallel(fused.train())
-        expected = step(net.train(), x)[1]
-        wrapped(x).square().sum().backward()
-        for parameter, gradient in zip(fused.parameters(), expected, strict=True):
-            assert (parameter.grad - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12
-    finally:
-        dist.destroy_process_group()
+def test_data_parallel(device, tmp_path):
+    """In several processes. On GPUs the statistics are those of all frames, on the CPU they are frozen."""
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    if device.type == "cuda":
+        fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    else:
+        net, fused = net.eval(), fused.eval()
+    expected = {name: gradient.cpu() for name, gradient in gradients(net, x).items()}
+    train("DDP", device, fused.cpu(), x.cpu(), expected, tmp_path)
