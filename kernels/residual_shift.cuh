@@ -124,11 +124,13 @@ struct Unit {
   __device__ bool exists() const { return begin < a.run; }
   __device__ int32_t first_element() const { return begin / static_cast<int32_t>(sizeof(typename Values::Stored)); }
 
-  // visit(clip, frames, first row, last row): one frame, or in order all of them
-  template <class Visit>
+  // visit(clip, frames, first row, last row): one frame, or in order all of them. The last task first: what came before
+  // wrote, or read, the last rows last, and they may still be in L2; and the first are when the next kernel begins.
+  template <bool kLastFirst = true, class Visit>
   __device__ void for_each_task(Visit visit) const {
     const int32_t parts = (a.frames + a.frames_of_task - 1) / a.frames_of_task;  // of a clip
-    for (int32_t task = blockIdx.y; task < a.tasks; task += gridDim.y) {
+    for (int32_t i = blockIdx.y; i < a.tasks; i += gridDim.y) {
+      const int32_t task = kLastFirst ? a.tasks - 1 - i : i;
       const int32_t part = task / a.chunks, row = (task - part * a.chunks) * a.rows_of_task;
       const int32_t clip = part / parts, s = (part - clip * parts) * a.frames_of_task;
       visit(clip, FrameRange{s, min(s + a.frames_of_task, a.frames)}, row, min(row + a.rows_of_task, a.rows));
@@ -178,20 +180,35 @@ struct Channels {
     rest = a.inner - (first_element - first * a.inner);
     second = first + (rest < kLanes);
   }
-  // What `data`, one number for each channel, has for them. As a vector where that is possible: all threads do this
-  // before their first access, and one by one takes as long as the rows of a small frame.
-  template <class Element, class Wide>
-  __device__ void read(const ResidualArgs& a, const void* data, Wide* to) const {
+  // What each of `data`, one number for each channel, has for them. As vectors where that is possible, and all on their
+  // way before one is waited for: every thread does this first, and one by one takes as long as the rows of a small
+  // frame.
+  template <class Element, int kCount, class Wide>
+  __device__ void read(const ResidualArgs& a, const void* const (&data)[kCount], Wide* const (&to)[kCount]) const {
     using Values = Pack<Element, kLanes>;
-    const auto* const from = static_cast<const typename Element::Stored*>(data);
+    using Stored = typename Element::Stored;
+    const auto from = [&](int i) { return static_cast<const Stored*>(data[i]); };
     if (a.inner == 1) {
-      const Values values = *reinterpret_cast<const Values*>(from + first);
+      Values values[kCount];
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) to[k] = values[k];
+      for (int i = 0; i < kCount; ++i) values[i] = *reinterpret_cast<const Values*>(from(i) + first);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+        for (int k = 0; k < kLanes; ++k) to[i][k] = values[i][k];
+      }
     } else {
-      const Wide here = Element::widen(from[first]), next = Element::widen(from[second]);
+      Stored here[kCount], next[kCount];
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) to[k] = k < rest ? here : next;
+      for (int i = 0; i < kCount; ++i) {
+        here[i] = from(i)[first];
+        next[i] = from(i)[second];
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+        for (int k = 0; k < kLanes; ++k) to[i][k] = Element::widen(k < rest ? here[i] : next[i]);
+      }
     }
   }
 };
@@ -204,18 +221,12 @@ __device__ void read_norm(const ResidualArgs& a, const Norm& norm, const Channel
 #pragma unroll
   for (int k = 0; k < kLanes; ++k) scale[k] = 1;
   if (norm.mean == nullptr) return;
-  const auto read = [&](const void* data, Wide* to) {
-    if (norm.in_float) {
-      channels.template read<Native<float>>(a, data, to);
-    } else {
-      channels.template read<Element>(a, data, to);
-    }
-  };
   Wide mean[kLanes], variance[kLanes], shift[kLanes];
-  read(norm.mean, mean);
-  read(norm.variance, variance);
-  read(norm.weight, scale);
-  read(norm.bias, shift);
+  const auto read = [&](auto number) {
+    channels.template read<decltype(number)>(a, {norm.mean, norm.variance, norm.weight, norm.bias},
+                                             {mean, variance, scale, shift});
+  };
+  norm.in_float ? read(Native<float>{}) : read(Element{});
 #pragma unroll
   for (int k = 0; k < kLanes; ++k) {
     scale[k] *= rsqrt(variance[k] + static_cast<Wide>(norm.epsilon));
@@ -448,7 +459,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
     const Channels<kLanes> channels(a, unit.first_element());
 #pragma unroll
     for (int n = 0; n < kRead; ++n) {
-      if (b.normed[n] != nullptr) channels.template read<Native<Wide>>(a, b.mean[n], mean[n]);
+      if (b.normed[n] != nullptr) channels.template read<Native<Wide>>(a, {b.mean[n]}, {mean[n]});
     }
     unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
       const int32_t s = frames.begin, first_row = first + threadIdx.y, rows = blockDim.y;
@@ -502,7 +513,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
 }
 
 // The gradient of norm(z), given that of its ReLU, for the channels of one unit.
-template <class Element, int kLanes>
+template <class Element, int kLanes, bool kLastFirst>
 struct ReluOfNorm {
   using Values = Pack<Element, kLanes>;
   using Wide = typename Element::Wide;
@@ -515,7 +526,7 @@ struct ReluOfNorm {
   // computed and rounded as by EndOfBlock, is not 0. NaN stays.
   template <class Visit>
   __device__ void for_each(const Unit<Values>& unit, const ReluOfNormBackward& b, Visit visit) const {
-    unit.for_each_task([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
+    unit.template for_each_task<kLastFirst>([&](int32_t clip, FrameRange frames, int32_t first, int32_t last) {
       const int32_t s = frames.begin, row = first + threadIdx.y;
       const auto grad = unit.plain(b.grad, clip, s, row), z = unit.plain(b.z, clip, s, row);
       const auto out = unit.plain(b.out, clip, s, row);
@@ -547,9 +558,9 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
   ChannelSums<Element, kLanes, 2> sums;
   if (unit.exists()) {
     const Channels<kLanes> channels(a, unit.first_element());
-    const ReluOfNorm<Element, kLanes> relu(a, b.norm, channels);
+    const ReluOfNorm<Element, kLanes, true> relu(a, b.norm, channels);
     Wide mean[kLanes];
-    channels.template read<Native<Wide>>(a, b.norm.mean, mean);
+    channels.template read<Native<Wide>>(a, {b.norm.mean}, {mean});
     relu.for_each(unit, b, [&](const Line<Values>&, int, const Values& z, const Wide(&masked)[kLanes]) {
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -561,6 +572,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
   sums.store(a, b.sums, 1 + kNorms);
 }
 
+// The first task first: where the sums ended.
 template <class Element, int kLanes>
 __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
     relu_of_norm_backward(const __grid_constant__ ResidualArgs a, const __grid_constant__ ReluOfNormBackward b) {
@@ -569,7 +581,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksOfBackward)
   const Unit<Values> unit(a);
   if (!unit.exists()) return;
   const Channels<kLanes> channels(a, unit.first_element());
-  const ReluOfNorm<Element, kLanes> relu(a, b.norm, channels);
+  const ReluOfNorm<Element, kLanes, false> relu(a, b.norm, channels);
   Wide beside[kLanes] = {}, bias[kLanes] = {};
   const bool adds = b.beside.mean != nullptr;
   if (adds) read_norm<Element>(a, b.beside, channels, beside, bias);

@@ -74,7 +74,8 @@ struct Column {
   __device__ void set(int32_t t, Unit value) const { *reinterpret_cast<Unit*>(dst + t * dst_frame) = value; }
 };
 
-// The column of this thread in a block that is tile x of clip z; false beyond the last one.
+// The column of this thread in a block that is tile x of clip z from the end; false beyond the last one. From the end,
+// as what came before wrote the last clip last, and that may still be in L2.
 template <class Unit>
 __device__ bool find_column(const Args& a, Column<Unit>& column) {
   const uint32_t byte = (blockIdx.x * blockDim.x + threadIdx.x) * sizeof(Unit);
@@ -90,13 +91,14 @@ __device__ bool find_column(const Args& a, Column<Unit>& column) {
     column.offset = a.group_offset[g];
     column.end = a.group_end[g] - begin;
   }
-  column.src = a.src + blockIdx.z * a.src_strides.clip + row * a.src_strides.outer + begin;
-  column.dst = a.dst + blockIdx.z * a.dst_strides.clip + row * a.dst_strides.outer + begin;
+  const uint32_t clip = gridDim.z - 1 - blockIdx.z;
+  column.src = a.src + clip * a.src_strides.clip + row * a.src_strides.outer + begin;
+  column.dst = a.dst + clip * a.dst_strides.clip + row * a.dst_strides.outer + begin;
   column.src_frame = a.src_strides.frame;
   column.dst_frame = a.dst_strides.frame;
   column.unread = a.unread;
   if (a.unread != nullptr) {
-    column.unread += blockIdx.z * a.unread_clip + row * a.unread_row + a.unread_begin[column.group] + begin;
+    column.unread += clip * a.unread_clip + row * a.unread_row + a.unread_begin[column.group] + begin;
     column.unread_frame = a.unread_frame[column.group];
     column.kept = unread_frames(a.come_back ? -column.offset : column.offset, a.n_segment_shifted);
   }
