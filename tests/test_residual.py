@@ -479,12 +479,12 @@ def assert_same_gradients_to_rounding(net: nn.Module, fused: nn.Module, x: Tenso
     gradients before it by some hundredths, for the inputs that have it. So all inputs are that close, and one is as
     close as sums are. Each is given twice: what is right for the first call alone is not the same again."""
 
-    def gradients(of: nn.Module, x: Tensor) -> Tensor:
+    def in_a_row(of: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([each.flatten() for each in step(of, x)[1]])
 
     apart = []
     for each in (x, *(torch.randn_like(x) for _ in range(7))):
-        (actual, expected), (again, _) = [(gradients(fused, each), gradients(net, each)) for _ in range(2)]
+        (actual, expected), (again, _) = [(in_a_row(fused, each), in_a_row(net, each)) for _ in range(2)]
         assert (again - actual).norm() <= 1e-3 * actual.norm()
         apart.append(((actual - expected).norm() / expected.norm()).item())
     assert max(apart) <= 0.2, apart
@@ -1500,8 +1500,23 @@ def test_synchronized_batch_norm(cuda):
         dist.destroy_process_group()
 
 
-def test_data_parallel(device, tmp_path):
-    """In several processes. On GPUs the statistics are those of all frames, on the CPU they are frozen."""
+def test_data_parallel(device):
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+        wrapped = nn.parallel.DistributedDataParallel(fused.train())
+        expected = step(net.train(), x)[1]
+        wrapped(x).square().sum().backward()
+        for parameter, gradient in zip(fused.parameters(), expected, strict=True):
+            assert (parameter.grad - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12
+    finally:
+        dist.destroy_process_group()
+
+
+def test_data_parallel_in_several_processes(device, tmp_path):
+    """On GPUs the statistics are those of all frames, on the CPU they are frozen."""
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     if device.type == "cuda":
         fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
