@@ -25,7 +25,6 @@
 #include <utility>
 #include <vector>
 
-#include "driver.h"
 #include "residual_shift.h"
 
 namespace {
@@ -181,9 +180,9 @@ bool describe(const Tensor& src, const Tensor& dst, const Plan& plan, Work& work
   s.dst = {clip.dst * element, frame.dst * element, row.dst * element};
   int64_t begin = 0;
   for (const auto& [width, offset] : plan.groups) {
-    const int64_t end = begin + width * channel_bytes;
-    if (begin < end) work.groups.push_back({begin, end, static_cast<int32_t>(offset)});
-    begin = end;
+    const int64_t group_end = begin + width * channel_bytes;
+    if (begin < group_end) work.groups.push_back({begin, group_end, static_cast<int32_t>(offset)});
+    begin = group_end;
   }
   if (begin < s.run) work.groups.push_back({begin, s.run, 0});
   s.groups = work.groups.data();
@@ -243,12 +242,7 @@ void on_stream(const Tensor& x, Launch launch) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-#ifdef TSM_JIT_NVRTC
-  const char* error = tsm_jit::use_device(device);
-  if (error == nullptr) error = launch(stream);
-#else
   const char* error = launch(stream);
-#endif
   if (error != nullptr) fail(std::string("the launch of a temporal shift failed: ") + error);
 }
 #endif

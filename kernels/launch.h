@@ -1,7 +1,8 @@
-// The one way a kernel is launched: by the CUDA runtime or, where NVRTC compiled the kernels, by the CUDA driver.
-//
-// NVRTC reads the host code of a .cu file as well, and compiles the kernels that it launches. The same host code,
-// compiled by a C++ compiler with TSM_JIT_NVRTC defined, then knows each by its declaration (driver.h).
+// The one way to launch a kernel. Four compilers read a .cu file:
+//   nvcc                           device and host code
+//   NVRTC                          device code; it reads the host code to learn which kernels are launched
+//   C++, TSM_JIT_NVRTC defined     host code for kernels that NVRTC compiled (nvrtc.h); kernels are only declared
+//   C++                            tests/cuda_on_cpu, which defines `launch` itself
 #pragma once
 
 #if defined(__CUDACC__) && !defined(__CUDACC_RTC__)
@@ -21,12 +22,12 @@ struct uint4 {
 };
 struct dim3 {
   uint32_t x = 1, y = 1, z = 1;
-  dim3(uint32_t x = 1, uint32_t y = 1, uint32_t z = 1) : x(x), y(y), z(z) {}
+  dim3(uint32_t nx = 1, uint32_t ny = 1, uint32_t nz = 1) : x(nx), y(ny), z(nz) {}
 };
 #endif
 
 #if defined(TSM_JIT_NVRTC)
-#include "driver.h"
+#include "nvrtc.h"
 #endif
 
 #if defined(__CUDACC__) || defined(TSM_JIT_NVRTC)
@@ -38,7 +39,7 @@ struct Same {
   using type = T;
 };
 
-// On `stream` (a cudaStream_t) of the current device. Returns null, or what was wrong.
+// Launches `kernel` on `stream` (a cudaStream_t) of the current device. Returns null or an error message.
 template <class... Parameters>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const typename Same<Parameters>::type&... arguments) {
@@ -46,29 +47,34 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return nullptr;
 #else
   const void* addresses[] = {&arguments...};
-#if defined(__CUDACC__)
-  const void* const function = reinterpret_cast<const void*>(kernel);  // CUDA 11 takes nothing else
-  cudaLaunchKernel(function, grid, block, const_cast<void**>(addresses), shared_bytes,
-                   static_cast<cudaStream_t>(stream));
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const void* function = reinterpret_cast<const void*>(kernel);  // CUDA 11 takes nothing else
+#if defined(TSM_JIT_NVRTC)
+  const char* missing = nullptr;
+  function = nvrtc_kernel(function, &missing);
+  if (function == nullptr) return missing;
+  using Stream = void*;
 #else
-  const uint32_t sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, static_cast<uint32_t>(shared_bytes)};
-  return launch_by_driver(reinterpret_cast<Kernel*>(kernel), sizes, stream, addresses);
+  using Stream = cudaStream_t;
 #endif
+  cudaLaunchKernel(function, grid, block, const_cast<void**>(addresses), shared_bytes, static_cast<Stream>(stream));
+  const auto error = cudaGetLastError();
+  return error == 0 ? nullptr : cudaGetErrorString(error);
 #endif
 }
 
-// Of the current device.
+// The number of multiprocessors of the current device.
 inline int32_t multiprocessors() {
 #if defined(__CUDACC_RTC__)
   return 0;
-#elif defined(__CUDACC__)
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 #else
-  return multiprocessors_by_driver();
+#if defined(TSM_JIT_NVRTC)
+  constexpr int kMultiprocessorCount = 16;  // cudaDevAttrMultiProcessorCount
+#else
+  constexpr auto kMultiprocessorCount = cudaDevAttrMultiProcessorCount;
+#endif
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) == 0) cudaDeviceGetAttribute(&count, kMultiprocessorCount, device);
+  return count;
 #endif
 }
 

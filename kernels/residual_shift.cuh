@@ -94,8 +94,9 @@ struct Line {
   char* first;
   int64_t step;  // in bytes
 
-  __device__ Line(const void* tensor, int64_t offset, int64_t step)
-      : first(tensor == nullptr ? nullptr : const_cast<char*>(static_cast<const char*>(tensor)) + offset), step(step) {}
+  __device__ Line(const void* tensor, int64_t offset, int64_t step_bytes)
+      : first(tensor == nullptr ? nullptr : const_cast<char*>(static_cast<const char*>(tensor)) + offset),
+        step(step_bytes) {}
 
   __device__ Values load(int32_t i) const {
     return first == nullptr ? Values{} : *reinterpret_cast<const Values*>(first + i * step);

@@ -85,10 +85,10 @@ def test_install(kind, request, source, cache, tmp_path):
         # what the .pth file of an editable install adds comes before whatever is installed where the tests run
         f"import site, sys; before = set(sys.path); site.addsitedir({str(site)!r})\n"
         "sys.path.sort(key=lambda path: path in before)\n"
-        "import json, tsm_jit, torch; from tsm_jit import _loader\n"
+        "import json, tsm_jit, torch; from tsm_jit._jit import spec\n"
         "x = torch.arange(8.0).view(8, 1); y = tsm_jit.shift_groups(x, 8, [(1, 1)], padding='circular')\n"
         "assert torch.equal(y, x.roll(-1, 0))\n"
-        "print(json.dumps([tsm_jit.__file__, str(_loader.kernel_folder()), tsm_jit.info()]))"
+        "print(json.dumps([tsm_jit.__file__, str(spec.kernel_folder()), tsm_jit.info()]))"
     )
     elsewhere = [path for path in sys.path if path and not Path(path, "tsm_jit").is_dir()]
     variables = dict(

@@ -5,8 +5,8 @@ __version__ = "0.1.0"
 import importlib
 from types import ModuleType
 
-from tsm_jit import _command_line, _loader, plans
-from tsm_jit._info import info
+from tsm_jit import _command_line, _jit, plans
+from tsm_jit._jit.info import info
 from tsm_jit._networks import n_segment, remove_temporal_shift, shift_before
 from tsm_jit.functional import shift_groups, temporal_shift
 from tsm_jit.tsm import TemporalPool, TemporalShift, TokenShift, make_temporal_pool, make_temporal_shift
@@ -48,4 +48,4 @@ def __dir__() -> list[str]:
 
 
 if not _command_line.is_command_line():  # its commands load what they need
-    _loader.load()
+    _jit.load()

@@ -11,10 +11,9 @@ from types import ModuleType
 
 import torch
 
-from tsm_jit import _loader
-from tsm_jit._build import EVERY_GENERATION
-from tsm_jit._info import info
-from tsm_jit._toolchain import BuildError
+from tsm_jit import _jit
+from tsm_jit._jit import cache, spec
+from tsm_jit._jit.info import info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,15 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "clean":
         return _clean(options.all, options.older_than)
     if options.command == "build":
-        return _build(options.arch or EVERY_GENERATION)
-    _loader.load()
+        return _build(options.arch or "all")
+    _jit.load()
     if options.command == "bench":
         return _bench(options)
     return _demo(options.video, options.output)
 
 
 def _info(as_json: bool) -> int:
-    _loader.find(compiling=False)
+    _jit.find(compile=False)
     facts = info()
     if as_json:
         _print(json.dumps(facts, indent=2))
@@ -89,30 +88,42 @@ def _info(as_json: bool) -> int:
     for section, entries in facts.items():
         _print(section)
         for name, value in entries.items():
-            _print(f"  {name:<13} {value if value is not None else '-'}")
+            if isinstance(value, list) and name == "commands":
+                _print(f"  {name}")
+                for command in value:
+                    _print(f"    {command}")
+            else:
+                text = ", ".join(value) if isinstance(value, list) else value
+                _print(f"  {name:<13} {text if text is not None else '-'}")
     return 0
 
 
-def _build(chosen: str) -> int:
+def _build(architectures: str) -> int:
     try:
-        entry, manifest = _loader.build(chosen)
-    except (BuildError, OSError) as error:
+        entry = _jit.build_for(architectures)
+    except (spec.BuildError, OSError) as error:
         sys.stderr.write(f"nothing was compiled: {error}\n")
         return 1
-    _print(f"compiled {entry} for {', '.join(['CPU', *manifest['architectures']])}")
-    if torch.version.cuda is not None and manifest["by"] == _loader.CPU_ALONE:
-        missing = "; ".join(_loader.NOT_FOUND[by] for by in _loader.builders() if by in _loader.NOT_FOUND)
+    if entry.error is not None:
+        sys.stderr.write(f"nothing was compiled: {entry.error}\n")
+        return 1
+    _print(f"compiled {entry.folder} for {', '.join(['CPU', *entry.manifest['architectures']])}")
+    if torch.version.cuda is not None and entry.manifest["backend"] == "cpu":
+        from tsm_jit._jit.build import missing_tool
+
+        missing = "; ".join(filter(None, map(missing_tool, _jit.backends())))
         sys.stderr.write(f"no kernels for CUDA: {missing}\n")
     return 0
 
 
 def _clean(everything: bool, older_than: float | None) -> int:
     try:
-        freed = _loader.clean(everything, older_than)
+        freed = sum(cache.clean(spec.here(backend), everything, older_than) for backend in spec.BACKENDS)
+        folder = cache.cache_folder()
     except OSError as error:
         sys.stderr.write(f"not everything was removed: {error}\n")
         return 1
-    _print(f"removed {freed} bytes of compiled kernels from {_loader.cache_folder()}")
+    _print(f"removed {freed} bytes of compiled kernels from {folder}")
     return 0
 
 

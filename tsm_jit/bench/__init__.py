@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsm_jit import _info, ops, reference
+from tsm_jit import ops, reference
+from tsm_jit._jit.info import info
 from tsm_jit.bench import peers, timing
 from tsm_jit.plans import Shift, temporal
 
@@ -90,9 +91,9 @@ class Mismatch(RuntimeError):
 
 def environment(device: torch.device) -> Row:
     """What the numbers depend on."""
-    facts: Row = dict(_info.info()["versions"])
+    facts: Row = dict(info()["versions"])
     facts["commit"] = _commit()
-    facts["kernels"] = _info.info()["devices"][device.type]
+    facts["kernels"] = info()["devices"][device.type]
     facts["threads"] = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -1,0 +1,80 @@
+"""``python -m tsm_jit info``, ``build`` and ``--help``; test_jit_cache.py tests ``clean``."""
+
+import json
+import os
+import stat
+
+import pytest
+
+COMMAND = ("-m", "tsm_jit")
+
+
+def test_info_shows_devices_and_the_command_lines_that_were_run_as_text_and_as_json(built, importer):
+    human, told = (importer.run(*COMMAND, "info", *json, TSM_JIT_CACHE=built.parent) for json in ([], ["--json"]))
+    assert human.stderr == told.stderr == ""
+    facts = json.loads(told.stdout)
+    assert facts["devices"]["cpu"] == "compiled kernels"
+    assert facts["cache"]["entry"] == built.name
+    assert any("bindings.cpp" in command for command in facts["cache"]["commands"])
+    lines = human.stdout.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == list(facts)
+    assert {f"    {command}" for command in facts["cache"]["commands"]} <= set(lines)
+
+
+def test_info_of_an_empty_cache_compiles_nothing_and_says_that_the_next_import_will(importer, cxx):
+    told = importer.run(*COMMAND, "info", "--json", cuda=True, CXX=cxx, CUDA_HOME=importer.toolkit())
+    facts = json.loads(told.stdout)
+    assert all("next import" in device for device in facts["devices"].values())
+    assert facts["tools"]["nvcc"].startswith(str(importer.folder))
+    assert not importer.cache.exists()
+
+
+def test_what_stops_torch_is_told_without_a_traceback(importer):
+    (importer.folder / "torch.py").write_text("raise OSError('libtorch_cpu.so: too short')")
+    told = importer.run(*COMMAND, "info", path=(importer.folder,))
+    assert told.returncode == 1
+    assert "OSError: libtorch_cpu.so: too short" in told.stderr
+    assert str(importer.folder / "torch.py") in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("arguments", ["--help", "build --help", "clean --older-than -1"])
+def test_help_and_wrong_options_compile_nothing(importer, arguments):
+    told = importer.run(*COMMAND, *arguments.split())
+    assert told.returncode == (2 if "-1" in arguments else 0)
+    assert "usage: python -m tsm_jit" in told.stdout + told.stderr
+    assert not importer.cache.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be another user")
+def test_what_root_builds_for_an_image_serves_every_user_with_any_compilers_before_all_else(importer, shared, cxx):
+    importer.cache = shared / "new" / "cache"
+    told = importer.run(*COMMAND, "build", cuda=True, CUDA_HOME=importer.toolkit(), CXX=cxx)
+    (entry,) = importer.entries()
+    assert str(entry) in told.stdout
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (entry, importer.cache)} == {0o755}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in entry.iterdir()} == {0o644}
+    others = {"CXX": "/nowhere/c++", "CUDA_HOME": "/nowhere", "TORCH_CUDA_ARCH_LIST": "9.0", "NVCC_APPEND_FLAGS": "-G"}
+    for before in ("import grp, pwd, shlex; os.setuid(12345)", ""):  # Python may lie where only root can read
+        facts = importer(before, cuda=True, **others)
+        assert facts["devices"]["cuda"] == "compiled kernels (sm_75, sm_80, sm_90, PTX 75)"
+        assert facts["cache"]["entry"] == entry.name
+        assert facts["stderr"] == ""
+        assert facts["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("compiler", "options", "expected"),
+    [
+        ("/nowhere/c++", "", "no C++ compiler"),
+        ("/bin/false", "", "compiler failed"),
+        (None, "--arch banana", "'banana'"),
+    ],
+)
+def test_a_build_that_fails_is_told_without_a_traceback_and_records_nothing(importer, cxx, compiler, options, expected):
+    variables = {"CXX": compiler or cxx, "CUDA_HOME": importer.toolkit()}
+    told = importer.run(*COMMAND, "build", *options.split(), cuda=compiler is None, **variables)
+    assert told.returncode == 1
+    assert expected in told.stderr
+    assert "Traceback" not in told.stderr
+    assert not list(importer.cache.glob("*/manifest.json"))
