@@ -104,6 +104,11 @@ NETWORKS = {
         32,
         [f"features.{s}.{i}.block.0.0" for s, n in ((2, 2), (3, 2), (4, 3), (5, 3), (6, 4)) for i in range(1, n)],
     ),
+    "MNASNet (torchvision)": (
+        lambda: torchvision_model("mnasnet0_5"),
+        32,
+        [f"layers.{s}.{i}.layers.0" for s, n in enumerate((3, 3, 3, 2, 4, 1), 8) for i in range(1, n)],
+    ),
     "MobileNetV2, MobileNetV3, EfficientNet (timm)": (
         lambda: timm_model("mobilenetv2_035"),
         32,

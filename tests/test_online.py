@@ -219,7 +219,7 @@ def test_what_cannot_run_on_a_stream():
     tsm_jit.tsam.make_Shift(tsam, 8, 8, 8, 1, 1, 0)
     for model, kind, message in (
         (both, ValueError, "got direction='both' at 'layer1.0.conv1': convert and train with direction='past'"),
-        (pooled, ValueError, "got tsm_jit.tsm.TemporalPool at 'layer2'"),
+        (pooled, ValueError, "got tsm_jit.modules.tsm.TemporalPool at 'layer2'"),
         (tsam, ValueError, "got tsm_jit.tsam.TemporalShift at"),
         (torchvision.models.resnet18(), ValueError, "model must hold temporal shifts, got ResNet"),
         (tsm_jit.VideoModel(both), ValueError, "got a VideoModel at '': convert its backbone"),

@@ -27,17 +27,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import tsm_jit
-from tsm_jit import _residual_block, _residual_ops, reference, residual
-from tsm_jit._residual_ops import (
-    NO_SHIFT,
-    Norm,
-    end_in_both_forms,
-    end_of_block,
-    pixels_are_known,
-    pool_of_relu_of_norm,
-    relu_of_norm,
-    sums_are_in_kernel,
-)
+from tsm_jit import reference, residual
+from tsm_jit.fused import autograd, block, execute
+from tsm_jit.fused.autograd import end_in_both_forms, end_of_block, pool_of_relu_of_norm, relu_of_norm
+from tsm_jit.ops import residual as residual_ops
+from tsm_jit.ops import residual_block
+from tsm_jit.ops.residual import NO_SHIFT, Norm, pixels_are_known, sums_are_in_kernel
 from tsm_jit.plans import PADDINGS, Shift
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -83,7 +78,7 @@ def test_forward_is_the_reference_to_the_bit(device, dtype, layout, padding):
             identity = reference.temporal_shift(x, shift)
             unread = reference.unread_frames(x, shift).contiguous(memory_format=FORMATS[layout])
         poison(z)
-        out, unread_out = _residual_ops._new(z, [], 0.0, identity, [], 0.0, unread, shift.encode(), shifted)
+        out, unread_out = residual_ops._new(z, [], 0.0, identity, [], 0.0, unread, shift.encode(), shifted)
         expected = torch.relu(z + x)
         if shifted:
             assert_same_bits(unread_out, reference.unread_frames(expected, shift))
@@ -126,7 +121,7 @@ def test_norms_on_the_way(device, dtype, layout, padding):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     for norm_dtype in {wide, dtype}:
         z_norm, identity_norm = (random_norm(z.shape[1], norm_dtype, device) for _ in range(2))
-        out, _ = _residual_ops._new(z, z_norm, 1e-3, identity, identity_norm, 1e-5, None, shift.encode(), True)
+        out, _ = residual_ops._new(z, z_norm, 1e-3, identity, identity_norm, 1e-5, None, shift.encode(), True)
         normed = [
             F.batch_norm(x.double(), *(part.double() for part in parts), eps=epsilon)
             for x, parts, epsilon in ((z, z_norm, 1e-3), (identity, identity_norm, 1e-5))
@@ -204,7 +199,7 @@ def test_backward_is_the_reference(device, dtype, layout, padding):
             if grad_unread is not None:
                 grad_unread = grad_unread.contiguous(memory_format=FORMATS[layout])
         poison(out)
-        grad, grad_shifted, grad_unread_in, _ = _residual_ops._new_gradients(
+        grad, grad_shifted, grad_unread_in, _ = residual_ops._new_gradients(
             *grads, grad_unread, out, unread_out, *(None, [], 0.0) * 2, shift.encode(), to_shifted
         )
         given = [each for each in grads if each is not None]
@@ -233,7 +228,7 @@ def test_gradients_of_norms(device, dtype):
     norms = [[torch.rand(shape[1], dtype=wide, device=device) + k for k in (2.5, 0.5, -0.5)] for _ in range(2)]
     none = (None, [], 0.0)
     for first, second in itertools.product(((z, norms[0], 0.1), none), ((identity, norms[1], 0.2), none)):
-        masked, *_, made = _residual_ops._new_gradients(grad, None, None, out, None, *first, *second, NO_SHIFT, False)
+        masked, *_, made = residual_ops._new_gradients(grad, None, None, out, None, *first, *second, NO_SHIFT, False)
         masked, count = masked.double(), masked.numel() / masked.shape[1]
         # Sums of `count` numbers around 10, of which kernels do not round each to 16 bits before they add it.
         close = 10 * count**0.5 * max(torch.finfo(wide).eps * count**0.5, torch.finfo(dtype).eps)
@@ -255,7 +250,7 @@ def test_gradients_of_norms(device, dtype):
 @pytest.mark.parametrize("of_batch", [False, True], ids=["of before", "of the batch"])
 def test_gradients_of_relu_of_norm(device, dtype, of_batch):
     shape = (random.randint(2, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(1, 9))
-    wide, count = _residual_ops.wide(dtype), shape[0] * shape[2] * shape[3]
+    wide, count = residual_ops.wide(dtype), shape[0] * shape[2] * shape[3]
     z, grad = (
         random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last).requires_grad_(needed)
         for needed in (True, False)
@@ -304,7 +299,7 @@ def test_batch_statistics(device, dtype):
     expected, actual = (nn.BatchNorm2d(shape[1], momentum=0.3, dtype=wide, device=device) for _ in range(2))
     expected(x.to(wide))
     running = actual.running_mean, actual.running_var, actual.num_batches_tracked
-    mean, variance = _residual_ops.batch_statistics(x, *running, actual.momentum)
+    mean, variance = residual_ops.batch_statistics(x, *running, actual.momentum)
     # A variance around 1 of numbers around 100 whose sums are of their distances from the first.
     close = 1e-4 if wide is torch.float32 else 1e-9
     torch.testing.assert_close(mean, x.to(wide).mean((0, 2, 3)), rtol=close, atol=0)
@@ -496,7 +491,7 @@ def merged(request, monkeypatch, device):
     """Norms are differentiated together with the block's end where kernels make sums by channel: here, also where not,
     and not where they do."""
     if request.param != (device.type == "cuda"):
-        monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: request.param)
+        monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: request.param)
     return request.param
 
 
@@ -534,7 +529,7 @@ def counted(monkeypatch, module, name: str) -> list:
 
 @pytest.mark.parametrize("name", ["ResNet, bottlenecks", "timm ResNet"])
 def test_without_gradients_the_stream_is_shifted_between_stages_too(device, monkeypatch, name):
-    pools, ends = (counted(monkeypatch, residual, name) for name in ("pool_of_relu_of_norm", "end_in_both_forms"))
+    pools, ends = (counted(monkeypatch, execute, name) for name in ("pool_of_relu_of_norm", "end_in_both_forms"))
     _, fused, x = pair(NETWORKS[name], device, dtype=torch.float32)
     with torch.no_grad():
         fused.eval()(x)
@@ -543,7 +538,7 @@ def test_without_gradients_the_stream_is_shifted_between_stages_too(device, monk
 
 
 def test_blocks_are_recorded_as_one_function_each(device, merged, monkeypatch):
-    blocks = counted(monkeypatch, residual, "block_of_layers")
+    blocks = counted(monkeypatch, execute, "block_of_layers")
     _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     fused.train()(x)
     assert len(blocks) == (9 if merged else 0)
@@ -555,7 +550,7 @@ def test_blocks_are_recorded_as_one_function_each(device, merged, monkeypatch):
 @pytest.mark.parametrize("of_batch", [(True, True, True), (False, True, False), (True,)], ids=str)
 def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsample, dtype):
     """To the bit: its parts are the same operators, called from Python."""
-    wide, t = _residual_ops.wide(dtype), random.randint(1, 8)
+    wide, t = residual_ops.wide(dtype), random.randint(1, 8)
 
     def values(*sizes) -> Tensor:
         return random_values(sizes, dtype, cuda).contiguous(memory_format=torch.channels_last)
@@ -591,8 +586,8 @@ def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsamp
     found = []
     with torch.backends.cudnn.flags(deterministic=True):
         for forward, backward in (
-            (_residual_block._forward, _residual_block._backward),
-            (_residual_block._plain_forward, _residual_block._plain_backward),
+            (residual_block.block_forward, residual_block.block_backward),
+            (residual_block._plain_forward, residual_block._plain_backward),
         ):
             changed = copy.deepcopy((norms, batches))
             rest = factors, identity, downsample, None, shift, True
@@ -625,7 +620,7 @@ def test_a_network_with_a_forward_of_its_own_is_fused_stage_by_stage(device, mon
             seen.append(x.clone())
             return self.layer4(self.layer3(self.layer2(x.neg_()))).mean((2, 3))
 
-    ends = counted(monkeypatch, residual, "end_in_both_forms")
+    ends = counted(monkeypatch, execute, "end_in_both_forms")
     net, fused, x = pair(lambda: tsm(Other(BasicBlock, [2, 2, 2, 2])), device)
     seen: list[Tensor] = []
     with torch.no_grad():
@@ -688,7 +683,7 @@ def test_of_nothing_no_block_is_differentiated(cuda):
     weights, norm = [torch.randn(8, 8, 1, 1, device=cuda)] * 2, random_norm(8, torch.float32, cuda)
     convolutions, kept = [1, 1, 0, 0, 1, 1, 1, 1] * 2, [x, *norm, x]
     with pytest.raises(RuntimeError, match="z must have values, to be differentiated"):
-        _residual_block._backward(x, x, "", weights, convolutions, kept, [1e-5] * 2, [1] * 5)
+        residual_block.block_backward(x, x, "", weights, convolutions, kept, [1e-5] * 2, [1] * 5)
 
 
 def test_frozen_weights(device, merged):
@@ -734,7 +729,7 @@ def test_weights_are_cast_together(device, before, after):
     weights = [random_values(size, before, device) for size in ((8, 4, 3, 3), (8, 8, 1, 1), (4, 1, 3, 2), (2, 3, 1, 5))]
     weights = [random.choice((weight, weight.to(memory_format=torch.channels_last))) for weight in weights]
     weights += [weights[0][::2, :, 1:], weights[0].expand(3, 8, 4, 3, 3)[1:], weights[0][:0]]
-    for cast in (_residual_block._cast, _residual_block._plain_cast):
+    for cast in (residual_block.cast_all, residual_block._plain_cast):
         for weight, made in zip(weights, cast(weights, after), strict=True):
             assert_same_bits(made, weight.to(after))
         assert cast([], after) == []
@@ -778,7 +773,7 @@ def test_offloading(device, merged, hooks, monkeypatch):
         offloading = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.contiguous(), lambda saved: saved)
     else:
         offloading = torch.autograd.graph.save_on_cpu(pin_memory="pinned" in hooks)
-    backwards = counted(monkeypatch, _residual_block, "_backward")
+    backwards = counted(monkeypatch, block, "block_backward")
     with offloading:
         actual = step(fused.train(), F.interpolate(x, scale_factor=2))
     assert len(backwards) == (9 if merged else 0)
@@ -811,9 +806,9 @@ def test_no_more_is_saved_than_without_shift(device, merged, name, frozen):
 
 
 def test_a_block_frees_its_activations_before_downsample_is_differentiated(device, monkeypatch):
-    monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: True)
+    monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: True)
     kept, alive = [], []
-    of_branch, of_convolution = _residual_block._backward, _residual_block._convolved_backward
+    of_branch, of_convolution = block.block_backward, block.convolve_backward
 
     def branch_backward(*args):
         kept[:] = [None]  # convolutions within are not meant
@@ -826,15 +821,15 @@ def test_a_block_frees_its_activations_before_downsample_is_differentiated(devic
             alive.append(sum(of_block() is not None for of_block in kept[::5]))  # what each layer convolved
         return of_convolution(*args)
 
-    monkeypatch.setattr(_residual_block, "_backward", branch_backward)
-    monkeypatch.setattr(_residual_block, "_convolved_backward", convolved_backward)
+    monkeypatch.setattr(block, "block_backward", branch_backward)
+    monkeypatch.setattr(block, "convolve_backward", convolved_backward)
     _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     fused.train()(x).sum().backward()
     assert alive == [0] * 4
 
 
 def test_the_gradient_of_the_mean_over_pixels_is_one_value_for_all(device, merged, monkeypatch):
-    ends = counted(monkeypatch, _residual_block if merged else _residual_ops, "gradients_of_end")
+    ends = counted(monkeypatch, block if merged else autograd, "gradients_of_end")
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     assert_same_step(net, fused, F.interpolate(x, scale_factor=3))
     of_last = ends[0][0]
@@ -918,7 +913,7 @@ def test_one_graph_of_blocks_in_parts(device, merged, training):
 
 def as_on_a_gpu(monkeypatch, device) -> None:
     if device.type == "cpu":
-        for module in (residual, _residual_ops):
+        for module in (execute, autograd, residual_ops):
             monkeypatch.setattr(module, "sums_are_in_kernel", lambda x: x.shape[1] > 1)
 
 
@@ -933,7 +928,7 @@ def test_what_compilers_are_told_of_the_gradients_of_an_end(device, normed):
         return random_values((2 * t, channels, 3, 5), dtype, device).contiguous(memory_format=torch.channels_last)
 
     def operand(norm: bool) -> tuple:
-        parts = random_norm(channels, _residual_ops.wide(dtype), device)[:3]
+        parts = random_norm(channels, residual_ops.wide(dtype), device)[:3]
         how = [random.randint(0, 1) for _ in range(3)]
         return (values(), parts, 1e-5, how) if norm else (None, [], 0.0, [0, how[1], 0])
 
@@ -945,7 +940,7 @@ def test_what_compilers_are_told_of_the_gradients_of_an_end(device, normed):
 def test_what_compilers_are_told_of_the_gradients_of_a_relu(device):
     dtype, shape = random.choice(DTYPES[1:]), (random.randint(1, 5), 4 * random.randint(1, 9), 3, 5)
     grad, z = (random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    norm = random_norm(shape[1], _residual_ops.wide(dtype), device)
+    norm = random_norm(shape[1], residual_ops.wide(dtype), device)
     for how in itertools.product((0, 1), repeat=3):
         assert_as_told(torch.ops.tsm_jit.relu_of_norm_backward.default, (grad, z, norm, 1e-5, list(how)))
 
@@ -1051,7 +1046,7 @@ def test_compiled_inference_norms_in_place(device, monkeypatch):
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_parts):
     """What a graph keeps for the backward: what the network without shift keeps, and the unread frames of a stream."""
-    monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: in_parts)
+    monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: in_parts)
     kept = {}
 
     def keeps(name: str):
@@ -1079,7 +1074,7 @@ def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_part
 
 def test_recorded_blocks_keep_less_than_those_without_shift(monkeypatch, device):
     """But for the unread frames; and the ReLU of each first block is made again."""
-    monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: True)
+    monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: True)
     *networks, x = without_shift_and_fused(device)
 
     def is_activation(saved: Tensor) -> bool:
@@ -1213,7 +1208,7 @@ def test_a_shift_before_another_convolution_of_a_block(device, merged):
 
 def test_parameters_that_are_plain_attributes(device, merged, monkeypatch):
     """As those of the replicas of DataParallel."""
-    blocks = counted(monkeypatch, residual, "block_of_layers")
+    blocks = counted(monkeypatch, execute, "block_of_layers")
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     for module in fused.modules():
         for name in [*module._parameters]:
@@ -1268,7 +1263,7 @@ CHANGES = (with_bias, shifted, without_norm, with_more_between, hooked, of_froze
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_downsample_that_was_changed(device, merged, change, monkeypatch):
-    blocks = counted(monkeypatch, residual, "block_of_layers")
+    blocks = counted(monkeypatch, execute, "block_of_layers")
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     for each in (net, fused):
         each.train()
@@ -1307,8 +1302,8 @@ def test_that_memory_is_short_is_an_error_as_before(device, monkeypatch):
     def forward(*_):
         raise RuntimeError("tsm_jit: PyTorch could not convolve: CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(residual, "sums_are_in_kernel", lambda x: True)
-    monkeypatch.setattr(_residual_block, "_forward", forward)
+    monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: True)
+    monkeypatch.setattr(block, "block_forward", forward)
     _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         fused(x)
@@ -1353,7 +1348,7 @@ def test_operators_check_what_memory_safety_rests_on(argument):
     if argument == "norm":
         norm = [torch.ones(7)] * 4
     with pytest.raises(RuntimeError, match=argument):
-        _residual_ops._write(torch.empty_like(z), None, None, 1, z, norm, 0.0, z, [], 0.0, unread, shift.encode(), True)
+        residual_ops._write(torch.empty_like(z), None, None, 1, z, norm, 0.0, z, [], 0.0, unread, shift.encode(), True)
 
 
 def test_operators_refuse_to_shift_in_place_of_z_what_they_cannot(device):
@@ -1362,7 +1357,7 @@ def test_operators_refuse_to_shift_in_place_of_z_what_they_cannot(device):
     z, unread = torch.randn(4, 8, 2, 2, device=device), torch.randn(2, 0 if circular else 4, 2, 2, device=device)
     before = z.clone()
     with pytest.raises(RuntimeError, match="out must not be z"):
-        _residual_ops._write(z, unread, None, 1, z, [], 0.0, before, [], 0.0, None, shift.encode(), True)
+        residual_ops._write(z, unread, None, 1, z, [], 0.0, before, [], 0.0, None, shift.encode(), True)
     assert_same_bits(z, before)
 
 

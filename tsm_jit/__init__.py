@@ -7,10 +7,11 @@ from types import ModuleType
 
 from tsm_jit import _command_line, _jit, plans
 from tsm_jit._jit.info import info
-from tsm_jit._networks import n_segment, remove_temporal_shift, shift_before
+from tsm_jit.convert.surgery import n_segment, remove_temporal_shift, shift_before
+from tsm_jit.convert.tsm import make_temporal_pool, make_temporal_shift
 from tsm_jit.functional import shift_groups, temporal_shift
-from tsm_jit.tsm import TemporalPool, TemporalShift, TokenShift, make_temporal_pool, make_temporal_shift
-from tsm_jit.video import VideoModel
+from tsm_jit.modules.tsm import TemporalPool, TemporalShift, TokenShift
+from tsm_jit.modules.video import VideoModel
 
 __all__ = [
     "TemporalPool",
@@ -34,7 +35,7 @@ __all__ = [
     "tsam",
 ]
 
-_ON_FIRST_USE = ("audio", "checkpoints", "online", "residual", "tsam")  # for a quick import
+_ON_FIRST_USE = ("audio", "checkpoints", "non_local", "online", "residual", "tsam")  # for a quick import
 
 
 def __getattr__(name: str) -> ModuleType:

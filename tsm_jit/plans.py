@@ -6,9 +6,12 @@ frame ``offset`` later (earlier if negative). Channels past the last group do no
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from typing import Literal, NamedTuple
+
+from torch.compiler import is_compiling
 
 from tsm_jit._checks import integer, one_of
 
@@ -68,12 +71,21 @@ class Shift(NamedTuple):
 
     def inverse(self) -> Shift:
         """What brings every frame back that was read by another: the offsets negated, the others left alone."""
-        padding = "circular" if self.padding == "circular" else "keep"
+        padding: Padding = "circular" if self.is_circular else "keep"
         return self._replace(padding=padding, plan=tuple((width, -offset) for width, offset in self.plan))
+
+    @property
+    def needs_sum(self) -> bool:
+        """Whether the adjoint adds: a frame that was read twice receives a sum."""
+        return self.padding in ("keep", "replicate")
+
+    @property
+    def is_circular(self) -> bool:
+        return self.padding == "circular"
 
     def canonical(self) -> Shift:
         """The same shift with offsets of at most ``n_segment_shifted``: past the clip they all mean the same."""
-        n, circular = self.n_segment_shifted, self.padding == "circular"
+        n, circular = self.n_segment_shifted, self.is_circular
         plan = []
         for width, offset in self.plan:
             distance = abs(offset) % n if circular else min(abs(offset), n)
@@ -82,7 +94,7 @@ class Shift(NamedTuple):
 
     def unread_channels(self) -> int:
         """How many channels the frames make, in all, that no frame of the shifted clip reads."""
-        if self.padding == "circular":
+        if self.is_circular:
             return 0
         return sum(width * min(abs(offset), self.n_segment_shifted) for width, offset in self.plan)
 
@@ -103,6 +115,12 @@ class Shift(NamedTuple):
         return Shift(int(n_segment), int(n_segment_shifted), int(channel_dim), padding, plan)
 
 
+def decode(encoded: str) -> Shift:
+    """:meth:`Shift.decode`, remembered: a network repeats its shifts."""
+    return Shift.decode(encoded) if is_compiling() else _decode(encoded)  # compilers warn of functools caches
+
+
+_decode = functools.lru_cache(maxsize=4096)(Shift.decode)
 _EXAMPLE = "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=zeros plan=8:1,8:-1"
 _ENCODED = re.compile(  # here, and not where it is used, since compilers of models read what is called there
     r"n_segment=(\d+) n_segment_shifted=(\d+) channel_dim=(\d+) "

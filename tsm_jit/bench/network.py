@@ -13,10 +13,10 @@ import torchvision
 from torch import Tensor, nn
 
 from tsm_jit import residual, tsam
-from tsm_jit._networks import ShiftedModule
 from tsm_jit.bench import Mismatch, Row, mebibytes, peers, timing
+from tsm_jit.convert.tsm import make_temporal_shift
+from tsm_jit.modules.base import ShiftedModule
 from tsm_jit.plans import Shift, temporal
-from tsm_jit.tsm import make_temporal_shift
 
 CLASSES = 400  # of Kinetics-400
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tsm_jit import online
 from tsm_jit.bench import Mismatch, Row, mebibytes, timing
-from tsm_jit.tsm import make_temporal_shift
+from tsm_jit.convert.tsm import make_temporal_shift
 
 CLIP = 8
 

@@ -24,14 +24,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from tsm_jit import reference
-from tsm_jit.ops import decoded
-from tsm_jit.plans import Shift
+from tsm_jit.ops.compat import direct
+from tsm_jit.plans import Shift, decode
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
 _NORMS = (
@@ -42,6 +40,8 @@ _GRADS = "Tensor? grad_a, Tensor? grad_b, Tensor? grad_unread, Tensor out, Tenso
 _NORMED = (
     "Tensor? z, Tensor[] z_norm, float z_epsilon, Tensor? identity, Tensor[] identity_norm, float identity_epsilon"
 )
+
+
 for _schema in (
     f"residual_shift_(Tensor(a!) out, Tensor(b!)? unread_out, Tensor(c!)? plain, int step, {_NORMS}, bool relu) -> ()",
     "residual_pool(Tensor z, Tensor[] z_norm, float z_epsilon, str shift, bool plain, bool shifted) "
@@ -60,10 +60,11 @@ for _schema in (
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-_new = torch.ops.tsm_jit.residual_shift.default._op
-_write = torch.ops.tsm_jit.residual_shift_.default._op
-_pool = torch.ops.tsm_jit.residual_pool.default._op
-_statistics = torch.ops.tsm_jit.channel_statistics_.default._op
+
+_new = direct(torch.ops.tsm_jit.residual_shift.default)
+_write = direct(torch.ops.tsm_jit.residual_shift_.default)
+pool_operator = direct(torch.ops.tsm_jit.residual_pool.default)
+_statistics = direct(torch.ops.tsm_jit.channel_statistics_.default)
 
 
 class Norm(NamedTuple):
@@ -96,105 +97,7 @@ _NOT_NORMED = (None, [], 0.0)  # values without a norm, or whose norm's gradient
 NO_SHIFT = Shift(1, 1, 1, "zeros", ()).encode()  # of clips of any length
 
 
-# --- autograd --------------------------------------------------------------------------------------------------------
-
-
-def end_of_block(
-    z: Tensor,
-    z_norm: Norm | None,
-    identity: Tensor,
-    identity_norm: Norm | None,
-    unread: Tensor | None,
-    shift: str,
-    shifted: bool,
-    *,
-    readers: int = 2,
-    own_z: bool = False,
-    own_identity: bool = False,
-) -> tuple[list[Tensor], Tensor | None]:
-    """``x = relu(z_norm(z) + identity_norm(identity))``, differentiable once.
-
-    Args:
-        z, identity: ``[N*T, C, H, W]`` of a floating-point type.
-        z_norm, identity_norm: applied on the way, if given.
-        unread: the other frames of an identity in shifted form, ``[N, K, H, W]``; of a plain one None.
-        shift: an encoded :class:`tsm_jit.plans.Shift`: of the identity, of the result, or of both.
-        shifted: whether the result is wanted in shifted form.
-        readers: how many there will be of x, 1 or 2.
-        own_z, own_identity: whether x may take their place, where nothing is recorded.
-
-    Returns:
-        x for each of its readers, so that one kernel receives both gradients and no addition comes before it; and the
-        unread frames, None of a plain x.
-    """
-    z, identity, unread = _alike(z, identity, unread)
-    if not torch.is_grad_enabled():
-        given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
-        if own_identity and shifted and unread is not None:
-            out, unread_out = identity, unread
-        elif own_z and (not shifted or (z.is_cuda and "=circular" not in shift)):
-            out, unread_out = z, _new_unread(z, shift) if shifted else None
-        else:
-            out, unread_out = write_new(z, z_norm, identity, identity_norm, unread, shift, shifted)
-            return [out] * readers, unread_out if shifted else None
-        _written(out, unread_out, None, 1, *given, True)
-        return [out] * readers, unread_out
-    parts = [part for norm in (z_norm, identity_norm) for part in (norm[:4] if norm else (None,) * 4)]
-    how = (z_norm and z_norm[4:], identity_norm and identity_norm[4:], shift, shifted)
-    unread_out, *out = _EndOfBlock.apply(z, identity, unread, *parts, how, readers)
-    return out, unread_out if shifted else None
-
-
-def end_in_both_forms(
-    z: Tensor,
-    z_norm: Norm | None,
-    identity: Tensor,
-    identity_norm: Norm | None,
-    unread: Tensor | None,
-    shift: str,
-    step: int,
-    *,
-    own_identity: bool,
-) -> tuple[Tensor, Tensor]:
-    """:func:`end_of_block` for a block whose convolution reads x shifted, and whose identity is made of a plain x: the
-    shifted one, and of the plain one every ``step``-th row and column. Where nothing is recorded and pixels are known.
-    """
-    z, identity, unread = _alike(z, identity, unread)
-    if own_identity and unread is not None:
-        out, unread_out = identity, unread
-    else:
-        out, unread_out = _new_like(z, z.shape), _new_unread(z, shift)
-    rows, columns = (-(-size // step) for size in z.shape[2:])
-    plain = _new_like(z, (*z.shape[:2], rows, columns))
-    given = (z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift)
-    _written(out, unread_out, plain, step, *given, True)
-    return out, plain
-
-
-def pool_of_relu_of_norm(
-    z: Tensor, norm: Norm, shift: str | None, plain: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``x = max_pool2d(relu(norm(z)), 3, 2, 1)`` of ``z`` ``[N*T, C, H, W]`` in channels_last. Nothing is recorded.
-
-    Returns:
-        x itself if ``plain``; and if ``shift`` is given, x in its form, and the unread frames. Else None.
-    """
-    pool = torch.ops.tsm_jit.residual_pool.default if is_compiling() else _pool
-    x, shifted, unread = pool(z, *_parts(norm), shift or NO_SHIFT, plain, shift is not None)
-    return (x if plain else None, *((None, None) if shift is None else (shifted, unread)))
-
-
-def _alike(z: Tensor, identity: Tensor | None, unread: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """All in a layout that kernels take, and of the type of z, as in ``z += identity``."""
-    if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
-        z = z.contiguous()
-    identity, unread = (None if each is None else each.to(z.dtype) for each in (identity, unread))
-    if not torch.is_grad_enabled():
-        identity, unread = _laid_out_as(identity, z), _laid_out_as(unread, z)
-    return z, identity, unread
-
-
-def _written(*given) -> None:
+def write_into(*given) -> None:
     (torch.ops.tsm_jit.residual_shift_.default if is_compiling() else _write)(*given)
 
 
@@ -209,26 +112,12 @@ def write_new(
 ) -> tuple[Tensor, Tensor]:
     """:func:`end_of_block` as new tensors, unknown to autograd."""
     write = torch.ops.tsm_jit.residual_shift.default if is_compiling() else _new
-    return write(z, *_parts(z_norm), identity, *_parts(identity_norm), unread, shift, shifted)
+    return write(z, *norm_args(z_norm), identity, *norm_args(identity_norm), unread, shift, shifted)
 
 
-def _parts(norm: Norm | None) -> tuple[list[Tensor], float]:
+def norm_args(norm: Norm | None) -> tuple[list[Tensor], float]:
     """As operators take it."""
     return ([], 0.0) if norm is None else (list(norm[:4]), norm.epsilon)
-
-
-def applied_norm(module: nn.BatchNorm2d, parts: Sequence[Tensor], x: Tensor, recorded: bool) -> Norm:
-    """The batch normalization of ``x`` by ``module``, whose running statistics, the first two of ``parts``, beside its
-    weight and bias, are updated."""
-    if not recorded:
-        return Norm(*parts, module.eps)
-    if module.training:
-        statistics = batch_statistics(x.detach(), *parts[:2], module.num_batches_tracked, module.momentum)
-        parts = (*statistics, *parts[2:])
-    elif not is_compiling():  # the running ones, which may change before the backward
-        parts = (parts[0].clone(), parts[1].clone(), *parts[2:])
-    in_type = wide(x.dtype)
-    return Norm(*(part if part.dtype is in_type else part.to(in_type) for part in parts), module.eps, module.training)
 
 
 def batch_statistics(
@@ -238,78 +127,6 @@ def batch_statistics(
     running ones, of the type :func:`wide`, and the number of batches, as ``torch.nn.BatchNorm2d`` does."""
     statistics = torch.ops.tsm_jit.channel_statistics_.default if is_compiling() else _statistics
     return statistics(x, running_mean, running_var, batches, momentum)
-
-
-def relu_of_norm(z: Tensor, norm: Norm) -> Tensor:
-    """``relu(norm(z))`` of the activations ``z`` ``[N*T, C, H, W]``, differentiable once; it is not kept for that."""
-    return _ReluOfNorm.apply(_alike(z, None, None)[0], *norm[:4], norm[4:])
-
-
-def relu_of_norm_(z: Tensor, norm: Norm) -> Tensor:
-    """``relu(norm(z))``, written into the activations ``z`` ``[N*T, C, H, W]``; where nothing is recorded."""
-    _written(z, None, None, 1, z, *_parts(norm), None, [], 0.0, None, NO_SHIFT, True)
-    return z
-
-
-class _EndOfBlock(Function):
-    @staticmethod
-    def forward(ctx, z, identity, unread, *rest):
-        *parts, how, readers = rest
-        z_how, identity_how, shift, shifted = how
-        z_norm, identity_norm = z_how and Norm(*parts[:4], *z_how), identity_how and Norm(*parts[4:], *identity_how)
-        out, unread_out = write_new(z, z_norm, identity, identity_norm, unread, shift, shifted)
-        ctx.how = how
-        ctx.identity_is_shifted = unread is not None
-        ctx.save_for_backward(out, unread_out if shifted else None, *_kept(z, z_norm), *_kept(identity, identity_norm))
-        ctx.set_materialize_grads(False)
-        return unread_out, *for_readers(out, readers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_unread, grad_a, grad_b=None):
-        out, unread_out, *saved = ctx.saved_tensors
-        *hows, shift, shifted = ctx.how
-        needed = ctx.needs_input_grad
-        z = Operand.of_kept(saved[:4], hows[0], needed[0], any(needed[5:7]))
-        identity = Operand.of_kept(saved[4:], hows[1], needed[1], any(needed[9:11]))
-        grads = grad_a, grad_b, grad_unread if shifted else None
-        of_z, of_identity, of_unread = gradients_of_end(
-            *grads, out, unread_out, z, identity, shift, ctx.identity_is_shifted
-        )
-        of_norms = (None, None, *of_z[1:], None, None, *of_identity[1:])
-        return of_z[0], of_identity[0], of_unread, *of_norms, None, None
-
-
-class _ReluOfNorm(Function):
-    @staticmethod
-    def forward(ctx, z, *norm):
-        *parts, how = norm
-        ctx.how = how
-        # Asked here: where a backward asks how a tensor lies in memory, compilers make its gradients contiguous.
-        ctx.in_kernel = sums_are_in_kernel(z)
-        ctx.save_for_backward(z, *parts)
-        return write_new(z, Norm(*parts, *how), None, None, None, NO_SHIFT, False)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        z, *parts = ctx.saved_tensors
-        if ctx.in_kernel:  # hooks that keep tensors elsewhere may lose their strides
-            z = z.contiguous(memory_format=torch.channels_last)
-        needed = ctx.needs_input_grad
-        of_z = Operand(z, Norm(*parts, *ctx.how), needed[0], any(needed[3:5]))
-        of_values, *of_norm = gradients_of_relu_of_norm(grad, of_z, ctx.in_kernel)
-        return of_values, None, None, *of_norm, None
-
-
-def for_readers(out: Tensor, readers: int) -> list[Tensor]:
-    """``out`` for each of them. None for nobody: a compiler would fill its gradient with zeros."""
-    return [out, *(out.view_as(out) for _ in range(readers - 1))]
-
-
-def _kept(values: Tensor, norm: Norm | None) -> tuple[Tensor | None, ...]:
-    """What the backward needs of an operand: without a norm not its values, and of a norm not its bias."""
-    return (values, *norm[:3]) if norm else (None,) * 4
 
 
 class Operand(NamedTuple):
@@ -380,7 +197,7 @@ def _for_gradients(operator, plain: Callable, like: Tensor, in_kernel: bool, apa
     it: they rely on results being ``apart`` in memory, and aligned to 16 bytes. Gradients of norms are rows of one
     tensor."""
     if in_kernel and not is_compiling():
-        return operator._op
+        return direct(operator)
     return operator if in_kernel and apart and like.shape[1] % 4 == 0 else plain
 
 
@@ -416,15 +233,12 @@ def _through_norm(
     values_norm = [norm.mean, norm.variance, *beside] if norm.of_batch else []
     zero = torch.zeros_like(norm.weight) if zero is None else zero
     out = grad if overwrite else torch.empty_like(grad)
-    values = _laid_out_as(values, grad) if values_norm else None
+    values = laid_out_as(values, grad) if values_norm else None
     grad_norm = [zero, norm.variance, norm.weight, zero]
-    _written(
+    write_into(
         out, None, None, 1, grad, grad_norm, norm.epsilon, values, values_norm, norm.epsilon, None, NO_SHIFT, False
     )
     return out
-
-
-# --- the operators ---------------------------------------------------------------------------------------------------
 
 
 def _new_gradients(
@@ -446,7 +260,7 @@ def _new_gradients(
     norms = (z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon)
     in_kernel = sums_are_in_kernel(out)
     operator = torch.ops.tsm_jit.residual_shift_backward.default
-    made = (operator if is_compiling() else operator._op)(
+    made = (operator if is_compiling() else direct(operator))(
         grad_a, grad_b, grad_unread, out, unread_out, *(norms if in_kernel else _NOT_NORMED * 2), shift, shifted
     )
     return made if in_kernel or not (z_norm or identity_norm) else (*made[:3], _norm_gradients(made[0], *norms))
@@ -468,12 +282,12 @@ def _norm_gradients(grad, z, z_norm, z_epsilon, identity, identity_norm, identit
     return made
 
 
-def _new_unread(like: Tensor, shift: str) -> Tensor:
-    shift = Shift.decode(shift) if is_compiling() else decoded(shift)  # compilers warn of what remembers
-    return _new_like(like, (like.shape[0] // shift.n_segment, shift.unread_channels(), *like.shape[2:]))
+def new_unread(like: Tensor, shift: str) -> Tensor:
+    shift = decode(shift)
+    return new_like(like, (like.shape[0] // shift.n_segment, shift.unread_channels(), *like.shape[2:]))
 
 
-def _new_like(like: Tensor, shape: Sequence[int]) -> Tensor:
+def new_like(like: Tensor, shape: Sequence[int]) -> Tensor:
     """In the memory format of ``like``. By strides: a compiler fills what ``torch.empty`` makes before we write it."""
     channels_last = not like.is_contiguous()
     strides, stride = [0] * len(shape), 1
@@ -487,11 +301,8 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
-def _laid_out_as(x: Tensor | None, like: Tensor) -> Tensor | None:
+def laid_out_as(x: Tensor | None, like: Tensor) -> Tensor | None:
     return None if x is None else x.contiguous(memory_format=_memory_format(like))
-
-
-# For devices without kernels.
 
 
 def _plain_statistics(x, running_mean, running_var, batches, momentum) -> tuple[Tensor, Tensor]:
@@ -524,7 +335,7 @@ def _plain_write(
     if not relu:
         out.copy_(z if identity is None else z + identity)
         return
-    x = reference.residual_shift(z, identity, unread, decoded(shift)).to(out.dtype)
+    x = reference.residual_shift(z, identity, unread, decode(shift)).to(out.dtype)
     if plain is not None:
         plain.copy_(x[:, :, ::step, ::step])
     _write_forms(out, unread_out, x, shift)
@@ -534,8 +345,8 @@ def _write_forms(out, unread_out, x, shift) -> None:
     if unread_out is None:
         out.copy_(x)
     else:
-        out.copy_(reference.temporal_shift(x, decoded(shift)))
-        unread_out.copy_(reference.unread_frames(x, decoded(shift)))
+        out.copy_(reference.temporal_shift(x, decode(shift)))
+        unread_out.copy_(reference.unread_frames(x, decode(shift)))
 
 
 def _plain_pool(z, z_norm, z_epsilon, shift, plain, shifted):
@@ -551,10 +362,10 @@ def _plain_pool(z, z_norm, z_epsilon, shift, plain, shifted):
 def _like_new_pool(z, z_norm, z_epsilon, shift, plain, shifted):
     none = z.new_empty(0)
     x, out = (
-        _new_like(z, (*z.shape[:2], (z.shape[2] + 1) // 2, (z.shape[3] + 1) // 2)) if wanted else none
+        new_like(z, (*z.shape[:2], (z.shape[2] + 1) // 2, (z.shape[3] + 1) // 2)) if wanted else none
         for wanted in (plain, shifted)
     )
-    return x, out, _new_unread(out, shift) if shifted else none
+    return x, out, new_unread(out, shift) if shifted else none
 
 
 def _normed(values: Tensor, norm: Sequence[Tensor], epsilon: float) -> Tensor:
@@ -583,7 +394,7 @@ def _plain_write_gradients(
     identity_epsilon,
     shift,
 ) -> None:
-    shift = decoded(shift)
+    shift = decode(shift)
     given = [each for each in (grad_a, grad_b) if each is not None]
     masked = reference.residual_shift_backward(given, grad_unread, out, unread_out, shift)
     if grad is not None:
@@ -610,7 +421,7 @@ def _plain_relu_backward(grad, z, norm, epsilon, how):
 
 
 def _like_new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
-    return torch.empty_like(z), _new_unread(z, shift) if shifted else z.new_empty(0)
+    return torch.empty_like(z), new_unread(z, shift) if shifted else z.new_empty(0)
 
 
 def _like_new_gradients(
@@ -632,7 +443,7 @@ def _like_new_gradients(
     return (
         torch.empty_like(out),
         torch.empty_like(out) if shifted else out.new_empty(0),
-        _new_unread(out, shift) if shifted else out.new_empty(0),
+        new_unread(out, shift) if shifted else out.new_empty(0),
         norm[0].new_empty((9, out.shape[1])) if norm else out.new_empty(0),
     )
 
@@ -640,7 +451,7 @@ def _like_new_gradients(
 def _like_new_end_gradients(grad_a, grad_b, grad_unread, out, unread_out, *given):
     *operands, shift, shifted = given
     found = (_like_gradients_of(Operand.of_flat(*each), out) for each in (operands[:4], operands[4:]))
-    return *itertools.chain(*found), _new_unread(out, shift) if shifted else None
+    return *itertools.chain(*found), new_unread(out, shift) if shifted else None
 
 
 def _like_new_relu_gradients(grad, z, norm, epsilon, how):
@@ -669,6 +480,8 @@ def _plain_new_gradients(*given):
 
 
 _schemas = torch.ops.tsm_jit
+
+
 for _operator, _compute, _fake in (
     (_schemas.residual_shift_.default, _plain_write, lambda *_: None),
     (_schemas.residual_shift_backward_.default, _plain_write_gradients, lambda *_: None),

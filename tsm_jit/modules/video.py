@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tsm_jit._networks import ClipModule
+from tsm_jit.modules.base import ClipModule
 
 
 class VideoModel(nn.Module):

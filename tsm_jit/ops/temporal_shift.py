@@ -27,16 +27,24 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as functorch_is_active
-from torch._C import _get_tracing_state as _tracing_state
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.autograd.graph import increment_version, saved_tensors_hooks
 from torch.compiler import is_compiling
 
 from tsm_jit import reference
-from tsm_jit.plans import Shift
+from tsm_jit.ops.compat import (
+    direct,
+    eager,
+    has_saved_tensor_hooks,
+    is_tracing,
+    transforms_are_active,
+    undifferentiable_view,
+)
+from tsm_jit.plans import decode
 
 _library = torch.library.Library("tsm_jit", "DEF")
+
+
 for _schema in (
     "temporal_shift(Tensor x, str shift) -> Tensor",
     "temporal_shift.kernel(Tensor x, str shift) -> Tensor",
@@ -50,19 +58,15 @@ for _schema in (
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+
 _forward = torch.ops.tsm_jit.temporal_shift.default
-_forward_kernel = torch.ops.tsm_jit.temporal_shift.kernel._op  # _op: without the Python frame of an OpOverload
-_forward_in_place = torch.ops.tsm_jit.temporal_shift_.default._op
+_forward_kernel = direct(torch.ops.tsm_jit.temporal_shift.kernel)  # _op: without the Python frame of an OpOverload
+_forward_in_place = direct(torch.ops.tsm_jit.temporal_shift_.default)
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
-_backward_kernel = torch.ops.tsm_jit.temporal_shift_backward.kernel._op
-_forward_keeping = torch.ops.tsm_jit.temporal_shift_keeping_.default._op
-_undone = torch.ops.tsm_jit.temporal_shift_undone_.default._op
-_backward_in_place = torch.ops.tsm_jit.temporal_shift_backward_.default._op
-
-decoded = functools.lru_cache(maxsize=4096)(Shift.decode)
-
-
-# --- autograd --------------------------------------------------------------------------------------------------------
+_backward_kernel = direct(torch.ops.tsm_jit.temporal_shift_backward.kernel)
+_forward_keeping = direct(torch.ops.tsm_jit.temporal_shift_keeping_.default)
+_undone = direct(torch.ops.tsm_jit.temporal_shift_undone_.default)
+_backward_in_place = direct(torch.ops.tsm_jit.temporal_shift_backward_.default)
 
 
 def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Function]]:
@@ -114,8 +118,8 @@ def _mapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, int
 def _adjoint_kernel(grad: Tensor, shift: str) -> Tensor:
     if grad.layout is not torch.strided:
         grad = grad.to_dense()
-    if grad.dtype not in _ADDED and ("=keep" in shift or "=replicate" in shift):  # float8: torch converts to add
-        return reference.temporal_shift_backward(grad, Shift.decode(shift))
+    if grad.dtype not in _ADDED and decode(shift).needs_sum:  # float8: torch converts to add
+        return reference.temporal_shift_backward(grad, decode(shift))
     return _backward_kernel(grad, shift)
 
 
@@ -170,20 +174,17 @@ class _InPlaceOnLeaf(Function):
         return temporal_shift_backward(grad, ctx.shift), None
 
 
-# --- the way to the operators ----------------------------------------------------------------------------------------
-
-
 def temporal_shift(x: Tensor, shift: str) -> Tensor:
     """``shift`` applied to ``x``, differentiable by every means PyTorch has."""
     if eager():
         if x.requires_grad and torch.is_grad_enabled():
             return _RecordedShift.apply(x, shift)
         return _forward_kernel(x, shift)
-    if is_compiling() or _is_tracing():
+    if is_compiling() or is_tracing():
         # Graphs for ONNX and of torch.jit.trace are to run where no tsm_jit is. And under transforms a compiler would
         # drop the tangent of an operator that Python taught to differentiate.
-        plainly = torch.onnx.is_in_onnx_export() or _is_tracing() or transforms_are_active()
-        return reference.sliced(x, Shift.decode(shift)) if plainly else _forward(x, shift)
+        plainly = torch.onnx.is_in_onnx_export() or is_tracing() or transforms_are_active()
+        return reference.sliced(x, decode(shift)) if plainly else _forward(x, shift)
     return _TransformableShift.apply(x, shift)
 
 
@@ -257,10 +258,9 @@ def _check_view(x: Tensor) -> None:
         return
     if x._base.is_leaf and x._base.requires_grad:
         raise RuntimeError("x must not be a view of a leaf Variable that requires grad to be shifted in place")
-    made = torch._C._autograd._get_creation_meta(x)
-    if made != torch._C._autograd.CreationMeta.DEFAULT:
+    if (creation := undifferentiable_view(x)) is not None:
         raise RuntimeError(
-            f"x must be a view whose base autograd can rebase to be shifted in place, got one made in {made.name}: "
+            f"x must be a view whose base autograd can rebase to be shifted in place, got one made in {creation}: "
             "by a function that returns several views, in a custom function, or without recording; clone it first"
         )
 
@@ -288,7 +288,7 @@ def shifting_again(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[Ten
     """
     shifted = shift(x)
     storage, dtype = shifted.untyped_storage().data_ptr(), shifted.dtype
-    others_decide = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    others_decide = has_saved_tensor_hooks()
     if others_decide or x.is_inference() or not storage:  # neither versions nor memory to go by
         yield shifted
         return
@@ -318,38 +318,18 @@ def shifting_again(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[Ten
         yield shifted
 
 
-def eager() -> bool:
-    """True if no compiler, tracer or transform is watching, and what autograd does may be arranged by hand."""
-    return not (  # every call asks: none of this in functions of its own
-        is_compiling() or _tracing_state() is not None or functorch_is_active() or forward_ad._current_level >= 0
-    )
-
-
-def _is_tracing() -> bool:
-    """By ``torch.jit.trace``."""
-    return _tracing_state() is not None
-
-
-def transforms_are_active() -> bool:
-    """Those of ``torch.func``, or forward-mode differentiation."""
-    return functorch_is_active() or forward_ad._current_level >= 0
-
-
 _RecordedShift, _TransformableShift = _linear_function(_forward_kernel, temporal_shift, temporal_shift_backward)
 _RecordedAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temporal_shift_backward, temporal_shift)
 
 
-# --- registrations: plain torch for devices without kernels, shapes and autograd for compilers -----------------------
-
-
 def _register(differentiable, kernels: tuple, in_place, compute, recorded: type[Function]) -> None:
-    kernel = kernels[0]._op
+    kernel = direct(kernels[0])
 
     def plain(x: Tensor, shift: str) -> Tensor:
-        return compute(x, decoded(shift))
+        return compute(x, decode(shift))
 
     def plain_in_place(x: Tensor, shift: str) -> None:
-        x.copy_(compute(x, decoded(shift)))
+        x.copy_(compute(x, decode(shift)))
 
     # Fakes are registered as kernels for Meta: torch.library.register_fake looks for its caller in every module there
     # is, a third of the time that importing tsm_jit takes.
@@ -373,19 +353,19 @@ def _register(differentiable, kernels: tuple, in_place, compute, recorded: type[
 
 
 def _plain_keeping(x: Tensor, shift: str) -> Tensor:
-    unread = torch.cat([x.new_empty(0), *(frames.flatten() for frames in reference.unread_views(x, decoded(shift)))])
+    unread = torch.cat([x.new_empty(0), *(frames.flatten() for frames in reference.unread_views(x, decode(shift)))])
     _forward_in_place(x, shift)
     return unread
 
 
 def _like_new_unread(x: Tensor, shift: str) -> Tensor:
-    there = decoded(shift)
+    there = decode(shift)
     channels = x.shape[there.channel_dim]
     return x.new_empty(x.numel() // (there.n_segment * channels) * there.unread_channels() if x.numel() else 0)
 
 
 def _plain_undone(x: Tensor, unread: Tensor, shift: str) -> None:
-    there = decoded(shift)
+    there = decode(shift)
     _forward_in_place(x, there.inverse().encode())
     lost = list(reference.unread_views(x, there))
     for frames, values in zip(lost, unread.split([frames.numel() for frames in lost]), strict=True):
@@ -393,12 +373,16 @@ def _plain_undone(x: Tensor, unread: Tensor, shift: str) -> None:
 
 
 _schemas = torch.ops.tsm_jit
+
+
 for _op, _compute, _fake in (
     (_schemas.temporal_shift_keeping_.default, _plain_keeping, _like_new_unread),
     (_schemas.temporal_shift_undone_.default, _plain_undone, lambda *_: None),
 ):
     _library.impl(_op, _compute, "CompositeExplicitAutograd")
     _library.impl(_op, _fake, "Meta")
+
+
 _register(
     _schemas.temporal_shift.default,
     (_schemas.temporal_shift.kernel, _schemas.temporal_shift.again),
@@ -406,6 +390,8 @@ _register(
     reference.temporal_shift,
     _RecordedShift,
 )
+
+
 _register(
     _schemas.temporal_shift_backward.default,
     (_schemas.temporal_shift_backward.kernel,),

@@ -20,52 +20,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from tsm_jit import ops
-from tsm_jit._residual_ops import (
-    NO_SHIFT,
-    Norm,
-    Operand,
-    applied_norm,
-    batch_statistics,
-    end_of_block,
-    for_readers,
-    gradients_of_end,
-    gradients_of_relu_of_norm,
-    relu_of_norm,
-    sums_are_in_kernel,
-    write_new,
+from tsm_jit.fused.autograd import applied_norm, end_of_block, for_readers, relu_of_norm
+from tsm_jit.ops.residual import NO_SHIFT, Norm, Operand, gradients_of_end
+from tsm_jit.ops.residual_block import (
+    block_backward,
+    block_forward,
+    cast_all,
+    convolve,
+    convolve_backward,
+    raising_out_of_memory,
 )
-
-_library = torch.library.Library("tsm_jit", "FRAGMENT")
-# Of each layer `weights` has the weight of the convolution, `convolutions` its stride, padding and dilation, two each,
-# its groups, and whether the norm is of the batch; `norms` running mean and variance (which are written), weight and
-# bias, `factors` epsilon and momentum, `batches` the number of batches, if the norm is of the batch. With `downsample`
-# the last layer makes the identity of what is given for it.
-#
-# Returned, beside x and its unread frames: of each layer what it convolved, mean and variance if the norm is of the
-# batch, and its ReLU if there is one.
-for _schema in (
-    "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] convolutions, Tensor(a!)[] norms, "
-    "Tensor(b!)[] batches, float[] factors, Tensor identity, bool downsample, Tensor? unread, str shift, bool shifted) "
-    "-> (Tensor, Tensor, Tensor[])",
-    # `kept` has of each layer but the last what it convolved, mean, variance, weight and bias of its norm; then their
-    # ReLUs, of which that of the first layer may be missing: it is made again. `wanted` tells of x, and of each layer's
-    # convolution and norm, whether gradients are.
-    "residual_block_backward(Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] convolutions, "
-    "Tensor[] kept, float[] epsilons, int[] wanted) -> Tensor[]",
-    "cast(Tensor[] tensors, ScalarType dtype) -> Tensor[]",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-_forward = torch.ops.tsm_jit.residual_block.default._op
-_backward = torch.ops.tsm_jit.residual_block_backward.default._op
-_cast = torch.ops.tsm_jit.cast.default._op
 
 
 class Layer(NamedTuple):
@@ -129,7 +98,7 @@ def _in_parts(x: Tensor, identity: Tensor, unread: Tensor | None, how: tuple) ->
             z, norm = relu_of
             z = _ConvolutionOfRelu.apply(x, weights[k], how, norm.epsilon, z, *norm[:4])
         else:
-            z = _convolved(x, weights[k], how)
+            z = convolve(x, weights[k], how)
         z = z.contiguous(memory_format=torch.channels_last)
         return z, applied_norm(module, parts, z, recorded=True)
 
@@ -169,7 +138,7 @@ class _ConvolutionOfShift(Function):
     def forward(ctx, x, shift, weight, how):
         ctx.how = shift, how
         ctx.save_for_backward(x, weight)
-        return _convolved(torch.ops.tsm_jit.temporal_shift.kernel(x, shift), weight, how)
+        return convolve(torch.ops.tsm_jit.temporal_shift.kernel(x, shift), weight, how)
 
     @staticmethod
     @once_differentiable
@@ -179,7 +148,7 @@ class _ConvolutionOfShift(Function):
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         if wanted[1]:  # or else nobody reads its values
             x = torch.ops.tsm_jit.temporal_shift.again(x, shift)
-        of_x, of_weight = _convolved_backward(grad, x, weight, how, *wanted)
+        of_x, of_weight = convolve_backward(grad, x, weight, how, *wanted)
         if of_x is not None:
             torch.ops.tsm_jit.temporal_shift_backward_.default(of_x, shift)
         return of_x, None, of_weight, None
@@ -192,7 +161,7 @@ class _ConvolutionOfRelu(Function):
     def forward(ctx, x, weight, how, epsilon, z, *norm):
         ctx.how = how, epsilon
         ctx.save_for_backward(weight, z, *norm)
-        return _convolved(x, weight, how)
+        return convolve(x, weight, how)
 
     @staticmethod
     @once_differentiable
@@ -201,7 +170,7 @@ class _ConvolutionOfRelu(Function):
         how, epsilon = ctx.how
         if ctx.needs_input_grad[1]:  # or else nobody reads its values
             x, _ = torch.ops.tsm_jit.residual_shift.again(x, norm, epsilon, None, [], 0.0, None, NO_SHIFT, False)
-        gradients = _convolved_backward(grad, x, weight, how, *ctx.needs_input_grad[:2])
+        gradients = convolve_backward(grad, x, weight, how, *ctx.needs_input_grad[:2])
         return *gradients, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
@@ -219,9 +188,9 @@ class _Block(Function):
                 batches.append(norm._buffers["num_batches_tracked"])
         in_float = any(weight.dtype is not x.dtype for weight in weights)  # what autocast casts
         if in_float:
-            weights = _cast(weights, x.dtype)
-        out, unread_out, made = _called(
-            _forward,
+            weights = cast_all(weights, x.dtype)
+        out, unread_out, made = raising_out_of_memory(
+            block_forward,
             x,
             first_shift,
             weights,
@@ -238,7 +207,7 @@ class _Block(Function):
         made, of_layers, relus = iter(made), [], []
         last = len(layers) - 1 - downsample
         running = [part for layer in layers if not layer.norm.training for part in layer.norm_parts[:2]]
-        running = iter(_cast(running, running[0].dtype) if running else ())  # which may change before the backward
+        running = iter(cast_all(running, running[0].dtype) if running else ())  # which may change before the backward
         for k, layer in enumerate(layers):
             z = next(made)
             source = made if layer.norm.training else running
@@ -292,7 +261,7 @@ class _Block(Function):
         of_x, *of_layers = [None] * (1 + 3 * branch)
         if of_z is not None:
             given = x, first_shift, weights[:branch], convolutions[: 8 * branch], kept, epsilons[:branch], wanted
-            of_x, *of_layers = _called(_backward, of_z, *given)
+            of_x, *of_layers = raising_out_of_memory(block_backward, of_z, *given)
             del given
         of_layers[-2:] = of_norm
         del of_z, x, kept
@@ -301,12 +270,12 @@ class _Block(Function):
             if of_identity is not None:
                 *how, _ = convolutions[-8:]
                 masks = of_identity_wanted, needed[-3]
-                of_identity, of_weight = _convolved_backward(of_identity, convolved, weights[-1], how, *masks)
+                of_identity, of_weight = convolve_backward(of_identity, convolved, weights[-1], how, *masks)
             of_layers += [of_weight, *of_identity_norm]
         del convolved, weights
         if in_float:
             at = [k for k in range(0, 3 * layers, 3) if needed[k]]
-            for k, of_weight in zip(at, _cast([of_layers[k] for k in at], torch.float32), strict=True):
+            for k, of_weight in zip(at, cast_all([of_layers[k] for k in at], torch.float32), strict=True):
                 of_layers[k] = of_weight
         return of_x, of_identity, of_unread, None, *of_layers, *[None] * (len(needed) - len(of_layers))
 
@@ -320,114 +289,3 @@ def _in_channels_last(saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]
         each.contiguous(memory_format=torch.channels_last) if each is not None and each.dim() == 4 else each
         for each in saved
     ]
-
-
-def _convolved(x: Tensor, weight: Tensor, how: Sequence[int]) -> Tensor:
-    """``how`` is stride, padding, dilation and groups."""
-    return F.conv2d(x, weight, None, how[:2], how[2:4], how[4:6], how[6])
-
-
-def _convolved_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, how: Sequence[int], x_wanted: bool, weight_wanted: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of what is convolved and of the weight."""
-    masks = [x_wanted, weight_wanted, False]
-    return torch.ops.aten.convolution_backward.default(
-        grad, x, weight, None, how[:2], how[2:4], how[4:6], False, [0, 0], how[6], masks
-    )[:2]
-
-
-def _called(operator, *args):
-    """What ``operator`` returns; its convolutions may find no memory, for which PyTorch's C interface has no error."""
-    try:
-        return operator(*args)
-    except RuntimeError as error:
-        if "out of memory" in str(error):
-            raise torch.OutOfMemoryError(str(error)) from error
-        raise
-
-
-# --- the operators, for devices without kernels ----------------------------------------------------------------------
-
-
-def _plain_forward(
-    x,
-    first_shift,
-    weights,
-    convolutions,
-    norms,
-    batches,
-    factors,
-    identity,
-    downsample,
-    unread,
-    shift,
-    shifted,
-):
-    made, batches = [], iter(batches)
-
-    def convolve(k: int, x: Tensor) -> tuple[Tensor, Norm]:
-        *how, of_batch = convolutions[8 * k : 8 * k + 8]
-        mean, variance, *affine = norms[4 * k : 4 * k + 4]
-        epsilon, momentum = factors[2 * k : 2 * k + 2]
-        z = _convolved(x, weights[k], how).contiguous(memory_format=torch.channels_last)
-        made.append(z)
-        if of_batch:
-            mean, variance = batch_statistics(z, mean, variance, next(batches), momentum)
-            made.extend([mean, variance])
-        return z, Norm(mean, variance, *affine, epsilon)
-
-    last = len(weights) - 1 - downsample
-    if first_shift:
-        x = ops.temporal_shift(x, first_shift)
-    for k in range(last):
-        x = write_new(*convolve(k, x), None, None, None, NO_SHIFT, False)[0]
-        made.append(x)
-    z, norm = convolve(last, x)
-    identity, identity_norm = convolve(last + 1, identity) if downsample else (identity, None)
-    return *write_new(z, norm, identity, identity_norm, unread, shift, shifted), made
-
-
-def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons, wanted):
-    layers = len(weights)
-    found = [x.new_empty(0)] * (1 + 3 * layers)  # not wanted
-    relus = [None] * (6 * (layers - 1) - len(kept)) + kept[5 * (layers - 1) :]
-    for k in reversed(range(layers)):
-        *how, _ = convolutions[8 * k : 8 * k + 8]
-        before = any(wanted[: 1 + 2 * k])
-        weight_wanted = bool(wanted[1 + 2 * k])  # or else nobody reads the values of what is given
-        if k == 0:
-            given = ops.temporal_shift(x, first_shift) if first_shift and weight_wanted else x
-        else:
-            z_how = epsilons[k - 1], bool(convolutions[8 * k - 1])
-            given, *parts = kept[5 * k - 5 : 5 * k]
-            z = Operand(given, Norm(*parts, *z_how), any(wanted[: 2 * k]), bool(wanted[2 * k]))
-            if weight_wanted:
-                given = relus[k - 1]
-                if given is None:
-                    given = write_new(z.values, z.norm, None, None, None, NO_SHIFT, False)[0]
-        of_x, of_weight = _convolved_backward(grad, given, weights[k], how, before, weight_wanted)
-        if weight_wanted:
-            found[1 + 3 * k] = of_weight
-        if not before:
-            break
-        if k == 0:
-            if first_shift:
-                ops.temporal_shift_backward_(of_x, first_shift)
-            found[0] = of_x
-            break
-        grad, *of_norm = gradients_of_relu_of_norm(of_x, z, sums_are_in_kernel(z.values))
-        if z.summed()[1]:
-            found[3 * k - 1 : 3 * k + 1] = of_norm
-        if grad is None:
-            break
-    return found
-
-
-def _plain_cast(tensors, dtype):
-    return [each.to(dtype, copy=True) for each in tensors]
-
-
-_library.impl(torch.ops.tsm_jit.residual_block.default, _plain_forward, "CompositeExplicitAutograd")
-_library.impl(torch.ops.tsm_jit.residual_block_backward.default, _plain_backward, "CompositeExplicitAutograd")
-_library.impl(torch.ops.tsm_jit.cast.default, _plain_cast, "CompositeExplicitAutograd")

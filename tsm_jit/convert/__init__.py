@@ -1,0 +1,1 @@
+"""Network surgery and checkpoints, for the architectures of ``architectures.py``."""

@@ -1,0 +1,209 @@
+"""The one table of network architectures: where their residual blocks are, and what is known of these blocks.
+
+Surgery, ``residual.fuse`` and checkpoints read it. To add a network is to add an entry. Modules are found by name, so
+torchvision and timm need not be installed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tsm_jit.modules.base import ClipModule
+
+
+@dataclass(frozen=True)
+class FusableBlock:
+    """A block that computes ``activation(branch(x) + downsample(x))``, or ``x`` itself without a ``downsample``."""
+
+    branch: tuple[str, ...]  # the modules of the residual branch in the order of the forward; the last one is a norm
+    activation: str  # after the sum
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of one package. All names are of modules without temporal modules around them."""
+
+    title: str
+    blocks: str  # regular expression for the names of all blocks; its first group, if any, is the stage
+    first: tuple[str, ...]  # where the first layer of a block may be: what TSM shifts ("blockres")
+    head: tuple[str, ...]  # where the last layer of the network may be
+    skips: str | None = None  # inverted residuals: the attribute of a block that is true if the block has a skip branch
+    n_stages: int | None = None
+    tokens: bool = False  # the blocks take tokens [N*T, L, C]
+    base_class: str | None = None  # the name of a class that the network must derive from
+    sparse_from: int | None = None  # TSM shifts every other block if the third stage has so many
+    checkpoint_names: str | None = None  # regular expression for the weights that TSM, TSAM or mmaction2 have as well
+    fusable_blocks: Mapping[str, FusableBlock] = field(default_factory=dict)  # by class
+    stems: Mapping[str, tuple[str, str, str, str]] = field(default_factory=dict)  # of a network class: conv, norm,
+    # activation and pooling before the first block
+
+    def every(self, stage_lengths: list[int]) -> int:
+        """TSM shifts every first or every second block (its ``n_round``), by the lengths of the stages."""
+        return 2 if self.sparse_from is not None and stage_lengths[2] >= self.sparse_from else 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block of a network."""
+
+    name: str  # "layer1.0"
+    first: str | None  # its first layer, "layer1.0.conv1"; None if the block is not to be shifted
+
+
+RESNET = Architecture(
+    title="ResNet, ResNeXt, Wide-ResNet, ResNet-D (torchvision, timm)",
+    blocks=r"layer([1-4])\.\d+",
+    first=("conv1",),
+    head=("fc",),
+    n_stages=4,
+    sparse_from=23,
+    checkpoint_names=r"(?:conv1|bn1|layer[1-4]\.\d+\."
+    r"(?:conv\d|bn\d|downsample\.[01]|nl\.(?:theta|phi|g|W)(?:\.[01])?))\.\w+",
+    fusable_blocks={
+        "torchvision.models.resnet.BasicBlock": FusableBlock(("conv1", "bn1", "relu", "conv2", "bn2"), "relu"),
+        "torchvision.models.resnet.Bottleneck": FusableBlock(
+            ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3"), "relu"
+        ),
+        "timm.models.resnet.BasicBlock": FusableBlock(
+            ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2"), "act2"
+        ),
+        "timm.models.resnet.Bottleneck": FusableBlock(
+            ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3"), "act3"
+        ),
+    },
+    stems={
+        "torchvision.models.resnet.ResNet": ("conv1", "bn1", "relu", "maxpool"),
+        "timm.models.resnet.ResNet": ("conv1", "bn1", "act1", "maxpool"),
+    },
+)
+MOBILENET_V2 = Architecture(
+    title="MobileNetV2 (torchvision)",
+    blocks=r"features\.\d+",
+    first=("conv.0.0", "conv.0"),
+    head=("classifier.1",),
+    skips="use_res_connect",
+    checkpoint_names=r"features\.\d+\.(?:[01]|conv\.\d(?:\.\d)?)\.\w+",
+)
+ARCHITECTURES = (
+    RESNET,
+    Architecture("RegNet (torchvision)", r"trunk_output\.block([1-4])\.block\d-\d+", ("f.a.0",), ("fc",)),
+    Architecture("RegNet (timm)", r"s([1-4])\.b\d+", ("conv1.conv",), ("head.fc",)),
+    Architecture("ConvNeXt (torchvision)", r"features\.([1357])\.\d+", ("block.0",), ("classifier.2",)),
+    Architecture("ConvNeXt (timm)", r"stages\.(\d+)\.blocks\.\d+", ("conv_dw",), ("head.fc",)),
+    MOBILENET_V2,
+    Architecture(
+        "MobileNetV3 (torchvision)", r"features\.\d+", ("block.0.0",), ("classifier.3",), skips="use_res_connect"
+    ),
+    Architecture(
+        "EfficientNet (torchvision)", r"features\.([1-9])\.\d+", ("block.0.0",), ("classifier.1",), "use_res_connect"
+    ),
+    Architecture("MNASNet (torchvision)", r"layers\.(\d+)\.\d+", ("layers.0",), ("classifier.1",), "apply_residual"),
+    Architecture(
+        "MobileNetV2, MobileNetV3, EfficientNet (timm)",
+        r"blocks\.(\d+)\.\d+",
+        ("conv_pw", "conv_exp"),
+        ("classifier",),
+        "has_skip",
+    ),
+    Architecture("ViT (timm)", r"blocks\.\d+", ("attn.qkv",), ("head",), tokens=True, base_class="VisionTransformer"),
+)
+_OTHER_HEADS = ("heads.head",)
+HEADS = {head for architecture in ARCHITECTURES for head in architecture.head} | set(_OTHER_HEADS)
+
+
+def stages_of(net: nn.Module) -> tuple[Architecture, list[list[Block]]]:
+    """The architecture of ``net`` and the blocks of its stages.
+
+    Raises:
+        TypeError: ``net`` is no module, or of no architecture of the table.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    modules = dict(_unwrapped_modules(net))
+    for architecture in ARCHITECTURES:
+        stages = _stages(architecture, modules)
+        if stages is not None and _is_instance(net, architecture, stages):
+            return architecture, stages
+    raise TypeError(
+        "net must be of a known architecture: "
+        + "; ".join(architecture.title for architecture in ARCHITECTURES)
+        + f"; got {type(net).__name__}. For other networks, name the layers: tsm_jit.shift_before(net, "
+        "{'name.of.conv': functools.partial(tsm_jit.TemporalShift, n_segment=8), ...})"
+    )
+
+
+def resnet_stages(net: nn.Module) -> list[list[Block]]:
+    """The four stages of a ResNet.
+
+    Raises:
+        TypeError: ``net`` is another network.
+    """
+    try:
+        architecture, stages = stages_of(net)
+    except TypeError:
+        architecture, stages = None, []
+    if architecture is not RESNET:
+        kind = type(net).__name__
+        raise TypeError(f"net must be a ResNet with stages layer1 to layer4 of blocks with a conv1, got {kind}")
+    return stages
+
+
+def _is_instance(net: nn.Module, architecture: Architecture, stages: list[list[Block]]) -> bool:
+    """Other networks share some of the names: HRNet has a ``layer1``, CaiT the blocks of a ViT without class token."""
+    if architecture.n_stages is not None and len(stages) != architecture.n_stages:
+        return False
+    if architecture.tokens and not hasattr(net, "num_prefix_tokens"):
+        return False
+    return architecture.base_class in (None, *(each.__name__ for each in type(net).__mro__))
+
+
+def _unwrapped_modules(
+    module: nn.Module, name: str = "", path: str = ""
+) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
+    """Every module except temporal ones: ``(name without temporal modules, (present name, module))``."""
+    if isinstance(module, ClipModule):
+        child, inner = next(module.named_children())
+        yield from _unwrapped_modules(inner, name, f"{path}.{child}".lstrip("."))
+        return
+    yield name, (path, module)
+    for child, inner in module.named_children():
+        yield from _unwrapped_modules(inner, f"{name}.{child}".lstrip("."), f"{path}.{child}".lstrip("."))
+
+
+def _stages(architecture: Architecture, modules: dict[str, tuple[str, nn.Module]]) -> list[list[Block]] | None:
+    stages: list[list[Block]] = []
+    stage = None
+    for name, (path, module) in modules.items():
+        match = re.fullmatch(architecture.blocks, name)
+        if not match or not hasattr(module, architecture.skips or "forward"):
+            continue
+        skips = architecture.skips is None or getattr(module, architecture.skips)
+        candidates = [f"{name}.{first}" for first in architecture.first]
+        first = next((each for each in candidates if _is_layer(modules, each)), None)
+        if first is None and (architecture.skips is None or (skips and not modules.keys().isdisjoint(candidates))):
+            return None  # a block of another kind
+        if first is not None and architecture.skips is not None and not (skips and _expands(modules[first][1])):
+            first = None
+        # If names do not tell the stage, a block without a skip branch begins a new one.
+        previous, stage = stage, match[1] if match.re.groups else stage if skips else name
+        if not stages or stage != previous:
+            stages.append([])
+        stages[-1].append(Block(path, None if first is None else modules[first][0]))
+    return stages if any(block.first for stage in stages for block in stage) else None
+
+
+def _is_layer(modules: dict[str, tuple[str, nn.Module]], name: str) -> bool:
+    return name in modules and isinstance(modules[name][1], (nn.Conv2d, nn.Linear))
+
+
+def _expands(convolution: nn.Module) -> bool:
+    """Whether the first convolution of an inverted residual widens it."""
+    return (
+        isinstance(convolution, nn.Conv2d)
+        and convolution.groups == 1
+        and convolution.out_channels > convolution.in_channels
+    )

@@ -1,0 +1,53 @@
+"""The network surgery of TSAM (https://github.com/aav-antonov/TSAM), under its name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tsm_jit._checks import integer
+from tsm_jit.convert.architectures import resnet_stages
+from tsm_jit.convert.surgery import refuse_converted, shift_before
+from tsm_jit.modules.tsam import TemporalShift
+
+
+def make_Shift(
+    net: nn.Module,
+    n_segments: int,
+    n_segment_shifted: int,
+    f_div: int,
+    shift_depth: int,
+    n_insert: int,
+    m_insert: int,
+    *,
+    inplace: bool = False,
+) -> None:
+    """Puts a :class:`TemporalShift` before ``conv1`` of blocks of a ResNet, in place on the network, as TSAM does.
+
+    In each stage the blocks ``i`` with ``i % n_insert == m_insert`` are shifted. Keys of the state dict become those of
+    TSAM: ``layer1.0.conv1.layer.weight``.
+
+    Args:
+        net: a ResNet with stages ``layer1`` to ``layer4`` of blocks with a ``conv1``: those of torchvision and timm.
+        n_segments, n_segment_shifted, f_div, shift_depth, inplace: as in :class:`TemporalShift`.
+        n_insert: every so many blocks of a stage are shifted, all with 1.
+        m_insert: which of them, ``0..n_insert - 1``.
+
+    Raises:
+        TypeError: ``net`` has no such stages. ValueError: an argument outside its range; a network that was converted
+            already.
+    """
+    stages = resnet_stages(net)
+    n_segments = integer("n_segments", n_segments, 1)
+    n_segment_shifted = integer("n_segment_shifted", n_segment_shifted, 1)
+    if n_segment_shifted > n_segments:
+        raise ValueError(f"n_segment_shifted must be at most n_segments={n_segments}, got {n_segment_shifted}")
+    f_div, shift_depth = integer("f_div", f_div, 2), integer("shift_depth", shift_depth, 1)
+    n_insert, m_insert = integer("n_insert", n_insert, 1), integer("m_insert", m_insert, 0)
+    if m_insert >= n_insert:
+        raise ValueError(f"m_insert must be less than n_insert={n_insert}, got {m_insert}")
+    refuse_converted(net)
+
+    def shift(layer: nn.Module) -> TemporalShift:
+        return TemporalShift(layer, n_segments, n_segment_shifted, f_div, shift_depth, inplace=inplace)
+
+    shift_before(net, {block.first: shift for stage in stages for block in stage[m_insert::n_insert]})

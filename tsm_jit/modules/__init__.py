@@ -1,0 +1,1 @@
+"""``nn.Module`` classes: drop-ins for TSM and TSAM, non-local blocks, clips and streams."""

@@ -1,0 +1,64 @@
+"""The module of TSAM, temporal shift with an audio modality (https://github.com/aav-antonov/TSAM), under its name."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tsm_jit._checks import integer
+from tsm_jit.functional import encode_temporal
+from tsm_jit.modules.base import ShiftedModule
+
+
+class TemporalShift(ShiftedModule):
+    """Shift, then ``layer``: the drop-in for TSAM's class of this name (https://github.com/aav-antonov/TSAM).
+
+    The input is frames ``[N*T, C, *]``, ``T = n_segment``, of any dtype; the output is that of ``layer``. The shift is
+    :func:`tsm_jit.temporal_shift` with ``padding="keep"``: a frame whose source does not exist keeps its own value.
+
+    Args:
+        layer: the module that receives the shifted frames, typically a block's first convolution.
+        n_segment: the clip length in segments, video and audio together.
+        n_segment_shifted: the leading segments that are shifted.
+        f_div: 2 or more; ``C // f_div`` channels move each way, in ``shift_depth`` folds of equal width.
+        shift_depth: how many frames away the farthest fold reads, 1 to 4 in TSAM.
+        inplace: keep no second activation, as in :class:`tsm_jit.TemporalShift`: the input holds the same bits
+            afterwards, outputs and gradients are exact.
+
+    Raises:
+        TypeError, ValueError: an argument is no integer or outside its range; on a call, as
+            :func:`tsm_jit.temporal_shift`.
+
+    Example::
+
+        block.conv1 = TemporalShift(block.conv1, n_segment=9, n_segment_shifted=8, f_div=8, shift_depth=2)
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        n_segment: int,
+        n_segment_shifted: int,
+        f_div: int,
+        shift_depth: int,
+        *,
+        inplace: bool = False,
+    ):
+        super().__init__()
+        self.layer = layer
+        self.n_segment = integer("n_segment", n_segment, 1)
+        self.n_segment_shifted = integer("n_segment_shifted", n_segment_shifted, 1)
+        self.f_div = integer("f_div", f_div, 2)  # each way, so that no plan is wider than C
+        self.shift_depth = integer("shift_depth", shift_depth, 1)
+        self.inplace = inplace
+
+    def shift_of(self, x: Tensor) -> str:
+        return encode_temporal(x, self.n_segment, self.f_div, self.n_segment_shifted, self.shift_depth, "keep")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call_shifted(x, self.shift_of(x))
+
+    def extra_repr(self) -> str:
+        return (
+            f"n_segment={self.n_segment}, n_segment_shifted={self.n_segment_shifted}, f_div={self.f_div}, "
+            f"shift_depth={self.shift_depth}, inplace={self.inplace}"
+        )

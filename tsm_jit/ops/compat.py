@@ -1,0 +1,57 @@
+"""Every private name of PyTorch that this package uses. A version of PyTorch that lacks one cannot be supported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+try:
+    from torch._C import _are_functorch_transforms_active as functorch_is_active
+    from torch._C import _get_tracing_state as _tracing_state
+    from torch._C._autograd import CreationMeta, _get_creation_meta, _top_saved_tensors_default_hooks
+
+    _ = forward_ad._current_level, torch.compiler._is_exporting_flag
+except (ImportError, AttributeError) as error:
+    raise ImportError(f"tsm_jit does not support PyTorch {torch.__version__}, which lacks a private name: {error}")
+
+
+def direct(overload: Any) -> Any:
+    """An operator without the Python frame of an ``OpOverload``, which costs a microsecond per call."""
+    return overload._op
+
+
+def eager() -> bool:
+    """True if no compiler, tracer or transform is watching, and what autograd does may be arranged by hand."""
+    return not (  # every call asks: none of this in functions of its own
+        is_compiling() or _tracing_state() is not None or functorch_is_active() or forward_ad._current_level >= 0
+    )
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is active."""
+    return _tracing_state() is not None
+
+
+def transforms_are_active() -> bool:
+    """Those of ``torch.func``, or forward-mode differentiation."""
+    return functorch_is_active() or forward_ad._current_level >= 0
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is active. ``torch.compiler.is_exporting`` is true of all that PyTorch 2.11 compiles."""
+    return torch.compiler._is_exporting_flag
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether default hooks for saved tensors are set, as by checkpointing or offloading."""
+    return _top_saved_tensors_default_hooks(True) is not None
+
+
+def undifferentiable_view(x: Tensor) -> str | None:
+    """Why autograd could not rebase the history of the view ``x``, as the name of its creation; None if it can."""
+    creation = _get_creation_meta(x)
+    return None if creation == CreationMeta.DEFAULT else creation.name
