@@ -43,7 +43,7 @@ try:
     from matplotlib.figure import Figure
     from tqdm import tqdm
 
-    from tsm_jit.demo import UnusableVideoError, default_clip
+    from tsm_jit.video_io import UnusableVideoError, default_clip
 except ImportError as error:
     sys.stderr.write(f"this example needs {error.name}: pip install 'tsm-jit[demo]'\n")
     raise SystemExit(2)

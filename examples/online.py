@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 import tsm_jit
-from tsm_jit.demo import default_clip, network_input
+from tsm_jit.video_io import default_clip, network_input
 
 FRAMES = 40
 device = "cuda" if torch.cuda.is_available() else "cpu"

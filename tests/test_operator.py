@@ -57,7 +57,7 @@ def check(x, shift: Shift, adjoint_of=None) -> None:
     assert_same_bits(x, expected)
     assert x.stride() == strides
     x.copy_(original)
-    with ops.shift_undone(x, encoded):
+    with ops.shifted_in_place(x, encoded):
         assert_same_bits(x, expected)
     assert_same_bits(x, original)
     if adjoint_of is None:

@@ -35,7 +35,7 @@ def test_the_numbers_are_those_of_the_committed_runs():
     """What stands between two comments is what the command that the first one names prints."""
     sections = re.findall(r"<!-- python -m tsm_jit (.*?) -->\n\n(.*?)\n<!-- end -->", README, re.DOTALL)
     paths = [command.split()[-1] for command, _ in sections]
-    assert paths == ["results/h100/network.json", "results/h100/bench.json"]
+    assert paths == ["examples/results/h100/network.json", "examples/results/h100/bench.json"]
     for path, (_, section) in zip(paths, sections, strict=True):
         assert report.markdown(json.loads((ROOT / path).read_text())) == section
 

@@ -19,7 +19,6 @@ from support import assert_same_bits, poison, random_values
 from test_distributed import gradients, train
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -28,11 +27,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import tsm_jit
 from tsm_jit import reference, residual
-from tsm_jit.fused import autograd, block, execute
-from tsm_jit.fused.autograd import end_in_both_forms, end_of_block, pool_of_relu_of_norm, relu_of_norm
+from tsm_jit.fused import block, execute
+from tsm_jit.fused.autograd import norm_add_relu, norm_add_relu_both_layouts, norm_relu, norm_relu_max_pool
 from tsm_jit.ops import residual as residual_ops
 from tsm_jit.ops import residual_block
-from tsm_jit.ops.residual import NO_SHIFT, Norm, pixels_are_known, sums_are_in_kernel
+from tsm_jit.ops.residual import NO_SHIFT, Norm, has_channel_sums, has_pixel_index
 from tsm_jit.plans import PADDINGS, Shift
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -73,15 +72,17 @@ def test_forward_is_the_reference_to_the_bit(device, dtype, layout, padding):
         shift, make = random_case(dtype, layout, device, padding)
         z, x = make(), make()
         before = z.clone(), x.clone()
-        identity, unread = x, None
+        identity, boundary = x, None
         if from_shifted:
             identity = reference.temporal_shift(x, shift)
-            unread = reference.unread_frames(x, shift).contiguous(memory_format=FORMATS[layout])
+            boundary = reference.boundary_frames(x, shift).contiguous(memory_format=FORMATS[layout])
         poison(z)
-        out, unread_out = residual_ops._new(z, [], 0.0, identity, [], 0.0, unread, shift.encode(), shifted)
+        out, boundary_out = residual_ops._norm_add_relu(
+            z, [], 0.0, identity, [], 0.0, boundary, shift.encode(), shifted
+        )
         expected = torch.relu(z + x)
         if shifted:
-            assert_same_bits(unread_out, reference.unread_frames(expected, shift))
+            assert_same_bits(boundary_out, reference.boundary_frames(expected, shift))
             expected = reference.temporal_shift(expected, shift)
         assert_same_bits(out, expected)
         assert out.stride() == z.stride()
@@ -91,25 +92,33 @@ def test_forward_is_the_reference_to_the_bit(device, dtype, layout, padding):
 
 @pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
 def test_the_result_may_take_the_place_of_what_it_is_made_of(device, dtype, layout, padding):
-    for from_shifted, shifted, own_z, own_identity in itertools.product((False, True), repeat=4):
+    for from_shifted, shifted, may_overwrite_z, may_overwrite_identity in itertools.product((False, True), repeat=4):
         shift, make = random_case(dtype, layout, device, padding)
         z, x = make(), make()
         expected = torch.relu(z + x)
-        identity, unread = x, None
+        identity, boundary = x, None
         if from_shifted:
             identity = reference.temporal_shift(x, shift)
-            unread = reference.unread_frames(x, shift).contiguous(memory_format=FORMATS[layout])
+            boundary = reference.boundary_frames(x, shift).contiguous(memory_format=FORMATS[layout])
         with torch.no_grad():
-            (out, again), unread_out = end_of_block(
-                z, None, identity, None, unread, shift.encode(), shifted, own_z=own_z, own_identity=own_identity
+            (out, again), boundary_out = norm_add_relu(
+                z,
+                None,
+                identity,
+                None,
+                boundary,
+                shift.encode(),
+                shifted,
+                may_overwrite_z=may_overwrite_z,
+                may_overwrite_identity=may_overwrite_identity,
             )
         if shifted:
-            assert_same_bits(unread_out, reference.unread_frames(expected, shift))
+            assert_same_bits(boundary_out, reference.boundary_frames(expected, shift))
             expected = reference.temporal_shift(expected, shift)
         assert_same_bits(out, expected)
         assert again.data_ptr() == out.data_ptr()
-        into_identity = own_identity and from_shifted and shifted
-        into_z = own_z and not into_identity and (not shifted or (z.is_cuda and shift.padding != "circular"))
+        into_identity = may_overwrite_identity and from_shifted and shifted
+        into_z = may_overwrite_z and not into_identity and (not shifted or (z.is_cuda and shift.padding != "circular"))
         assert (out.data_ptr() == identity.data_ptr()) == into_identity
         assert (out.data_ptr() == z.data_ptr()) == into_z
 
@@ -121,7 +130,7 @@ def test_norms_on_the_way(device, dtype, layout, padding):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     for norm_dtype in {wide, dtype}:
         z_norm, identity_norm = (random_norm(z.shape[1], norm_dtype, device) for _ in range(2))
-        out, _ = residual_ops._new(z, z_norm, 1e-3, identity, identity_norm, 1e-5, None, shift.encode(), True)
+        out, _ = residual_ops._norm_add_relu(z, z_norm, 1e-3, identity, identity_norm, 1e-5, None, shift.encode(), True)
         normed = [
             F.batch_norm(x.double(), *(part.double() for part in parts), eps=epsilon)
             for x, parts, epsilon in ((z, z_norm, 1e-3), (identity, identity_norm, 1e-5))
@@ -134,24 +143,24 @@ def test_norms_on_the_way(device, dtype, layout, padding):
 
 @pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
 def test_both_forms_are_the_reference_to_the_bit(device, dtype, layout, padding):
-    for from_shifted, own_identity, step in itertools.product((False, True), (False, True), (1, 2, 3)):
+    for from_shifted, may_overwrite_identity, step in itertools.product((False, True), (False, True), (1, 2, 3)):
         shift, make = random_case(dtype, layout, device, padding)
         z, x = make(), make()
-        if not pixels_are_known(z):
+        if not has_pixel_index(z):
             continue
         expected, before = torch.relu(z + x), z.clone()
-        identity, unread = x, None
+        identity, boundary = x, None
         if from_shifted:
             identity = reference.temporal_shift(x, shift)
-            unread = reference.unread_frames(x, shift).contiguous(memory_format=FORMATS[layout])
+            boundary = reference.boundary_frames(x, shift).contiguous(memory_format=FORMATS[layout])
         poison(z)
         with torch.no_grad():
-            out, plain = end_in_both_forms(
-                z, None, identity, None, unread, shift.encode(), step, own_identity=own_identity
+            out, plain = norm_add_relu_both_layouts(
+                z, None, identity, None, boundary, shift.encode(), step, may_overwrite_identity=may_overwrite_identity
             )
         assert_same_bits(out, reference.temporal_shift(expected, shift))
         assert_same_bits(plain, expected[:, :, ::step, ::step])
-        assert (out.data_ptr() == identity.data_ptr()) == (own_identity and from_shifted)
+        assert (out.data_ptr() == identity.data_ptr()) == (may_overwrite_identity and from_shifted)
         assert_same_bits(z, before)
 
 
@@ -164,17 +173,17 @@ def test_pool_of_relu_of_norm(device, dtype, padding):
         z_before, wide = z.clone(), torch.float64 if dtype is torch.float64 else torch.float32
         norm = Norm(*random_norm(z.shape[1], random.choice((wide, dtype)), device), 1e-3)
         poison(z)
-        x, shifted, unread = pool_of_relu_of_norm(z, norm, shift.encode() if given else None, plain)
-        whole = x if plain else pool_of_relu_of_norm(z, norm, None, True)[0]
+        x, shifted, boundary = norm_relu_max_pool(z, norm, shift.encode() if given else None, plain)
+        whole = x if plain else norm_relu_max_pool(z, norm, None, True)[0]
         normed = F.batch_norm(z.double(), *(part.double() for part in norm[:4]), eps=1e-3)
         # Computed in `wide` from numbers around 1 and rounded once.
         close = 4 * torch.finfo(wide).eps * 16 + torch.finfo(dtype).eps
         torch.testing.assert_close(whole.double(), F.max_pool2d(normed.relu(), 3, 2, 1), rtol=close, atol=close)
         assert whole.is_contiguous(memory_format=torch.channels_last)
-        assert (x is not None, shifted is not None, unread is not None) == (plain, given, given)
+        assert (x is not None, shifted is not None, boundary is not None) == (plain, given, given)
         if given:
             assert_same_bits(shifted, reference.temporal_shift(whole, shift))
-            assert_same_bits(unread, reference.unread_frames(whole, shift))
+            assert_same_bits(boundary, reference.boundary_frames(whole, shift))
         assert_same_bits(z, z_before)
 
 
@@ -182,7 +191,7 @@ def test_pooling_keeps_nan(device):
     z = torch.randn(2, 8, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
     z[0, 3, 2, 2] = z[1, 0, 0, 0] = float("nan")
     norm = Norm(*(torch.full((8,), value, device=device) for value in (0.0, 1.0, 1.0, 0.0)), 0.0)
-    x, *_ = pool_of_relu_of_norm(z, norm, None, True)
+    x, *_ = norm_relu_max_pool(z, norm, None, True)
     assert_same_bits(x.isnan(), F.max_pool2d(z.relu(), 3, 2, 1).isnan())
 
 
@@ -191,19 +200,19 @@ def test_backward_is_the_reference(device, dtype, layout, padding):
     for to_shifted, shifted in itertools.product((False, True), (False, True)):
         shift, make = random_case(dtype, layout, device, padding)
         x, grads = torch.relu(make()), [random.choice((make, lambda: None))() for _ in range(2)]
-        out, unread_out, grad_unread = x, None, None
+        out, boundary_out, grad_boundary = x, None, None
         if shifted:
             out = reference.temporal_shift(x, shift)
-            unread_out = reference.unread_frames(x, shift).contiguous(memory_format=FORMATS[layout])
-            grad_unread = random.choice((None, random_values(unread_out.shape, dtype, device)))
-            if grad_unread is not None:
-                grad_unread = grad_unread.contiguous(memory_format=FORMATS[layout])
+            boundary_out = reference.boundary_frames(x, shift).contiguous(memory_format=FORMATS[layout])
+            grad_boundary = random.choice((None, random_values(boundary_out.shape, dtype, device)))
+            if grad_boundary is not None:
+                grad_boundary = grad_boundary.contiguous(memory_format=FORMATS[layout])
         poison(out)
-        grad, grad_shifted, grad_unread_in, _ = residual_ops._new_gradients(
-            *grads, grad_unread, out, unread_out, *(None, [], 0.0) * 2, shift.encode(), to_shifted
+        grad, grad_shifted, grad_boundary_in, _ = residual_ops.add_relu_backward(
+            *grads, grad_boundary, out, boundary_out, *(None, [], 0.0) * 2, shift.encode(), to_shifted
         )
         given = [each for each in grads if each is not None]
-        expected = reference.residual_shift_backward(given, grad_unread, out, unread_out, shift)
+        expected = reference.add_relu_backward(given, grad_boundary, out, boundary_out, shift)
         # Up to eighteen numbers, added in another order, which may cancel; 16-bit ones rounded once, to either side.
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         torch.testing.assert_close(
@@ -212,23 +221,23 @@ def test_backward_is_the_reference(device, dtype, layout, padding):
         if to_shifted:
             without_padding = shift if padding == "circular" else shift._replace(padding="zeros")
             assert_same_bits(grad_shifted, reference.temporal_shift(grad, without_padding))
-            assert_same_bits(grad_unread_in, reference.unread_frames(grad, shift))
+            assert_same_bits(grad_boundary_in, reference.boundary_frames(grad, shift))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_of_norms(device, dtype):
+def test_gradients_of_norms(cuda, dtype):
     shape = (random.randint(1, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(1, 9))
     wide = torch.float64 if dtype is torch.float64 else torch.float32
 
     def make():
-        return random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) + 3
+        return random_values(shape, dtype, cuda).contiguous(memory_format=torch.channels_last) + 3
 
     out, grad, z, identity = torch.relu(make() - 3), make(), make(), make()
     # Mean, variance and weight; each epsilon another.
-    norms = [[torch.rand(shape[1], dtype=wide, device=device) + k for k in (2.5, 0.5, -0.5)] for _ in range(2)]
+    norms = [[torch.rand(shape[1], dtype=wide, cuda=cuda) + k for k in (2.5, 0.5, -0.5)] for _ in range(2)]
     none = (None, [], 0.0)
     for first, second in itertools.product(((z, norms[0], 0.1), none), ((identity, norms[1], 0.2), none)):
-        masked, *_, made = residual_ops._new_gradients(grad, None, None, out, None, *first, *second, NO_SHIFT, False)
+        masked, *_, made = residual_ops.add_relu_backward(grad, None, None, out, None, *first, *second, NO_SHIFT, False)
         masked, count = masked.double(), masked.numel() / masked.shape[1]
         # Sums of `count` numbers around 10, of which kernels do not round each to 16 bits before they add it.
         close = 10 * count**0.5 * max(torch.finfo(wide).eps * count**0.5, torch.finfo(dtype).eps)
@@ -250,7 +259,7 @@ def test_gradients_of_norms(device, dtype):
 @pytest.mark.parametrize("of_batch", [False, True], ids=["of before", "of the batch"])
 def test_gradients_of_relu_of_norm(device, dtype, of_batch):
     shape = (random.randint(2, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(1, 9))
-    wide, count = residual_ops.wide(dtype), shape[0] * shape[2] * shape[3]
+    wide, count = residual_ops.acc_dtype(dtype), shape[0] * shape[2] * shape[3]
     z, grad = (
         random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last).requires_grad_(needed)
         for needed in (True, False)
@@ -265,8 +274,8 @@ def test_gradients_of_relu_of_norm(device, dtype, of_batch):
     bias.requires_grad_()
     z_before, grad_before = z.detach().clone(), grad.clone()
     poison(z.detach())
-    x = relu_of_norm(z, Norm(mean, variance, weight, bias, 1e-3, of_batch))
-    made, _ = end_of_block(
+    x = norm_relu(z, Norm(mean, variance, weight, bias, 1e-3, of_batch))
+    made, _ = norm_add_relu(
         z.detach(), Norm(mean, variance, weight, bias, 1e-3), torch.zeros_like(z), None, None, NO_SHIFT, False
     )
     assert_same_bits(x, made[0].detach())
@@ -285,7 +294,7 @@ def test_gradients_of_relu_of_norm(device, dtype, of_batch):
     for ours, theirs in zip(gradients[1:], expected[1:], strict=True):
         assert ours.dtype is wide
         # Where no kernel sums up, PyTorch adds products of this type.
-        exact = torch.finfo(wide if sums_are_in_kernel(z) else dtype).eps
+        exact = torch.finfo(wide if has_channel_sums(z) else dtype).eps
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=50 * count**0.5 * exact * count**0.5)
     if not of_batch:
         assert_same_bits(gradients[0] != 0, (x > 0) & (grad.to(wide) * scale.to(wide)).to(dtype).ne(0))
@@ -299,7 +308,7 @@ def test_batch_statistics(device, dtype):
     expected, actual = (nn.BatchNorm2d(shape[1], momentum=0.3, dtype=wide, device=device) for _ in range(2))
     expected(x.to(wide))
     running = actual.running_mean, actual.running_var, actual.num_batches_tracked
-    mean, variance = residual_ops.batch_statistics(x, *running, actual.momentum)
+    mean, variance = residual_ops.batch_norm_stats_(x, *running, actual.momentum)
     # A variance around 1 of numbers around 100 whose sums are of their distances from the first.
     close = 1e-4 if wide is torch.float32 else 1e-9
     torch.testing.assert_close(mean, x.to(wide).mean((0, 2, 3)), rtol=close, atol=0)
@@ -325,13 +334,13 @@ def test_gradients_are_those_of_differences(device, layout, norms, shifted):
         variance, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
         if norms == "of before":
             mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
-        return Norm(mean, variance, *weights, 0.1, of_batch=norms == "of the batch")
+        return Norm(mean, variance, *weights, 0.1, uses_batch_stats=norms == "of the batch")
 
     def of(z, identity, *weights):
-        (x, again), unread = end_of_block(
+        (x, again), boundary = norm_add_relu(
             z, norm(z, weights[:2]), identity, norm(identity, weights[2:]), None, shift.encode(), shifted
         )
-        return x, 2 * again, *([unread] if shifted and unread.numel() else [])
+        return x, 2 * again, *([boundary] if shifted and boundary.numel() else [])
 
     torch.autograd.gradcheck(of, (z, identity, *z_weights, *identity_weights))
 
@@ -347,7 +356,7 @@ def test_gradients_of_relu_of_norm_are_those_of_differences(device, layout, of_b
         variance, mean = torch.var_mean(z.detach(), (0, 2, 3), correction=0)
         if not of_batch:
             mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
-        return relu_of_norm(z, Norm(mean, variance, *weights, 0.1, of_batch))
+        return norm_relu(z, Norm(mean, variance, *weights, 0.1, of_batch))
 
     torch.autograd.gradcheck(of, (z, *weights))
     for wanted in itertools.product((False, True), repeat=3):
@@ -373,19 +382,19 @@ def test_gradients_may_be_changed_in_place(device, merged):
 def test_gradients_of_a_shifted_identity_are_those_of_differences(device, layout, shifted):
     shift, make = random_case(torch.float64, layout, device, random.choice(PADDINGS), largest=3)
     x = make()
-    unread = reference.unread_frames(x, shift).requires_grad_()
+    boundary = reference.boundary_frames(x, shift).requires_grad_()
     identity, z = reference.temporal_shift(x, shift).requires_grad_(), make().requires_grad_()
 
-    def of(z, identity, unread):
-        out, unread = end_of_block(z, None, identity, None, unread, shift.encode(), shifted)
-        return [each for each in (*out, unread) if each is not None and each.numel()]
+    def of(z, identity, boundary):
+        out, boundary = norm_add_relu(z, None, identity, None, boundary, shift.encode(), shifted)
+        return [each for each in (*out, boundary) if each is not None and each.numel()]
 
     if shift.padding in ("keep", "replicate"):  # what pads is a copy that no difference may tell apart
         shift = shift._replace(padding="zeros")
         identity = reference.temporal_shift(x, shift).requires_grad_()
     # Padding is 0 in any shifted form, and stays so: its own gradient is nobody's.
     held = reference.temporal_shift(torch.ones_like(x), shift)
-    torch.autograd.gradcheck(lambda z, identity, unread: of(z, identity * held, unread), (z, identity, unread))
+    torch.autograd.gradcheck(lambda z, identity, boundary: of(z, identity * held, boundary), (z, identity, boundary))
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -491,7 +500,7 @@ def merged(request, monkeypatch, device):
     """Norms are differentiated together with the block's end where kernels make sums by channel: here, also where not,
     and not where they do."""
     if request.param != (device.type == "cuda"):
-        monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: request.param)
+        monkeypatch.setattr(execute, "has_channel_sums", lambda x: request.param)
     return request.param
 
 
@@ -529,7 +538,7 @@ def counted(monkeypatch, module, name: str) -> list:
 
 @pytest.mark.parametrize("name", ["ResNet, bottlenecks", "timm ResNet"])
 def test_without_gradients_the_stream_is_shifted_between_stages_too(device, monkeypatch, name):
-    pools, ends = (counted(monkeypatch, execute, name) for name in ("pool_of_relu_of_norm", "end_in_both_forms"))
+    pools, ends = (counted(monkeypatch, execute, name) for name in ("norm_relu_max_pool", "norm_add_relu_both_layouts"))
     _, fused, x = pair(NETWORKS[name], device, dtype=torch.float32)
     with torch.no_grad():
         fused.eval()(x)
@@ -538,7 +547,7 @@ def test_without_gradients_the_stream_is_shifted_between_stages_too(device, monk
 
 
 def test_blocks_are_recorded_as_one_function_each(device, merged, monkeypatch):
-    blocks = counted(monkeypatch, execute, "block_of_layers")
+    blocks = counted(monkeypatch, execute, "residual_block")
     _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     fused.train()(x)
     assert len(blocks) == (9 if merged else 0)
@@ -550,7 +559,7 @@ def test_blocks_are_recorded_as_one_function_each(device, merged, monkeypatch):
 @pytest.mark.parametrize("of_batch", [(True, True, True), (False, True, False), (True,)], ids=str)
 def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsample, dtype):
     """To the bit: its parts are the same operators, called from Python."""
-    wide, t = residual_ops.wide(dtype), random.randint(1, 8)
+    wide, t = residual_ops.acc_dtype(dtype), random.randint(1, 8)
 
     def values(*sizes) -> Tensor:
         return random_values(sizes, dtype, cuda).contiguous(memory_format=torch.channels_last)
@@ -587,11 +596,11 @@ def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsamp
     with torch.backends.cudnn.flags(deterministic=True):
         for forward, backward in (
             (residual_block.block_forward, residual_block.block_backward),
-            (residual_block._plain_forward, residual_block._plain_backward),
+            (residual_block.reference_block, residual_block.reference_block_backward),
         ):
             changed = copy.deepcopy((norms, batches))
             rest = factors, identity, downsample, None, shift, True
-            out, unread, made = forward(x, shift, weights, convolutions, *changed, *rest)
+            out, boundary, made = forward(x, shift, weights, convolutions, *changed, *rest)
             parts, made = list(made), iter(made)
             kept, relus, of_last = [], [], None
             for k, is_of_batch in enumerate(of_batch):
@@ -607,7 +616,7 @@ def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsamp
             rest = convolutions[: 8 * layers], kept, factors[: 2 * layers : 2], wanted
             grads = backward(of_last, x, shift, weights[:layers], *rest)
             grads = [x.new_empty(0) if each is None else each for each in grads]  # not wanted
-            found.append([out, unread, *parts, *grads, *changed[0], *changed[1]])
+            found.append([out, boundary, *parts, *grads, *changed[0], *changed[1]])
     assert [int(each) for each in changed[1]] == [42] * sum(of_batch)
     for ours, of_parts in zip(*found, strict=True):
         assert_same_bits(ours, of_parts)
@@ -620,7 +629,7 @@ def test_a_network_with_a_forward_of_its_own_is_fused_stage_by_stage(device, mon
             seen.append(x.clone())
             return self.layer4(self.layer3(self.layer2(x.neg_()))).mean((2, 3))
 
-    ends = counted(monkeypatch, execute, "end_in_both_forms")
+    ends = counted(monkeypatch, execute, "norm_add_relu_both_layouts")
     net, fused, x = pair(lambda: tsm(Other(BasicBlock, [2, 2, 2, 2])), device)
     seen: list[Tensor] = []
     with torch.no_grad():
@@ -729,7 +738,7 @@ def test_weights_are_cast_together(device, before, after):
     weights = [random_values(size, before, device) for size in ((8, 4, 3, 3), (8, 8, 1, 1), (4, 1, 3, 2), (2, 3, 1, 5))]
     weights = [random.choice((weight, weight.to(memory_format=torch.channels_last))) for weight in weights]
     weights += [weights[0][::2, :, 1:], weights[0].expand(3, 8, 4, 3, 3)[1:], weights[0][:0]]
-    for cast in (residual_block.cast_all, residual_block._plain_cast):
+    for cast in (residual_block.cast_all, residual_block._reference_cast):
         for weight, made in zip(weights, cast(weights, after), strict=True):
             assert_same_bits(made, weight.to(after))
         assert cast([], after) == []
@@ -792,7 +801,7 @@ def test_a_second_derivative_is_refused(device):
 @pytest.mark.parametrize("frozen", ["nothing", r"conv1|bn1|layer1|.*\.downsample"])
 @pytest.mark.parametrize("name", ["ResNet, bottlenecks", "timm ResNet-D"])
 def test_no_more_is_saved_than_without_shift(device, merged, name, frozen):
-    """But for the unread frames: 1/T of the channels that move, of the blocks within a stage."""
+    """But for the boundary frames: 1/T of the channels that move, of the blocks within a stage."""
     net, fused, x = pair(NETWORKS[name], device)
     for key, parameter in (*net.named_parameters(), *fused.named_parameters()):
         parameter.requires_grad_(re.match(frozen, key) is None)
@@ -806,7 +815,7 @@ def test_no_more_is_saved_than_without_shift(device, merged, name, frozen):
 
 
 def test_a_block_frees_its_activations_before_downsample_is_differentiated(device, monkeypatch):
-    monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: True)
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: True)
     kept, alive = [], []
     of_branch, of_convolution = block.block_backward, block.convolve_backward
 
@@ -829,10 +838,10 @@ def test_a_block_frees_its_activations_before_downsample_is_differentiated(devic
 
 
 def test_the_gradient_of_the_mean_over_pixels_is_one_value_for_all(device, merged, monkeypatch):
-    ends = counted(monkeypatch, block if merged else autograd, "gradients_of_end")
+    ends = counted(monkeypatch, block if merged else residual_ops, "norm_add_relu_backward")
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     assert_same_step(net, fused, F.interpolate(x, scale_factor=3))
-    of_last = ends[0][0]
+    of_last = ends[0][0][0]
     assert of_last.shape[2:].numel() > 1
     assert of_last.untyped_storage().nbytes() == of_last[:, :, 0, 0].numel() * of_last.element_size()
 
@@ -901,26 +910,24 @@ def test_one_graph_of_blocks_in_parts(device, merged, training):
     forward, backward = graphs
     ops, blocks = torch.ops.tsm_jit, 9
     assert forward[ops.cast.default] == backward[ops.cast.default] == blocks - 2
-    assert forward[ops.residual_shift.default] == 3 * blocks
+    assert forward[ops.norm_add_relu.default] == 3 * blocks
     assert forward[ops.temporal_shift.kernel] == 4  # at the start of each stage
-    assert backward[ops.temporal_shift.again] == 3  # for weights that are not frozen
+    assert backward[ops.temporal_shift.recompute] == 3  # for weights that are not frozen
     assert forward[torch.ops.aten._native_batch_norm_legit_functional.default] == training  # before the first block
-    if device.type == "cuda":
-        assert backward[ops.residual_shift.again] == 3
-        assert backward[ops.residual_end_backward.default] == blocks
-        assert backward[ops.relu_of_norm_backward.default] == 2 * blocks
+    assert backward[ops.norm_add_relu.recompute] == 3
+    assert backward[ops.norm_add_relu_backward.default] == blocks
+    assert backward[ops.norm_relu_backward.default] == 2 * blocks
 
 
 def as_on_a_gpu(monkeypatch, device) -> None:
     if device.type == "cpu":
-        for module in (execute, autograd, residual_ops):
-            monkeypatch.setattr(module, "sums_are_in_kernel", lambda x: x.shape[1] > 1)
+        monkeypatch.setattr(execute, "has_channel_sums", lambda x: x.shape[1] > 1)
 
 
 @pytest.mark.parametrize("normed", [(True, False), (True, True), (False, True)], ids=str)
 def test_what_compilers_are_told_of_the_gradients_of_an_end(device, normed):
     """Which results there are and how they lie in memory; where they are given the operator, apart and aligned."""
-    dtype, t, channels = random.choice(DTYPES[1:]), random.randint(1, 5), 4 * random.randint(1, 9)
+    dtype, t, channels = random.choice(DTYPES[1:]), random.randint(1, 5), random.randint(2, 36)
     shift = Shift(t, t, 1, "zeros", ((1, 1), (1, -1))).canonical().encode()
     shifted = not normed[1] and random.random() < 0.5  # a norm's values are plain
 
@@ -928,21 +935,21 @@ def test_what_compilers_are_told_of_the_gradients_of_an_end(device, normed):
         return random_values((2 * t, channels, 3, 5), dtype, device).contiguous(memory_format=torch.channels_last)
 
     def operand(norm: bool) -> tuple:
-        parts = random_norm(channels, residual_ops.wide(dtype), device)[:3]
+        parts = random_norm(channels, residual_ops.acc_dtype(dtype), device)[:3]
         how = [random.randint(0, 1) for _ in range(3)]
         return (values(), parts, 1e-5, how) if norm else (None, [], 0.0, [0, how[1], 0])
 
     for _ in range(8):
         given = values(), None, None, values(), None, *operand(normed[0]), *operand(normed[1]), shift, shifted
-        assert_as_told(torch.ops.tsm_jit.residual_end_backward.default, given)
+        assert_as_told(torch.ops.tsm_jit.norm_add_relu_backward.default, given)
 
 
 def test_what_compilers_are_told_of_the_gradients_of_a_relu(device):
-    dtype, shape = random.choice(DTYPES[1:]), (random.randint(1, 5), 4 * random.randint(1, 9), 3, 5)
+    dtype, shape = random.choice(DTYPES[1:]), (random.randint(1, 5), random.randint(2, 36), 3, 5)
     grad, z = (random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    norm = random_norm(shape[1], residual_ops.wide(dtype), device)
+    norm = random_norm(shape[1], residual_ops.acc_dtype(dtype), device)
     for how in itertools.product((0, 1), repeat=3):
-        assert_as_told(torch.ops.tsm_jit.relu_of_norm_backward.default, (grad, z, norm, 1e-5, list(how)))
+        assert_as_told(torch.ops.tsm_jit.norm_relu_backward.default, (grad, z, norm, 1e-5, list(how)))
 
 
 def assert_as_told(operator, given: tuple) -> None:
@@ -955,26 +962,6 @@ def assert_as_told(operator, given: tuple) -> None:
         assert (ours.shape, ours.stride(), ours.dtype) == (fake.shape, fake.stride(), fake.dtype)
         assert ours.data_ptr() % 16 == 0
     assert len({ours.data_ptr() for ours, _ in there}) == len(there)
-
-
-def test_compilers_are_given_results_that_are_aligned(monkeypatch):
-    """The gradients of a norm of 18 channels are rows that begin anywhere, and no results of one operator."""
-    as_on_a_gpu(monkeypatch, torch.device("cpu"))
-    _, fused, x = pair(lambda: tsm(small(layers=(1, 1, 1, 1), width_per_group=18)), torch.device("cpu"))
-    ops, channels = torch.ops.tsm_jit, {}
-    given = {ops.residual_end_backward.default: 3, ops.relu_of_norm_backward.default: 1}  # which argument is like it
-
-    def of_backward(graph, _):
-        for node in graph.graph.nodes:
-            if node.target in given:
-                channels.setdefault(node.target, set()).add(node.args[given[node.target]].meta["val"].shape[1])
-        raise InterruptedError
-
-    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=of_backward)
-    torch._dynamo.reset()
-    with pytest.raises((InterruptedError, BackendCompilerFailed)):
-        torch.compile(fused, backend=backend, fullgraph=True)(x).sum().backward()
-    assert list(map(channels.get, given)) == [{256, 512, 1024, 2048}, {36, 72, 144}]
 
 
 def test_inductor_trains_what_has_other_norms(device, monkeypatch):
@@ -995,7 +982,7 @@ def test_inductor_trains_in_place(cuda, monkeypatch):
     _, codes = run_and_get_code(assert_same_gradients_to_rounding, net, torch.compile(fused, fullgraph=True), x)
     for (name, ours), theirs in zip(fused.named_buffers(), net.buffers(), strict=True):
         assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name
-    written = re.findall(r"channel_statistics_\.default\(\w+, (\w+), (\w+), (\w+), ", "".join(codes))
+    written = re.findall(r"batch_norm_stats_\.default\(\w+, (\w+), (\w+), (\w+), ", "".join(codes))
     assert len(written) == 3 * 9 + 4
     assert all(name.startswith("primals") for names in written for name in names)
     assert len(re.findall(r"temporal_shift_backward_\.default\(buf", "".join(codes))) == 4
@@ -1017,7 +1004,7 @@ def test_compilers_write_nothing_before_we_do():
     shift = Shift(4, 4, 1, "zeros", ((4, 1), (4, -1))).encode()
 
     def both(z: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
-        return end_in_both_forms(z, None, identity, None, None, shift, 2, own_identity=False)
+        return norm_add_relu_both_layouts(z, None, identity, None, None, shift, 2, may_overwrite_identity=False)
 
     torch._dynamo.reset()
     z, identity = (torch.randn(8, 16, 6, 6).contiguous(memory_format=torch.channels_last) for _ in range(2))
@@ -1025,7 +1012,7 @@ def test_compilers_write_nothing_before_we_do():
         made, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), z, identity)
         for ours, expected in zip(made, both(z, identity), strict=True):
             assert_same_bits(ours, expected)
-    assert "residual_shift_" in code
+    assert "norm_add_relu_" in code
     assert "cpp_fused" not in code
 
 
@@ -1038,15 +1025,15 @@ def test_compiled_inference_norms_in_place(device, monkeypatch):
         made, (code,) = run_and_get_code(torch.compile(fused.eval(), fullgraph=True), x)
         expected = net.eval()(x)
     assert (made - expected).norm() <= 1e-3 * expected.norm()
-    in_place = re.findall(r"residual_shift_\.default\((\w+), None, None, 1, \1, \[[^]]*\], [^,]*, None, ", code)
+    in_place = re.findall(r"norm_add_relu_\.default\((\w+), None, None, 1, \1, \[[^]]*\], [^,]*, None, ", code)
     assert len(in_place) == 2 * sum(isinstance(module, Bottleneck) for module in fused.modules())
     assert not re.findall(r"fused\w*(?:batch_norm|copy)|\.copy_\(", code)
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_parts):
-    """What a graph keeps for the backward: what the network without shift keeps, and the unread frames of a stream."""
-    monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: in_parts)
+    """A graph saves for the backward what the network without shift saves, and the boundary frames."""
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: in_parts)
     kept = {}
 
     def keeps(name: str):
@@ -1054,7 +1041,7 @@ def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_part
             (results,) = next(node for node in graph.graph.nodes if node.op == "output").args
             made = [node.meta["val"] for node in results if node is not None and node.op != "placeholder"]
             kept[name] = sum(each.nbytes for each in made if isinstance(each, Tensor))
-            assert ("residual_shift" in graph.code) == (name == "fused")
+            assert ("norm_add_relu" in graph.code) == (name == "fused")
             return make_boxed_func(graph)
 
         return aot_autograd(
@@ -1067,14 +1054,14 @@ def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_part
     for name, each in (("without shift", net), ("fused", fused)):
         torch._dynamo.reset()
         torch.compile(each, backend=keeps(name), fullgraph=True)(x).sum().backward()
-    # The second block of each stage receives a shifted stream: of a quarter of its channels, one of 4 frames is unread.
+    # The second block of each stage gets a shifted stream: the boundary has 1 of 4 frames of a quarter of its channels.
     # And the ReLU of each first block, as large as what the block returns, is made again.
     assert kept["fused"] <= kept["without shift"] + OF_STAGES // 16 - in_parts * OF_STAGES
 
 
 def test_recorded_blocks_keep_less_than_those_without_shift(monkeypatch, device):
-    """But for the unread frames; and the ReLU of each first block is made again."""
-    monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: True)
+    """But for the boundary frames; and the ReLU of each first block is made again."""
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: True)
     *networks, x = without_shift_and_fused(device)
 
     def is_activation(saved: Tensor) -> bool:
@@ -1104,7 +1091,7 @@ OF_STAGES = sum(4 * 8 * 64 * 16 * 16 // 2**stage for stage in range(4))  # bytes
 def test_export_holds_the_network_before(strict, training):
     net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"), dtype=torch.float32)
     exported = torch.export.export(fused.train(training), (x,), strict=strict)
-    assert "residual_shift" not in str(exported.graph)
+    assert "norm_add_relu" not in str(exported.graph)
     torch.testing.assert_close(exported.module()(x), net.train(training)(x))
 
 
@@ -1208,7 +1195,7 @@ def test_a_shift_before_another_convolution_of_a_block(device, merged):
 
 def test_parameters_that_are_plain_attributes(device, merged, monkeypatch):
     """As those of the replicas of DataParallel."""
-    blocks = counted(monkeypatch, execute, "block_of_layers")
+    blocks = counted(monkeypatch, execute, "residual_block")
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     for module in fused.modules():
         for name in [*module._parameters]:
@@ -1263,7 +1250,7 @@ CHANGES = (with_bias, shifted, without_norm, with_more_between, hooked, of_froze
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_downsample_that_was_changed(device, merged, change, monkeypatch):
-    blocks = counted(monkeypatch, execute, "block_of_layers")
+    blocks = counted(monkeypatch, execute, "residual_block")
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     for each in (net, fused):
         each.train()
@@ -1302,7 +1289,7 @@ def test_that_memory_is_short_is_an_error_as_before(device, monkeypatch):
     def forward(*_):
         raise RuntimeError("tsm_jit: PyTorch could not convolve: CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(execute, "sums_are_in_kernel", lambda x: True)
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: True)
     monkeypatch.setattr(block, "block_forward", forward)
     _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
@@ -1336,28 +1323,30 @@ def test_the_type_of_the_branch_is_that_of_the_sum(device):
             assert fused.layer1(frames).dtype == net.layer1(frames).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("argument", ["channel_dim", "unread", "norm"])
+@pytest.mark.parametrize("argument", ["channel_dim", "boundary", "norm"])
 def test_operators_check_what_memory_safety_rests_on(argument):
     z = torch.randn(4, 8, 2, 2)
     shift = Shift(2, 2, 1, "zeros", ((4, 1),))
-    unread, norm = torch.randn(2, 4, 2, 2), [torch.ones(8)] * 4
+    boundary, norm = torch.randn(2, 4, 2, 2), [torch.ones(8)] * 4
     if argument == "channel_dim":
         z, shift = torch.randn(1, 2, 8, 2, 2), shift._replace(channel_dim=2)
-    if argument == "unread":
-        unread = unread[:, :3]
+    if argument == "boundary":
+        boundary = boundary[:, :3]
     if argument == "norm":
         norm = [torch.ones(7)] * 4
     with pytest.raises(RuntimeError, match=argument):
-        residual_ops._write(torch.empty_like(z), None, None, 1, z, norm, 0.0, z, [], 0.0, unread, shift.encode(), True)
+        residual_ops.norm_add_relu_(
+            torch.empty_like(z), None, None, 1, z, norm, 0.0, z, [], 0.0, boundary, shift.encode(), True
+        )
 
 
 def test_operators_refuse_to_shift_in_place_of_z_what_they_cannot(device):
     circular = device.type == "cuda"  # else: the CPU never can
     shift = Shift(2, 2, 1, "circular" if circular else "zeros", ((4, 1),))
-    z, unread = torch.randn(4, 8, 2, 2, device=device), torch.randn(2, 0 if circular else 4, 2, 2, device=device)
+    z, boundary = torch.randn(4, 8, 2, 2, device=device), torch.randn(2, 0 if circular else 4, 2, 2, device=device)
     before = z.clone()
     with pytest.raises(RuntimeError, match="out must not be z"):
-        residual_ops._write(z, unread, None, 1, z, [], 0.0, before, [], 0.0, None, shift.encode(), True)
+        residual_ops.norm_add_relu_(z, boundary, None, 1, z, [], 0.0, before, [], 0.0, None, shift.encode(), True)
     assert_same_bits(z, before)
 
 
@@ -1371,12 +1360,12 @@ class SqueezeExcite(nn.Module):
     [
         (lambda block: setattr(block, "relu", nn.GELU()), "ends in GELU, not in a ReLU"),
         (lambda block: block.register_forward_hook(lambda *_: None), "has hooks"),
-        (lambda block: setattr(block, "forward", functools.partial(BasicBlock.forward, block)), "a forward of its own"),
+        (lambda block: setattr(block, "forward", functools.partial(BasicBlock.forward, block)), "its own forward"),
         (lambda block: setattr(block, "downsample", nn.Sequential()), "its downsample is not"),
         (lambda block: block.relu.register_forward_hook(lambda *_: None), "not in a ReLU without hooks"),
         (lambda block: setattr(block, "se", SqueezeExcite()), "has an attention"),
         (lambda block: setattr(block, "drop_path", nn.Dropout()), "has stochastic depth"),
-        (lambda block: setattr(block, "__class__", type("Other", (BasicBlock,), {})), "is no block that is known"),
+        (lambda block: setattr(block, "__class__", type("Other", (BasicBlock,), {})), "is not a supported block"),
     ],
 )
 def test_a_block_that_is_not_understood_is_named_and_called(change, reason):
@@ -1439,7 +1428,7 @@ def test_hooks_see_what_they_saw_before(places):
         (lambda: 3, TypeError, "net must be a ResNet"),
         (lambda: torchvision.models.vgg11(), TypeError, "net must be a ResNet"),
         (lambda: small(BasicBlock), ValueError, "net must hold temporal shifts to be fused"),
-        (lambda: tsm(small(BasicBlock), place="block"), ValueError, "is no block that is known"),
+        (lambda: tsm(small(BasicBlock), place="block"), ValueError, "is not a supported block"),
     ],
 )
 def test_what_cannot_be_fused_is_refused_and_unchanged(make, error, says):

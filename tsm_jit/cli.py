@@ -55,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     bench = add("bench", "time the operator against others and against a copy of its bytes")
     bench.add_argument("--quick", action="store_true", help="the least of everything, in under a minute")
-    bench.add_argument("--seed-table", action="store_true", help="the tables of the project's first text instead")
     bench.add_argument("--network", action="store_true", help="whole networks instead, training and inference")
     bench.add_argument(
         "--shape", action="append", default=[], metavar="B,T,C,H,W,DIV", help="instead of the usual ones"
@@ -171,9 +170,7 @@ def _bench(options: argparse.Namespace) -> int:
             sys.stderr.write(f"--shape {text}: {error}\n")
             return 2
     try:
-        bench.run(
-            options.output, torch.device(device), tuple(shapes), options.quick, options.seed_table, options.network
-        )
+        bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.network)
     except bench.Mismatch as error:
         sys.stderr.write(f"{error}\n")
         return 1

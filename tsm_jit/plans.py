@@ -92,7 +92,7 @@ class Shift(NamedTuple):
             plan.append((width, distance if offset > 0 else -distance))
         return self._replace(plan=tuple(plan))
 
-    def unread_channels(self) -> int:
+    def boundary_channels(self) -> int:
         """How many channels the frames make, in all, that no frame of the shifted clip reads."""
         if self.is_circular:
             return 0

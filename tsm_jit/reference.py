@@ -115,32 +115,32 @@ def _moved(frames: Tensor, offset: int, shift: Shift) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def unread_frames(x: Tensor, shift: Shift) -> Tensor:
+def boundary_frames(x: Tensor, shift: Shift) -> Tensor:
     """The frames of ``x`` ``[N*T, C, H, W]`` that ``shift`` does not read, ``[N, K, H, W]``: of each group its first
     ``|offset|`` ones (``offset > 0``) or its last, one after the other as channels."""
     parts = [x[:0].reshape(len(x) // shift.n_segment, 0, *x.shape[2:])]
-    parts += [frames.flatten(1, 2) for frames in unread_views(x, shift)]
+    parts += [frames.flatten(1, 2) for frames in boundary_views(x, shift)]
     return torch.cat(parts, 1)
 
 
-def unshifted(shifted: Tensor, unread: Tensor, shift: Shift) -> Tensor:
+def unshifted(shifted: Tensor, boundary: Tensor, shift: Shift) -> Tensor:
     """The ``x`` that both came from."""
     x = temporal_shift(shifted, shift.inverse())
-    for frames, values in _unread_pairs(x, unread, shift):
+    for frames, values in _boundary_pairs(x, boundary, shift):
         frames.copy_(values)
     return x
 
 
-def _unread_pairs(x: Tensor, unread: Tensor, shift: Shift) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each of :func:`unread_views` of ``x``, and what :func:`unread_frames` holds of it."""
+def _boundary_pairs(x: Tensor, boundary: Tensor, shift: Shift) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each of :func:`boundary_views` of ``x``, and what :func:`boundary_frames` holds of it."""
     begin = 0
-    for frames in unread_views(x, shift):
+    for frames in boundary_views(x, shift):
         width = frames.shape[1] * frames.shape[2]
-        yield frames, unread.narrow(1, begin, width).unflatten(1, frames.shape[1:3])
+        yield frames, boundary.narrow(1, begin, width).unflatten(1, frames.shape[1:3])
         begin += width
 
 
-def unread_views(x: Tensor, shift: Shift) -> Iterator[Tensor]:
+def boundary_views(x: Tensor, shift: Shift) -> Iterator[Tensor]:
     """For each channel group that moves: the frames ``[N, count, ...]`` of ``x`` that it does not read, if any."""
     if shift.padding == "circular":
         return  # every frame is read by another
@@ -150,28 +150,28 @@ def unread_views(x: Tensor, shift: Shift) -> Iterator[Tensor]:
         yield frames.narrow(1, 0 if offset > 0 else n - count, count)
 
 
-def residual_shift(z: Tensor, identity: Tensor | None, unread: Tensor | None, shift: Shift) -> Tensor:
+def add_relu(z: Tensor, identity: Tensor | None, boundary: Tensor | None, shift: Shift) -> Tensor:
     """``x = relu(z + identity)``, the end of a residual block: see ``residual.py``.
 
-    An ``identity`` that comes with ``unread`` frames is in shifted form. 16-bit floats round once.
+    An ``identity`` that comes with ``boundary`` frames is in shifted form. 16-bit floats round once.
     """
     if identity is not None:
-        z = z + (identity if unread is None else unshifted(identity, unread, shift))
+        z = z + (identity if boundary is None else unshifted(identity, boundary, shift))
     return torch.relu(z)
 
 
-def residual_shift_backward(
-    grads: list[Tensor], grad_unread: Tensor | None, out: Tensor, unread_out: Tensor | None, shift: Shift
+def add_relu_backward(
+    grads: list[Tensor], grad_boundary: Tensor | None, out: Tensor, boundary_out: Tensor | None, shift: Shift
 ) -> Tensor:
-    """The gradient of ``z + identity`` in :func:`residual_shift`, plain: the sum of ``grads`` masked by ``out > 0``."""
+    """The gradient of ``z + identity`` in :func:`add_relu`, plain: the sum of ``grads`` masked by ``out > 0``."""
     wide = torch.float32 if out.element_size() <= 2 else out.dtype
     grad = sum([each.to(wide) for each in grads], torch.zeros_like(out, dtype=wide))
-    if unread_out is not None:
+    if boundary_out is not None:
         grad = temporal_shift_backward(grad, shift)
-        if grad_unread is not None:
-            for frames, values in _unread_pairs(grad, grad_unread, shift):
+        if grad_boundary is not None:
+            for frames, values in _boundary_pairs(grad, grad_boundary, shift):
                 frames += values.to(wide)
-        out = unshifted(out, unread_out, shift)
+        out = unshifted(out, boundary_out, shift)
     return torch.where(out <= 0, 0, grad).to(out.dtype)
 
 

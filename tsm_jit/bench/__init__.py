@@ -79,10 +79,6 @@ SHAPES = (
     Shape(64, 8, 256, 56, 56),
 )
 QUICK_SHAPES = (Shape(2, 8, 64, 28, 28),)
-SEED_SPEED, SEED_MEMORY = Shape(10, 16, 256, 32, 32, 4), Shape(100, 16, 64, 32, 32, 4)
-# What the text that the project started from says of its CUDA kernels, relative to its own out-of-place code.
-SEED_CLAIMS = {"forward": {"scalar": 1.80, "vectored": 2.85}, "backward": {"scalar": 1.23, "vectored": 1.17}}
-SEED_CLAIMED_MEGABYTES = {"out of place": 800.0, "in place": 400.0}
 
 
 class Mismatch(RuntimeError):
@@ -304,45 +300,10 @@ def calls_on_the_host(device: torch.device) -> list[Row]:
     ]
 
 
-def seed_tables(device: torch.device) -> list[Row]:
-    """The tables of the text that the project started from, its claims beside what is measured here."""
-    values, shift = SEED_SPEED.tensor(torch.float32, "NCHW", device), SEED_SPEED.shift(0)
-    x = values.clone()
-    calls: dict[tuple[str, str], timing.Call] = {}
-    for operation, name, _, call in operations(x, shift, with_compiled=False):
-        check(operation, name, call, x, shift)
-        calls[operation, name] = lambda call=call: call(x)
-    alone = timing.medians(calls, device, lambda: x.copy_(values), repeats=100, seconds=2.0)
-    rows: list[Row] = [
-        {
-            "table": f"speedup over stock, {SEED_SPEED} float32",
-            "entry": f"{operation}, {name}",
-            "claimed": SEED_CLAIMS[operation],
-            "measured": alone[operation, "eager"] / alone[operation, name],
-        }
-        for operation in ("forward", "backward")
-        for name in ("tsm_jit", "tsm_jit in place")
-    ]
-    x, shift = SEED_MEMORY.tensor(torch.float32, "NCHW", device), SEED_MEMORY.shift(0)
-    for name, peer in (("out of place", peers.ours), ("in place", peers.ours_in_place)):
-        peak = timing.peak_bytes(lambda peer=peer: peer(x, shift), device)
-        rows.append(
-            {
-                "table": f"MB held, {SEED_MEMORY} float32",
-                "entry": name,
-                "claimed": SEED_CLAIMED_MEGABYTES[name],
-                "measured": None if peak is None else (x.numel() * 4 + peak) / 2**20,
-            }
-        )
-    return rows
-
-
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def run(
-    output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bool, seed_table: bool, network: bool = False
-) -> Row:
+def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bool, network: bool = False) -> Row:
     """All of it, or what ``quick`` has time for; writes ``bench.json`` and the plots into ``output``. Whole networks
     are a run of their own: ``network.json``."""
     from tsm_jit.bench import report
@@ -359,9 +320,6 @@ def run(
                 report.write(results, output)  # what an interrupted run has measured is measured
 
         try:
-            if seed_table:
-                part("seed", [seed_tables(device)])
-                return results
             cuda = device.type == "cuda"
             if network:
                 from tsm_jit.bench import network as networks

@@ -26,7 +26,6 @@ _COLUMNS = {
     "online": (
         "streams", "who", "median_milliseconds", "p99_milliseconds", "state_mebibytes", "peak_mebibytes",
     ),
-    "seed": ("table", "entry", "claimed", "measured"),
     "network": (
         "network", "family", "batch", "training", "compiled", "who",
         "milliseconds", "of_no_shift", "peak_mebibytes", "of_no_shift_memory",
@@ -38,7 +37,6 @@ _TITLES = {
     "floor": "many in a row: microseconds, and of what a copy of as many bytes reaches",
     "sweep": "from small to large, float32 NCHW TSM: microseconds, and of what a copy of as many bytes reaches",
     "online": "a frame of a TSM-ResNet-50, 224x224 float32: from its arrival on the device to its scores there",
-    "seed": "the project's first text: its claims and what is measured",
     "network": "networks on 8 frames of 224x224 (TSAM: 8 and a segment of sound), channels_last: a step of SGD under "
     "autocast to bfloat16; inference in bfloat16, a CUDA graph",
 }

@@ -11,46 +11,52 @@ from torch.autograd import Function
 
 from tsm_jit.convert.architectures import RESNET, resnet_stages
 from tsm_jit.fused.execute import Stream, fuses, run_blocks, run_stem
-from tsm_jit.fused.match import class_name, name_of_class, why_unsupported
+from tsm_jit.fused.match import class_name, why_unsupported
 from tsm_jit.modules.base import ShiftedModule, has_hooks, unwrapped
 
 
 def fuse(net: nn.Module) -> None:
-    """Keeps the stream between the residual blocks of a converted ResNet in shifted form, in place on the network.
+    """Runs a converted ResNet without separate passes for the shift, in place on the network.
 
-    Outputs and gradients are those of the network before, to rounding; keys of the state dict stay. Where a block's
-    last batch normalization can be applied in the same pass, it is. Gradients exist to the first order. What is
-    exported, traced or transformed by ``torch.func`` is the network before. Dispatch modes, as of selective
-    checkpointing, see a block that is recorded as a whole as one operator, and the cast of its weights as another
-    (compiled, they see its parts).
+    Outputs and gradients equal those of the unfused network to rounding. Keys of the state dict stay the same. Between
+    blocks the activations are kept shifted; the same kernels apply the batch normalizations at the end of blocks.
+
+    Double backward is not supported. Under ``torch.export``, tracing and ``torch.func`` the network runs unfused. In
+    training on a GPU, dispatch modes such as selective checkpointing see a block as one operator and the cast of its
+    weights as another; compiled, they see the parts.
 
     Args:
         net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision or timm, converted by
             :func:`tsm_jit.make_temporal_shift` with ``place="blockres"`` or by :func:`tsm_jit.tsam.make_Shift`. A
-            subclass of these with a forward of its own is fused stage by stage: each takes and returns plain frames.
-            There ``inplace=True`` saves the first shift a second activation where nothing is recorded. Later changes of
-            the network, such as :func:`tsm_jit.n_segment` or :func:`tsm_jit.remove_temporal_shift`, work.
+            subclass with its own forward is fused stage by stage: each stage takes and returns unshifted frames.
+            :func:`tsm_jit.n_segment` and :func:`tsm_jit.remove_temporal_shift` still work on the network.
 
     Raises:
-        TypeError, ValueError: ``net`` is no such ResNet, holds no temporal shift, or none of its blocks is understood.
+        TypeError, ValueError: ``net`` is another network, holds no temporal shift, or has no supported block.
 
     Warns:
-        UserWarning: some blocks are not understood, and why. They compute what they did.
+        UserWarning: some blocks are not supported, and why. They are called as they are.
+
+    Example::
+
+        net = torchvision.models.resnet50()
+        tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
+        tsm_jit.residual.fuse(net)
     """
     resnet_stages(net)
     stages = {name: _stage(net, name) for name in _STAGES}
     if not any(isinstance(module, ShiftedModule) for module in net.modules()):
         raise ValueError("net must hold temporal shifts to be fused, got one without: call make_temporal_shift first")
     blocks = {f"{name}.{i}": block for name, stage in stages.items() for i, block in enumerate(stage)}
-    refused = {name: reason for name, block in blocks.items() if (reason := why_unsupported(block))}
-    said = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-    if len(refused) == len(blocks):
-        raise ValueError(f"net must hold residual blocks that are understood, got none ({said})")
-    if refused:
-        warnings.warn(f"tsm_jit.residual.fuse left some blocks as they were ({said})", UserWarning, stacklevel=2)
+    unsupported = {name: reason for name, block in blocks.items() if (reason := why_unsupported(block))}
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
+    if len(unsupported) == len(blocks):
+        raise ValueError(f"net must hold residual blocks that are supported, got none ({reasons})")
+    if unsupported:
+        warnings.warn(f"tsm_jit.residual.fuse left some blocks as they were ({reasons})", UserWarning, stacklevel=2)
     for stage in stages.values():
-        stage.__class__ = Stage  # and not a new module: hooks, keys and references stay
-    if class_name(net) in _NETWORKS and not isinstance(net, FusedNetwork):
+        stage.__class__ = Stage  # not a new module: hooks, keys and references stay valid
+    if class_name(type(net)) in _NETWORKS and not isinstance(net, FusedNetwork):
         net.__class__ = _fused_class(type(net))
 
 
@@ -80,9 +86,9 @@ def _stage(net: nn.Module, name: str) -> nn.Module:
 
 
 class Stage(nn.Sequential):
-    """A stage of a ResNet, its blocks and their keys as they were, that keeps the stream between them shifted.
+    """A stage of a ResNet that keeps the activations between its blocks shifted. Its modules and keys stay the same.
 
-    Frames ``[N*T, C, H, W]`` in and out. A block that is not understood, or has hooks, is called as it is.
+    It takes and returns unshifted frames ``[N*T, C, H, W]``. Unsupported blocks are called as they are.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,21 +98,21 @@ class Stage(nn.Sequential):
 
 
 class FusedNetwork(nn.Module):
-    """Base of the classes of fused networks whose own forward is known: the stream is shifted between stages, too."""
+    """The base class of fused networks whose forward is known: activations are shifted between stages, too."""
 
-    network: type[nn.Module]  # the class before
+    network: type[nn.Module]  # the class of the unfused network
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         _, _, *rest = super().__reduce_ex__(protocol)
         return _new_fused, (self.network,), *rest
 
     def _fused_features(self, x: Tensor) -> Tensor | None:
-        """What the last stage returns; None if stages are to be called one by one, as something watches them."""
+        """The output of the last stage; None if hooks need the stages to be called one by one."""
         stages = [getattr(self, name) for name in _STAGES]
         if not fuses(x) or any(type(stage) is not Stage or has_hooks(stage) for stage in stages):
             return None
         blocks = [block for stage in stages for block in stage]
-        conv, norm, relu, pool = (getattr(self, name) for name in RESNET.stems[name_of_class(self.network)])
+        conv, norm, relu, pool = (getattr(self, name) for name in RESNET.stems[class_name(self.network)])
         return run_blocks(blocks, run_stem(conv, norm, relu, pool, x, blocks[0]))
 
 
@@ -115,8 +121,9 @@ class _FusedTorchvision(FusedNetwork):
         features = self._fused_features(x)
         if features is None:
             return super()._forward_impl(x)
-        seen = why_unsupported(self.layer4[-1]) is not None
-        return self.fc(torch.flatten(self.avgpool(features) if seen else _pooled(self.avgpool, features), 1))
+        has_other_reader = why_unsupported(self.layer4[-1]) is not None
+        pooled = self.avgpool(features) if has_other_reader else _global_pool(self.avgpool, features)
+        return self.fc(torch.flatten(pooled, 1))
 
 
 class _FusedTimm(FusedNetwork):
@@ -125,9 +132,12 @@ class _FusedTimm(FusedNetwork):
         return super().forward_features(x) if features is None else features
 
 
-def _pooled(pool: nn.Module, x: Tensor) -> Tensor:
-    """What is called as it is, but for the mean over all pixels where it is recorded: the gradient that PyTorch makes
-    of it is as large as x, at the very moment when all activations are kept. For an x that no hook sees."""
+def _global_pool(pool: nn.Module, x: Tensor) -> Tensor:
+    """``pool(x)``. The gradient of a mean over all pixels is expanded from one value per frame and channel.
+
+    PyTorch's own gradient is as large as x, and is made when memory is at its peak. A hook on x would see it expanded,
+    so x must have no other reader.
+    """
     is_mean = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and not has_hooks(pool)
     if not is_mean or not (torch.is_grad_enabled() and x.requires_grad):
         return pool(x)
@@ -151,10 +161,10 @@ _NETWORKS = {"torchvision.models.resnet.ResNet": _FusedTorchvision, "timm.models
 
 @functools.cache
 def _fused_class(network: type[nn.Module]) -> type[nn.Module]:
-    return type(network.__name__, (_NETWORKS[name_of_class(network)], network), {"network": network})
+    return type(network.__name__, (_NETWORKS[class_name(network)], network), {"network": network})
 
 
 def _new_fused(network: type[nn.Module]) -> nn.Module:
-    """For copies and pickles, which know no class that was made here."""
+    """For copies and pickles, which cannot import a class that was made at run time."""
     kind = _fused_class(network)
     return kind.__new__(kind)

@@ -1,22 +1,18 @@
-"""A whole residual block that is recorded, for ``residual.py``: its layers, and its end. One function of autograd.
+"""A whole residual block as one autograd function.
 
-What PyTorch records operation by operation costs the host more than a small batch costs the GPU; so does a block that
-Python puts together, which is why its parts are operators:
+With small batches PyTorch's overhead per operation exceeds the time on the GPU. So a block is one operator in the
+forward (``residual_block``) and two in the backward: ``norm_add_relu_backward`` for its end, then
+``residual_block_backward`` for its layers. Between the two, memory that only the end needs is freed. The convolution
+of ``downsample`` is differentiated last, for the same reason. Under autocast one ``cast`` converts all weights, another
+one their gradients.
 
-- ``residual_block`` is the forward; it returns what the backward needs as well. The convolution and the norm that end
-  ``downsample`` are one of its layers, if they are as those of the residual branch;
-- ``residual_end_backward`` (of ``_residual_ops.py``) and ``residual_block_backward`` are the backward of its end and of
-  the residual branch. Two, so that in between what only the end needs is freed; and for the same reason the convolution
-  of ``downsample`` is differentiated after them;
-- ``cast``, under autocast: all weights of a block by one launch, and their gradients by another.
-
-And a norm with its ReLU is one pass here, as the end of a block is; backward, its sign is computed again, and not read.
-Compilers are given the parts.
+Compilers get the parts instead (:func:`_in_parts`): their code has no overhead between operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,100 +21,296 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from tsm_jit.fused.autograd import applied_norm, end_of_block, for_readers, relu_of_norm
-from tsm_jit.ops.residual import NO_SHIFT, Norm, Operand, gradients_of_end
+from tsm_jit.fused.autograd import for_consumers, norm_add_relu, norm_of, norm_relu
+from tsm_jit.ops.residual import NO_SHIFT, Norm, NormedInput, norm_add_relu_backward
 from tsm_jit.ops.residual_block import (
+    ConvParams,
     block_backward,
     block_forward,
     cast_all,
     convolve,
     convolve_backward,
-    raising_out_of_memory,
+    translating_out_of_memory,
 )
 
 
 class Layer(NamedTuple):
-    """A convolution without bias, and the batch normalization of what it makes; with the tensors of both."""
+    """A convolution without bias and the batch normalization of its output."""
 
     convolution: nn.Conv2d
     weight: Tensor
     norm: nn.BatchNorm2d
-    norm_parts: tuple[Tensor, ...]  # running mean and variance, weight and bias
+    norm_tensors: tuple[Tensor, ...]  # running mean, running variance, weight, bias
+
+    def conv_params(self) -> ConvParams:
+        """The parameters of the convolution."""
+        c = self.convolution
+        return ConvParams(c.stride, c.padding, c.dilation, c.groups)
 
     def like_output(self, x: Tensor) -> Tensor:
-        """Of the frames, channels and type that it makes of the activations ``x``; without values."""
+        """A tensor with the frames, channels and type of this layer's output for ``x``, without values."""
         return x.new_empty((x.shape[0], self.convolution.out_channels, 1, 1), device="meta")
 
 
-def block_of_layers(
+@dataclass(frozen=True)
+class BlockConfig:
+    """What a block does, beside its tensors."""
+
+    layers: list[Layer]  # of the residual branch; then that of ``downsample``, if there is one
+    has_downsample: bool
+    first_shift: str  # of x before the first layer; empty: none
+    shift: str  # of the identity, of the output, or of both
+    shifted: bool  # whether the output is in the shifted layout
+    num_consumers: int
+
+    @property
+    def n_branch(self) -> int:
+        return len(self.layers) - self.has_downsample
+
+
+def residual_block(
     x: Tensor,
     layers: Sequence[Layer],
     first_shift: str | None,
     identity: Tensor,
     downsample: Layer | None,
-    unread: Tensor | None,
+    boundary: Tensor | None,
     shift: str,
     shifted: bool,
-    readers: int,
+    num_consumers: int,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """:func:`tsm_jit._residual_ops.end_of_block` of what ``layers`` make of ``x``, differentiable once.
+    """:func:`tsm_jit.fused.autograd.norm_add_relu` of the output of ``layers``; differentiable once.
 
     Args:
-        x: ``[N*T, C, H, W]`` in channels_last, of the type in which the layers compute.
-        layers: all but the last are followed by a ReLU.
-        first_shift: of ``x``, encoded. Then x itself is what is kept, and it is shifted again for the backward; and the
-            first layer's ReLU is made again as well, which pays for all unread frames of a network.
-        identity: or what ``downsample`` makes it of.
-        unread, shift, shifted, readers: as there.
+        x: ``[N*T, C, H, W]`` in channels_last, in the type in which the layers compute.
+        layers: a ReLU follows each but the last.
+        first_shift: an encoded shift of ``x`` before the first layer. The backward then recomputes the shifted x and
+            the first layer's ReLU: this saves as much memory as all boundary frames of a network take.
+        identity: the identity, or the input of ``downsample``.
+        downsample: the layer that makes the identity.
+        boundary, shift, shifted, num_consumers: as in ``norm_add_relu``.
     """
     if identity.dtype is not x.dtype:
-        identity, unread = identity.to(x.dtype), None if unread is None else unread.to(x.dtype)
-    if downsample is not None:
-        layers = [*layers, downsample]
-    how = (layers, downsample is not None, first_shift or "", shift, shifted, readers)
+        identity, boundary = identity.to(x.dtype), None if boundary is None else boundary.to(x.dtype)
+    all_layers = [*layers, *([downsample] if downsample is not None else [])]
+    config = BlockConfig(all_layers, downsample is not None, first_shift or "", shift, shifted, num_consumers)
     if is_compiling():
-        return _in_parts(x, identity, unread, how)
-    parameters = [part for layer in layers for part in (layer.weight, *layer.norm_parts[2:])]
-    unread_out, *out = _Block.apply(x, identity, unread, how, *parameters)
-    return out, unread_out if shifted else None
+        return _in_parts(x, identity, boundary, config)
+    parameters = [each for layer in all_layers for each in (layer.weight, *layer.norm_tensors[2:])]
+    boundary_out, *out = _Block.apply(x, identity, boundary, config, *parameters)
+    return out, boundary_out if shifted else None
 
 
-def _in_parts(x: Tensor, identity: Tensor, unread: Tensor | None, how: tuple) -> tuple[list[Tensor], Tensor | None]:
-    """:class:`_Block` for compilers: their code costs the host nothing between two operators, and has no Python to
-    save."""
-    layers, downsample, first_shift, shift, shifted, readers = how
-    weights = _cast_like(x, [layer.weight for layer in layers])
+# --- eager mode ------------------------------------------------------------------------------------------------------
 
-    def convolved(k: int, x: Tensor, relu_of: tuple[Tensor, Norm] | None = None) -> tuple[Tensor, Norm]:
-        c, _, module, parts = layers[k]
-        how = (*c.stride, *c.padding, *c.dilation, c.groups)
-        if k == 0 and first_shift:
-            z = _ConvolutionOfShift.apply(x, first_shift, weights[k], how)
-        elif relu_of is not None:
-            z, norm = relu_of
-            z = _ConvolutionOfRelu.apply(x, weights[k], how, norm.epsilon, z, *norm[:4])
+
+@dataclass
+class _BlockMeta:
+    """What the backward of a block needs beside tensors."""
+
+    n_branch: int
+    first_shift: str
+    shift: str
+    shifted: bool
+    conv_params: list[int]  # as the operators take them
+    epsilons: list[float]
+    autocast: bool  # whether the weights were cast
+    has_downsample: bool  # and a gradient flows through it
+    identity_is_shifted: bool
+
+
+class _BlockSaved(NamedTuple):
+    """The tensors that the backward of a block needs."""
+
+    x: Tensor
+    downsample_input: Tensor | None
+    out: Tensor
+    boundary_out: Tensor | None
+    weights: list[Tensor]
+    layers: list[Tensor]  # 5 for each layer: output of the convolution, mean, variance, weight, bias
+    relus: list[Tensor]
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """As autograd saves them."""
+        return (*self[:4], *self.weights, *self.layers, *self.relus)
+
+    @classmethod
+    def of_flat(cls, saved: Sequence[Tensor | None], n_layers: int) -> _BlockSaved:
+        rest = list(saved[4:])
+        return cls(*saved[:4], rest[:n_layers], rest[n_layers : 6 * n_layers], rest[6 * n_layers :])
+
+
+class _Block(Function):
+    @staticmethod
+    def forward(ctx, x, identity, boundary, config, *parameters):
+        layers = config.layers
+        weights = [layer.weight for layer in layers]
+        autocast = any(weight.dtype is not x.dtype for weight in weights)
+        if autocast:
+            weights = cast_all(weights, x.dtype)
+        conv_params = [each for layer in layers for each in (*layer.conv_params().flat(), layer.norm.training)]
+        norms = [each for layer in layers for each in layer.norm_tensors]
+        counters = [layer.norm._buffers["num_batches_tracked"] for layer in layers if layer.norm.training]
+        norm_params = [each for layer in layers for each in (layer.norm.eps, layer.norm.momentum or 0.0)]
+        out, boundary_out, outputs = translating_out_of_memory(
+            block_forward, x, config.first_shift, weights, conv_params, norms, counters, norm_params, identity,
+            config.has_downsample, boundary, config.shift, config.shifted,
+        )  # fmt: skip
+        saved_layers, relus = _saved_by_layer(config, outputs)
+        if config.first_shift:
+            del relus[:1]  # the backward recomputes it
+        needs_identity, *needs_parameters = ctx.needs_input_grad[1], *ctx.needs_input_grad[4:]
+        has_downsample = config.has_downsample and (needs_identity or any(needs_parameters[-3:]))
+        if config.has_downsample and not has_downsample:
+            weights, saved_layers = weights[:-1], saved_layers[:-5]
+        needs_input = has_downsample and (needs_identity or needs_parameters[-3])
+        saved = _BlockSaved(
+            x, identity if needs_input else None, out, boundary_out if config.shifted else None, weights, saved_layers,
+            relus,
+        )  # fmt: skip
+        epsilons = norm_params[: 2 * len(weights) : 2]
+        ctx.meta = _BlockMeta(
+            config.n_branch, config.first_shift, config.shift, config.shifted, conv_params, epsilons, autocast,
+            has_downsample, boundary is not None,
+        )  # fmt: skip
+        ctx.save_for_backward(*saved.flat())
+        ctx.set_materialize_grads(False)
+        return boundary_out, *for_consumers(out, config.num_consumers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_boundary, grad_a, grad_b=None):
+        meta: _BlockMeta = ctx.meta
+        n_branch = meta.n_branch
+        saved = _BlockSaved.of_flat(_in_channels_last(ctx.saved_tensors), len(meta.epsilons))
+        ctx.maybe_clear_saved_tensors()
+        needs_x, needs_identity, _, _, *needs_parameters = ctx.needs_input_grad
+        needs_grad = [needs_x]
+        for k in range(0, 3 * n_branch, 3):
+            needs_grad += [needs_parameters[k], needs_parameters[k + 1] or needs_parameters[k + 2]]
+
+        # The end of the block. What only the end needs is freed after it.
+        z = _normed_input(meta, saved, n_branch - 1, any(needs_grad[:-1]), needs_grad[-1])
+        identity = NormedInput(needs_grad=needs_identity)
+        if meta.has_downsample:
+            needs_conv, needs_norm = needs_identity or needs_parameters[-3], any(needs_parameters[-2:])
+            identity = _normed_input(meta, saved, n_branch, needs_conv, needs_norm)
+        (grad_z, *z_norm), (grad_identity, *identity_norm), grad_boundary = norm_add_relu_backward(
+            (grad_a, grad_b, grad_boundary if meta.shifted else None),
+            saved.out,
+            saved.boundary_out,
+            z,
+            identity,
+            meta.shift,
+            meta.identity_is_shifted,
+        )
+        x, downsample_input, weights = saved.x, saved.downsample_input, saved.weights
+        branch_saved = saved.layers[: 5 * (n_branch - 1)] + saved.relus
+        del saved, z, identity, grad_a, grad_b
+
+        # The layers, then the convolution of downsample.
+        grad_x, *grads = [None] * (1 + 3 * n_branch)
+        if grad_z is not None:
+            grad_x, *grads = translating_out_of_memory(
+                block_backward, grad_z, x, meta.first_shift, weights[:n_branch], meta.conv_params[: 8 * n_branch],
+                branch_saved, meta.epsilons[:n_branch], needs_grad,
+            )  # fmt: skip
+        grads[-2:] = z_norm
+        del grad_z, x, branch_saved
+        if meta.has_downsample:
+            grad_weight = None
+            if grad_identity is not None:
+                params = ConvParams.of_flat(meta.conv_params[-8:])
+                needs = (needs_identity, needs_parameters[-3])
+                grad_identity, grad_weight = convolve_backward(
+                    grad_identity, downsample_input, weights[-1], params, needs
+                )
+            grads += [grad_weight, *identity_norm]
+        del downsample_input, weights
+        if meta.autocast:
+            indices = [k for k in range(0, len(grads), 3) if needs_parameters[k]]
+            for k, grad in zip(indices, cast_all([grads[k] for k in indices], torch.float32), strict=True):
+                grads[k] = grad
+        unused = [None] * (len(needs_parameters) - len(grads))
+        return grad_x, grad_identity, grad_boundary, None, *grads, *unused
+
+
+def _saved_by_layer(config: BlockConfig, outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of ``residual_block`` for the backward, as :class:`_BlockSaved` has them."""
+    each: Iterator[Tensor] = iter(outputs)
+    layers, relus = [], []
+    # Running statistics may change before the backward.
+    running = [t for layer in config.layers if not layer.norm.training for t in layer.norm_tensors[:2]]
+    copies: Iterator[Tensor] = iter(cast_all(running, running[0].dtype) if running else ())
+    for k, layer in enumerate(config.layers):
+        z = next(each)
+        statistics = each if layer.norm.training else copies
+        layers += [z, next(statistics), next(statistics), *layer.norm_tensors[2:]]
+        if k < config.n_branch - 1:
+            relus.append(next(each))
+    return layers, relus
+
+
+def _normed_input(meta: _BlockMeta, saved: _BlockSaved, k: int, needs_grad: bool, norm_needs_grad: bool) -> NormedInput:
+    """The output of the k-th convolution and its norm, for a backward."""
+    values, mean, variance, weight, _ = saved.layers[5 * k : 5 * k + 5]
+    norm = Norm(mean, variance, weight, None, meta.epsilons[k], bool(meta.conv_params[8 * k + 7]))
+    return NormedInput(values, norm, needs_grad, norm_needs_grad)
+
+
+def _in_channels_last(saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Saved tensors as they were: hooks such as ``save_on_cpu(pin_memory=True)`` may lose their strides.
+
+    The first one is the block's input. No other has more pixels.
+    """
+    if saved[0].is_contiguous(memory_format=torch.channels_last):
+        return saved
+    return [
+        each.contiguous(memory_format=torch.channels_last) if each is not None and each.dim() == 4 else each
+        for each in saved
+    ]
+
+
+# --- for compilers ---------------------------------------------------------------------------------------------------
+
+
+def _in_parts(
+    x: Tensor, identity: Tensor, boundary: Tensor | None, config: BlockConfig
+) -> tuple[list[Tensor], Tensor | None]:
+    """:class:`_Block`, operator by operator."""
+    weights = _cast_like(x, [layer.weight for layer in config.layers])
+
+    def layer(k: int, x: Tensor, recomputed: tuple[Tensor, Norm] | None = None) -> tuple[Tensor, Norm]:
+        params = config.layers[k].conv_params()
+        if k == 0 and config.first_shift:
+            z = _ConvOfShift.apply(x, config.first_shift, weights[k], params)
+        elif recomputed is not None:
+            z, norm = recomputed
+            z = _ConvOfRelu.apply(x, weights[k], params, norm.epsilon, z, *norm[:4])
         else:
-            z = convolve(x, weights[k], how)
+            z = convolve(x, weights[k], params)
         z = z.contiguous(memory_format=torch.channels_last)
-        return z, applied_norm(module, parts, z, recorded=True)
+        return z, norm_of(config.layers[k].norm, config.layers[k].norm_tensors, z, requires_grad=True)
 
-    last = len(layers) - 1 - downsample
-    made_again = None
+    last = config.n_branch - 1
+    recomputed = None
     for k in range(last):
-        z, norm = convolved(k, x, made_again)
-        x = relu_of_norm(z, norm)
-        made_again = (z, norm) if k == 0 and first_shift else None
-    z, norm = convolved(last, x, made_again)
-    identity, identity_norm = convolved(last + 1, identity) if downsample else (identity, None)
-    return end_of_block(z, norm, identity, identity_norm, unread, shift, shifted, readers=readers)
+        z, norm = layer(k, x, recomputed)
+        x = norm_relu(z, norm)
+        recomputed = (z, norm) if k == 0 and config.first_shift else None
+    z, norm = layer(last, x, recomputed)
+    identity, identity_norm = layer(last + 1, identity) if config.has_downsample else (identity, None)
+    return norm_add_relu(
+        z, norm, identity, identity_norm, boundary, config.shift, config.shifted, num_consumers=config.num_consumers
+    )
 
 
 def _cast_like(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     if all(weight.dtype is x.dtype for weight in weights):
         return weights
     trained = [weight for weight in weights if weight.requires_grad]
-    made = iter(_Cast.apply(x.dtype, *trained) if trained else ())
-    return [next(made) if weight.requires_grad else weight.to(x.dtype) for weight in weights]
+    cast = iter(_Cast.apply(x.dtype, *trained) if trained else ())
+    return [next(cast) if weight.requires_grad else weight.to(x.dtype) for weight in weights]
 
 
 class _Cast(Function):
@@ -128,164 +320,47 @@ class _Cast(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, *torch.ops.tsm_jit.cast.default(grads, torch.float32)  # what autocast casts is of that type
+        return None, *torch.ops.tsm_jit.cast.default(grads, torch.float32)  # autocast casts float32 weights
 
 
-class _ConvolutionOfShift(Function):
-    """Of ``x``, which is kept, and shifted again backward; and the adjoint overwrites the gradient, which is new."""
+class _ConvOfShift(Function):
+    """``conv(shift(x))``. It saves x, and shifts it again in the backward; the adjoint overwrites the gradient."""
 
     @staticmethod
-    def forward(ctx, x, shift, weight, how):
-        ctx.how = shift, how
+    def forward(ctx, x, shift, weight, params):
+        ctx.meta = shift, params
         ctx.save_for_backward(x, weight)
-        return convolve(torch.ops.tsm_jit.temporal_shift.kernel(x, shift), weight, how)
+        return convolve(torch.ops.tsm_jit.temporal_shift.kernel(x, shift), weight, params)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        shift, how = ctx.how
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        if wanted[1]:  # or else nobody reads its values
-            x = torch.ops.tsm_jit.temporal_shift.again(x, shift)
-        of_x, of_weight = convolve_backward(grad, x, weight, how, *wanted)
-        if of_x is not None:
-            torch.ops.tsm_jit.temporal_shift_backward_.default(of_x, shift)
-        return of_x, None, of_weight, None
+        shift, params = ctx.meta
+        needs_x, _, needs_weight, _ = ctx.needs_input_grad
+        if needs_weight:  # otherwise only the shape of x is needed
+            x = torch.ops.tsm_jit.temporal_shift.recompute(x, shift)
+        grad_x, grad_weight = convolve_backward(grad, x, weight, params, (needs_x, needs_weight))
+        if grad_x is not None:
+            torch.ops.tsm_jit.temporal_shift_backward_.default(grad_x, shift)
+        return grad_x, None, grad_weight, None
 
 
-class _ConvolutionOfRelu(Function):
-    """Of ``x``, which is ``relu(norm(z))``, and not kept, but made of z again backward."""
+class _ConvOfRelu(Function):
+    """``conv(x)`` for ``x = relu(norm(z))``, which is not saved but computed again from ``z``."""
 
     @staticmethod
-    def forward(ctx, x, weight, how, epsilon, z, *norm):
-        ctx.how = how, epsilon
+    def forward(ctx, x, weight, params, epsilon, z, *norm):
+        ctx.meta = params, epsilon
         ctx.save_for_backward(weight, z, *norm)
-        return convolve(x, weight, how)
+        return convolve(x, weight, params)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weight, x, *norm = ctx.saved_tensors
-        how, epsilon = ctx.how
-        if ctx.needs_input_grad[1]:  # or else nobody reads its values
-            x, _ = torch.ops.tsm_jit.residual_shift.again(x, norm, epsilon, None, [], 0.0, None, NO_SHIFT, False)
-        gradients = convolve_backward(grad, x, weight, how, *ctx.needs_input_grad[:2])
-        return *gradients, *[None] * (len(ctx.needs_input_grad) - 2)
-
-
-class _Block(Function):
-    @staticmethod
-    def forward(ctx, x, identity, unread, how, *parameters):
-        layers, downsample, first_shift, shift, shifted, readers = how
-        weights, convolutions, norms, batches, factors = [], [], [], [], []
-        for c, weight, norm, parts in layers:
-            weights.append(weight)
-            convolutions += (*c.stride, *c.padding, *c.dilation, c.groups, norm.training)
-            norms += parts
-            factors += [norm.eps, norm.momentum or 0.0]
-            if norm.training:
-                batches.append(norm._buffers["num_batches_tracked"])
-        in_float = any(weight.dtype is not x.dtype for weight in weights)  # what autocast casts
-        if in_float:
-            weights = cast_all(weights, x.dtype)
-        out, unread_out, made = raising_out_of_memory(
-            block_forward,
-            x,
-            first_shift,
-            weights,
-            convolutions,
-            norms,
-            batches,
-            factors,
-            identity,
-            downsample,
-            unread,
-            shift,
-            shifted,
-        )
-        made, of_layers, relus = iter(made), [], []
-        last = len(layers) - 1 - downsample
-        running = [part for layer in layers if not layer.norm.training for part in layer.norm_parts[:2]]
-        running = iter(cast_all(running, running[0].dtype) if running else ())  # which may change before the backward
-        for k, layer in enumerate(layers):
-            z = next(made)
-            source = made if layer.norm.training else running
-            statistics = next(source), next(source)
-            of_layers += (z, *statistics, *layer.norm_parts[2:])
-            if k < last:
-                relus.append(next(made))
-        if first_shift:
-            del relus[:1]
-        needed = ctx.needs_input_grad
-        convolved = identity if downsample and (needed[1] or needed[-3]) else None
-        if downsample and not (needed[1] or any(needed[-3:])):  # nothing of it is needed
-            downsample, weights, of_layers = False, weights[:-1], of_layers[:-5]
-        ctx.how = (first_shift, convolutions, factors[: 2 * len(weights) : 2], downsample, in_float, shift, shifted)
-        ctx.identity_is_shifted = unread is not None
-        ctx.save_for_backward(x, convolved, out, unread_out if shifted else None, *weights, *of_layers, *relus)
-        ctx.set_materialize_grads(False)
-        return unread_out, *for_readers(out, readers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_unread, grad_a, grad_b=None):
-        first_shift, convolutions, epsilons, downsample, in_float, shift, shifted = ctx.how
-        x, convolved, out, unread_out, *saved = _in_channels_last(ctx.saved_tensors)
-        ctx.maybe_clear_saved_tensors()
-        of_x_wanted, of_identity_wanted, _, _, *needed = ctx.needs_input_grad
-        layers = len(epsilons)
-        branch = layers - downsample
-        weights, of_layers, relus = saved[:layers], saved[layers : 6 * layers], saved[6 * layers :]
-        wanted = [of_x_wanted]
-        for k in range(0, 3 * branch, 3):
-            wanted += [needed[k], needed[k + 1] or needed[k + 2]]
-
-        # The end. What it alone needs is freed after it.
-        end = 5 * (branch - 1)
-        z_how = epsilons[branch - 1], bool(convolutions[8 * branch - 1])
-        z = Operand.of_kept(of_layers[end : end + 4], z_how, any(wanted[:-1]), wanted[-1])
-        identity = Operand(wanted=of_identity_wanted)
-        if downsample:
-            how = epsilons[-1], bool(convolutions[-1])
-            kept = of_layers[end + 5 : end + 9]
-            identity = Operand.of_kept(kept, how, of_identity_wanted or needed[-3], needed[-2] or needed[-1])
-            del kept
-        grads = grad_a, grad_b, grad_unread if shifted else None
-        (of_z, *of_norm), (of_identity, *of_identity_norm), of_unread = gradients_of_end(
-            *grads, out, unread_out, z, identity, shift, ctx.identity_is_shifted
-        )
-        kept = of_layers[:end] + relus
-        del saved, of_layers, relus, out, unread_out, z, identity, grads, grad_a, grad_b, grad_unread
-
-        of_x, *of_layers = [None] * (1 + 3 * branch)
-        if of_z is not None:
-            given = x, first_shift, weights[:branch], convolutions[: 8 * branch], kept, epsilons[:branch], wanted
-            of_x, *of_layers = raising_out_of_memory(block_backward, of_z, *given)
-            del given
-        of_layers[-2:] = of_norm
-        del of_z, x, kept
-        if downsample:
-            of_weight = None
-            if of_identity is not None:
-                *how, _ = convolutions[-8:]
-                masks = of_identity_wanted, needed[-3]
-                of_identity, of_weight = convolve_backward(of_identity, convolved, weights[-1], how, *masks)
-            of_layers += [of_weight, *of_identity_norm]
-        del convolved, weights
-        if in_float:
-            at = [k for k in range(0, 3 * layers, 3) if needed[k]]
-            for k, of_weight in zip(at, cast_all([of_layers[k] for k in at], torch.float32), strict=True):
-                of_layers[k] = of_weight
-        return of_x, of_identity, of_unread, None, *of_layers, *[None] * (len(needed) - len(of_layers))
-
-
-def _in_channels_last(saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """As they were saved: hooks that keep them elsewhere, as ``save_on_cpu(pin_memory=True)``, may lose their strides.
-    The first one, what the block was given, has no fewer pixels than any other."""
-    if saved[0].is_contiguous(memory_format=torch.channels_last):
-        return saved
-    return [
-        each.contiguous(memory_format=torch.channels_last) if each is not None and each.dim() == 4 else each
-        for each in saved
-    ]
+        params, epsilon = ctx.meta
+        needs_x, needs_weight, *rest = ctx.needs_input_grad
+        if needs_weight:  # otherwise only the shape of x is needed
+            x, _ = torch.ops.tsm_jit.norm_add_relu.recompute(x, norm, epsilon, None, [], 0.0, None, NO_SHIFT, False)
+        return *convolve_backward(grad, x, weight, params, (needs_x, needs_weight)), *[None] * len(rest)

@@ -1,4 +1,9 @@
-"""How the stream of activations runs through fused residual blocks."""
+"""How activations run through the blocks of a fused network.
+
+Between two blocks runs a :class:`Stream`: the same activations for the next block's first convolution, which reads them
+shifted, and for its identity. Under ``no_grad`` it stays shifted from one stage to the next; with gradients it is
+unshifted there, because the first block of a stage saves its unshifted input only.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from tsm_jit import ops
 from tsm_jit.fused.autograd import (
-    applied_norm,
-    end_in_both_forms,
-    end_of_block,
-    pool_of_relu_of_norm,
-    relu_of_norm,
-    relu_of_norm_,
+    norm_add_relu,
+    norm_add_relu_both_layouts,
+    norm_of,
+    norm_relu,
+    norm_relu_,
+    norm_relu_max_pool,
 )
-from tsm_jit.fused.block import Layer, block_of_layers
+from tsm_jit.fused.block import Layer, residual_block
 from tsm_jit.fused.match import (
     branch_modules,
     is_convolution,
@@ -32,31 +37,32 @@ from tsm_jit.fused.match import (
 )
 from tsm_jit.modules.base import has_global_hooks
 from tsm_jit.ops.compat import is_exporting
-from tsm_jit.ops.residual import NO_SHIFT, Norm, pixels_are_known, sums_are_in_kernel, wide
+from tsm_jit.ops.residual import NO_SHIFT, Norm, acc_dtype, has_channel_sums, has_pixel_index
 from tsm_jit.plans import decode
 
-_MOST_GROUPS = 31  # of a plan, that the kernels take
+_MAX_GROUPS = 32  # of a plan, with the channels that do not move: what the kernels take
 
 
 def fuses(x: Tensor) -> bool:
-    """Not what is exported, traced, transformed, or watched by hooks of all modules."""
+    """Whether blocks run fused: not under export, tracing or ``torch.func``, nor with hooks on all modules."""
     compiled = is_dynamo_compiling() and not is_exporting() and not ops.transforms_are_active()
     return isinstance(x, Tensor) and (ops.eager() or compiled) and not has_global_hooks()
 
 
 class Stream(NamedTuple):
-    """What a block receives: the same activations for its first convolution, and for its sum or a convolution."""
+    """The input of a block, for its first convolution and for its identity."""
 
     first: Tensor
     identity: Tensor
-    unread: Tensor | None = None
-    shift: str | None = None  # of `first`; None: plain
-    step: int = 0  # 0: `identity` is in the form of `first`, else it is plain, every step-th row and column
+    boundary: Tensor | None = None  # of a shifted identity
+    shift: str | None = None  # of `first`; None: it is unshifted
+    step: int = 0  # 0: `identity` has the layout of `first`; otherwise it is unshifted, every step-th row and column
 
 
 def run_blocks(blocks: list[nn.Module], stream: Stream) -> Tensor:
-    understood = [block if why_unsupported(block) is None else None for block in blocks]
-    for block, same, following in zip(blocks, understood, [*understood[1:], None], strict=True):
+    """Runs ``stream`` through the blocks; unsupported ones are called. Returns unshifted activations."""
+    supported = [block if why_unsupported(block) is None else None for block in blocks]
+    for block, same, following in zip(blocks, supported, [*supported[1:], None], strict=True):
         if same is not None:
             stream = _run(block, following, stream)
         else:
@@ -68,81 +74,114 @@ def run_blocks(blocks: list[nn.Module], stream: Stream) -> Tensor:
 def run_stem(
     conv: nn.Module, norm: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor, following: nn.Module
 ) -> Stream:
-    """What comes before the first block: norm, ReLU and pooling in one pass, into the forms that this block wants."""
+    """Runs what comes before the first block: norm, ReLU and pooling in one pass if possible."""
     z = conv(x)
     if not is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
         x = pool(relu(norm(z)))
     elif torch.is_grad_enabled():
-        normed = None if is_compiling() else _norm(norm, z)  # compilers make one pass of them and of the pooling
-        x = pool(relu(norm(z)) if normed is None else relu_of_norm(z, normed))
+        normed = None if is_compiling() else _norm(norm, z)  # Inductor makes one pass of them and of the pooling
+        x = pool(relu(norm(z)) if normed is None else norm_relu(z, normed))
     elif not is_pool(pool) or (normed := _norm(norm, z)) is None:
         x = pool(relu(norm(z)))
     else:
-        shift, step = (None, 0) if why_unsupported(following) else _wanted(following, z)
-        x, shifted, unread = pool_of_relu_of_norm(z, normed, shift, plain=shift is None or step > 0)
+        shift, step = (None, 0) if why_unsupported(following) else _input_layout(following, z)
+        x, shifted, boundary = norm_relu_max_pool(z, normed, shift, unshifted=shift is None or step > 0)
         if shift is not None:
-            return Stream(shifted, x, None, shift, 1) if step else Stream(shifted, shifted, unread, shift)
+            return Stream(shifted, x, None, shift, 1) if step else Stream(shifted, shifted, boundary, shift)
     return Stream(x, x)
 
 
 def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Stream:
+    """Runs one block; its output gets the layout that the following block reads."""
     modules = branch_modules(block)
-    recorded = _recorded_layers([unshifted_module(modules[0]), *modules[1:]], stream.first)
-    identity, identity_norm, identity_shift = stream.identity, None, None if stream.step else stream.shift
-    layer = None  # that makes the identity of what it is here
-    if block.downsample is not None:
-        identity_shift = None
-        if recorded is None:
-            identity, identity_norm = _downsampled(block.downsample, stream)
-        else:
-            identity, layer = _recorded_downsample(list(block.downsample), identity)
-    wanted, step = _wanted(following, identity if layer is None else layer.like_output(identity))
-    if identity_shift is not None and wanted != identity_shift:
-        wanted = None  # one pass knows one shift
-    unread = None if identity_shift is None else stream.unread
-    shift = wanted or identity_shift or NO_SHIFT
-    readers = 1 if following is None else 2
+    recorded = _layers([unshifted_module(modules[0]), *modules[1:]], stream.first)
+    identity, identity_norm = stream.identity, None
+    identity_shift = None if stream.step or block.downsample is not None else stream.shift
+    downsample_layer = None
+    if block.downsample is not None and recorded is None:
+        identity, identity_norm = _downsample(block.downsample, stream)
+    elif block.downsample is not None:
+        identity, downsample_layer = _downsample_but_last_layer(list(block.downsample), identity)
+
+    like_output = identity if downsample_layer is None else downsample_layer.like_output(identity)
+    next_shift, step = _input_layout(following, like_output)
+    if identity_shift is not None and next_shift != identity_shift:
+        next_shift = None  # one pass knows one shift
+    boundary = None if identity_shift is None else stream.boundary
+    shift = next_shift or identity_shift or NO_SHIFT
+    num_consumers = 1 if following is None else 2
     if recorded is not None:
-        first_shift = None
-        if stream.shift is None and is_shifted(modules[0]):
-            first_shift = modules[0].shift_of(stream.first)
-        x, unread = block_of_layers(*recorded, first_shift, identity, layer, unread, shift, wanted is not None, readers)
-        return Stream(x[-1], x[0], unread, wanted)
-    end = (identity, identity_norm, unread, shift)
+        shifts_first = stream.shift is None and is_shifted(modules[0])
+        first_shift = modules[0].shift_of(stream.first) if shifts_first else None
+        x, boundary = residual_block(
+            *recorded, first_shift, identity, downsample_layer, boundary, shift, next_shift is not None, num_consumers
+        )
+        return Stream(x[-1], x[0], boundary, next_shift)
+
     z, z_norm = _branch(modules, stream)
-    # A shifted stream is nobody else's, unless a module before kept it; a convolution keeps and returns nothing of its.
-    own_identity = identity_shift is not None and is_convolution(unshifted_module(modules[0]))
-    if wanted is not None and step:
-        if pixels_are_known(z):
-            shifted, x = end_in_both_forms(z, z_norm, *end, step, own_identity=own_identity)
-            return Stream(shifted, x, None, wanted, step)
-        wanted = None
-    own_z = z_norm is not None and is_convolution(modules[-2])
-    x, unread = end_of_block(
-        z, z_norm, *end, wanted is not None, readers=readers, own_z=own_z, own_identity=own_identity
+    inputs = (z, z_norm, identity, identity_norm, boundary, shift)
+    # Only the stream itself has a shifted identity, and a convolution does not keep its input under no_grad.
+    owns_identity = identity_shift is not None and is_convolution(unshifted_module(modules[0]))
+    if next_shift is not None and step:
+        if has_pixel_index(z):
+            shifted, x = norm_add_relu_both_layouts(*inputs, step, may_overwrite_identity=owns_identity)
+            return Stream(shifted, x, None, next_shift, step)
+        next_shift = None
+    x, boundary = norm_add_relu(
+        *inputs,
+        next_shift is not None,
+        num_consumers=num_consumers,
+        may_overwrite_z=z_norm is not None and is_convolution(modules[-2]),
+        may_overwrite_identity=owns_identity,
     )
-    return Stream(x[-1], x[0], unread, wanted)
+    return Stream(x[-1], x[0], boundary, next_shift)
 
 
-def _downsampled(downsample: nn.Sequential, stream: Stream) -> tuple[Tensor, Norm | None]:
-    """The identity of a block without the norm that ends its ``downsample``, and that norm; as :func:`_deferred`."""
+def _input_layout(following: nn.Module | None, x: Tensor) -> tuple[str | None, int]:
+    """The layout in which the next block, if supported, reads a stream like ``x``: ``(shift, step)`` as in `Stream`."""
+    if following is None or not is_shifted(following.conv1):
+        return None, 0
+    shift = following.conv1.shift_of(x)
+    if len(decode(shift).plan) >= _MAX_GROUPS:
+        return None, 0
+    if following.downsample is None:
+        return shift, 0
+    return (None, 0) if torch.is_grad_enabled() else (shift, _step(following.downsample, x))
+
+
+def _step(downsample: nn.Sequential, x: Tensor) -> int:
+    """``downsample`` reads every so many-th row and column of the stream ``x``.
+
+    1 if its norm has to be called: then results must be equal to the last bit, and a convolution of fewer pixels may
+    add in another order.
+    """
+    first, last = downsample[0], downsample[-1]
+    if not is_convolution(first) or first.kernel_size != (1, 1) or first.padding != (0, 0):
+        return 1
+    return first.stride[0] if first.stride[0] == first.stride[1] and norm_tensors(last, x.dtype) else 1
+
+
+# --- the identity ----------------------------------------------------------------------------------------------------
+
+
+def _downsample(downsample: nn.Sequential, stream: Stream) -> tuple[Tensor, Norm | None]:
+    """The identity, without the norm that ends ``downsample`` if ``norm_add_relu`` can apply it; and that norm."""
     x = stream.identity
     *before, last = downsample
-    if stream.step > 1:  # the pixels that this convolution reads
+    if stream.step > 1:  # the stream has only the pixels that this convolution reads
         first, *before = before
         x = F.conv2d(x, first.weight, first.bias, groups=first.groups)
     for module in before:
         x = module(x)
-    return _deferred(last, x)
+    return _deferred_norm(last, x)
 
 
-def _recorded_downsample(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, Layer | None]:
-    """The identity of a recorded block, made of the plain stream ``x``, but for the layer that ends the ``modules`` of
-    its ``downsample``, and this layer; or all of it, and None."""
+def _downsample_but_last_layer(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, Layer | None]:
+    """The input of the last layer of ``downsample``, and this layer; or the identity and None if it must be called."""
     for module in modules[:-2]:
         x = module(x)
     last = modules[-2:]
-    recorded = _recorded_layers(last, x)
+    recorded = _layers(last, x)
     if recorded is not None:
         x, (layer,) = recorded
         return x, layer
@@ -151,24 +190,21 @@ def _recorded_downsample(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, L
     return x, None
 
 
-def _step(downsample: nn.Sequential, x: Tensor) -> int:
-    """Which rows and columns of the stream ``x`` it reads: every so many-th. All of them where it has no norm to apply,
-    and is the same to the bit: a convolution of fewer pixels may add in another order."""
-    first, last = downsample[0], downsample[-1]
-    if not is_convolution(first) or first.kernel_size != (1, 1) or first.padding != (0, 0):
-        return 1
-    return first.stride[0] if first.stride[0] == first.stride[1] and norm_tensors(last, x.dtype) else 1
+# --- the residual branch ---------------------------------------------------------------------------------------------
 
 
-def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
-    """``x``, of the type in which ``modules`` compute, and their layers. None if the modules are to be called: nothing
-    is recorded, no kernel sums by channel, or they are not convolution, norm and ReLU, again and again."""
-    if not torch.is_grad_enabled() or not sums_are_in_kernel(x) or x.shape[0] < 2:
+def _layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
+    """The layers of ``modules`` for ``residual_block``, and ``x`` in the type in which they compute.
+
+    None if the modules must be called: under ``no_grad``, without kernels for sums per channel, or if they are not
+    convolution, norm and ReLU in turn.
+    """
+    if not torch.is_grad_enabled() or not has_channel_sums(x) or x.shape[0] < 2:
         return None
-    device, in_type = x.device.type, x.dtype
-    autocast = torch.is_autocast_enabled(device) and in_type is not torch.float64
+    device, dtype = x.device.type, x.dtype
+    autocast = torch.is_autocast_enabled(device) and dtype is not torch.float64
     if autocast:
-        in_type = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(device)
     if len(modules) % 3 != 2 or not all(map(is_relu, modules[2::3])):
         return None
     layers = []
@@ -177,72 +213,65 @@ def _recorded_layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[
             return None
         if any(isinstance(each, (int, str)) for each in (c.stride, c.padding, c.dilation)):  # set by hand, or "same"
             return None
-        weight, parts = c.weight, norm_tensors(norm, in_type)
-        if parts is None or parts[0].dtype is not wide(in_type):
+        tensors = norm_tensors(norm, dtype)
+        if tensors is None or tensors[0].dtype is not acc_dtype(dtype):
             return None
-        if not (weight.dtype is in_type or (autocast and weight.dtype is torch.float32)):
+        if not (c.weight.dtype is dtype or (autocast and c.weight.dtype is torch.float32)):
             return None
-        layers.append(Layer(c, weight, norm, parts))
-    return x if x.dtype is in_type else x.to(in_type), layers
+        layers.append(Layer(c, c.weight, norm, tensors))
+    return x if x.dtype is dtype else x.to(dtype), layers
 
 
 def _branch(modules: list[nn.Module], stream: Stream) -> tuple[Tensor, Norm | None]:
-    """The residual branch of these modules without its last norm, and that norm; or the branch with it, and None."""
+    """Calls the residual branch, without its last norm if ``norm_add_relu`` can apply it; and that norm."""
     conv1, *modules, last = modules
-    if stream.shift is not None:
-        z = conv1.shifted_module()(stream.first)
-    elif is_shifted(conv1) and torch.is_grad_enabled() and is_compiling():
-        # A compiler keeps what it is not told to compute again: here the shifted input, beside the input.
-        shift = conv1.shift_of(stream.first)
-        first = checkpoint(ops.temporal_shift, stream.first, shift, use_reentrant=False, preserve_rng_state=False)
-        z = conv1.shifted_module()(first)
-    elif is_shifted(conv1):  # in the first block of a stage: recorded, as in place, it keeps no second activation
-        recorded = True if torch.is_grad_enabled() else None
-        z = conv1.call_shifted(stream.first, conv1.shift_of(stream.first), inplace=recorded)
-    else:
-        z = conv1(stream.first)
+    z = _first(conv1, stream)
     before = unshifted_module(conv1)
-    in_place = not torch.is_grad_enabled()
+    may_overwrite = not torch.is_grad_enabled()
     relu_is_done = False
     for module, after in zip(modules, (*modules[1:], last), strict=True):
-        norm = _norm(module, z) if in_place and is_relu(after) and is_convolution(before) else None
+        norm = _norm(module, z) if may_overwrite and is_relu(after) and is_convolution(before) else None
         if norm is not None:
-            z = relu_of_norm_(z, norm)
+            z = norm_relu_(z, norm)
         elif not relu_is_done:
             z = module(z)
         relu_is_done = norm is not None
         before = module
-    return _deferred(last, z)
+    return _deferred_norm(last, z)
 
 
-def _wanted(following: nn.Module | None, x: Tensor) -> tuple[str | None, int]:
-    """The shift in whose form the next block, if understood, reads a stream like ``x``; None if it reads it plain. And
-    if its identity is made of the plain one as well, of which rows and columns; else 0."""
-    if following is None or not is_shifted(following.conv1):
-        return None, 0
-    shift = following.conv1.shift_of(x)
-    if len(decode(shift).plan) > _MOST_GROUPS:
-        return None, 0
-    if following.downsample is None:
-        return shift, 0
-    # Recorded, x alone is kept, and shifted again backward.
-    return (None, 0) if torch.is_grad_enabled() else (shift, _step(following.downsample, x))
+def _first(conv1: nn.Module, stream: Stream) -> Tensor:
+    """Calls the first convolution of a block, shifting its input if the stream is not shifted yet."""
+    if stream.shift is not None:
+        return conv1.shifted_module()(stream.first)
+    if not is_shifted(conv1):
+        return conv1(stream.first)
+    shift = conv1.shift_of(stream.first)
+    if torch.is_grad_enabled() and is_compiling():
+        # A compiler saves the shifted input as well as the input, unless it is told to compute it again.
+        first = checkpoint(ops.temporal_shift, stream.first, shift, use_reentrant=False, preserve_rng_state=False)
+        return conv1.shifted_module()(first)
+    inplace = True if torch.is_grad_enabled() else None  # do not save a second activation
+    return conv1.call_shifted(stream.first, shift, inplace=inplace)
 
 
-def _deferred(norm: nn.Module, x: Tensor) -> tuple[Tensor, Norm | None]:
-    """``x`` and the norm that the end of the block is to apply to it; or the normalized ``x``, and None."""
-    parts = _norm(norm, x)
-    return (norm(x), None) if parts is None else (x, parts)
+# --- batch normalization ---------------------------------------------------------------------------------------------
+
+
+def _deferred_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Norm | None]:
+    """``x`` and the norm that ``norm_add_relu`` is to apply; or the normalized ``x`` and None."""
+    deferred = _norm(norm, x)
+    return (norm(x), None) if deferred is None else (x, deferred)
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
-    """The batch normalization ``norm`` of ``x``, its running statistics updated; None if it has to be called."""
-    parts = norm_tensors(norm, x.dtype)
-    if parts is None:
+    """The batch normalization ``norm`` of ``x``, its running statistics updated; None if it must be called."""
+    tensors = norm_tensors(norm, x.dtype)
+    if tensors is None:
         return None
-    recorded = torch.is_grad_enabled()
-    if recorded and not sums_are_in_kernel(x):  # which its gradient takes
+    requires_grad = torch.is_grad_enabled()
+    if requires_grad and not has_channel_sums(x):  # the gradient needs sums per channel
         return None
-    if norm.training and x.numel() == x.shape[1]:  # of which there are no statistics: an error, when called
+    if norm.training and x.numel() == x.shape[1]:  # no statistics of one value: an error when called
         return None
-    return applied_norm(norm, parts, x, recorded)
+    return norm_of(norm, tensors, x, requires_grad)

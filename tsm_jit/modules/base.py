@@ -46,10 +46,10 @@ class ShiftedModule(ClipModule):
         if not (self.inplace if inplace is None else inplace) or not eager:
             return net(shifted(x))
         if torch.is_grad_enabled():
-            with ops.shifting_again(x, shifted) as copy:
+            with ops.recomputing_shift(x, shifted) as copy:
                 return net(copy)
         if only_reads and ops.elements_are_apart(x) and not x.is_conj() and not x.is_neg():
-            with ops.shift_undone(x[:, still:] if still else x, shift):
+            with ops.shift_restore(x[:, still:] if still else x, shift):
                 return net(x)
         return net(shifted(x))
 

@@ -150,6 +150,7 @@ class TemporalPool(ClipModule):
 
 
 def halved(n_segment: Any) -> int:
+    """Half of an even clip length; ``ValueError`` for an odd one."""
     n_segment = integer("n_segment", n_segment)
     if n_segment < 2 or n_segment % 2 != 0:
         raise ValueError(f"n_segment must be even to be halved, got {n_segment}")

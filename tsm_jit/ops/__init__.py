@@ -3,8 +3,8 @@
 from tsm_jit.ops.compat import eager, transforms_are_active
 from tsm_jit.ops.temporal_shift import (
     elements_are_apart,
-    shift_undone,
-    shifting_again,
+    recomputing_shift,
+    shift_restore,
     temporal_shift,
     temporal_shift_,
     temporal_shift_backward,
@@ -15,8 +15,8 @@ from tsm_jit.ops.temporal_shift import (
 __all__ = [
     "eager",
     "elements_are_apart",
-    "shift_undone",
-    "shifting_again",
+    "recomputing_shift",
+    "shift_restore",
     "temporal_shift",
     "temporal_shift_",
     "temporal_shift_backward",

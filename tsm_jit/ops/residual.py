@@ -1,26 +1,30 @@
-"""The end of a residual block whose stream is kept shifted: operators and autograd for ``residual.py``.
+"""Operators for residual blocks whose stream of activations is kept shifted.
 
-``x = relu(norm(z) + norm(identity))`` in one pass over the memory, where x is written, and the identity read, as itself
-or in shifted form: the shifted x, and beside it ``unread``, the frames that the shift does not read. The formulas are
-in ``kernels/residual_shift.h``.
+A block ends in ``x = relu(norm(z) + norm(identity))`` and the next one begins with ``shift(x)``. So x has two layouts:
 
-- ``residual_shift_(out!, unread_out!, plain!, step, z, z_norm, ..., shift)`` and ``residual_shift_backward_`` write
-  into tensors that they are given;
-- ``residual_shift`` and ``residual_shift_backward`` make these tensors; the overload ``.again`` of the first is for a
-  backward: of the same call in the forward, compilers keep the result;
-- ``residual_end_backward`` makes of the latter the gradients of values and norms;
-- ``relu_of_norm_backward`` makes those of ``relu(norm(z))``, whose sign it computes again instead of reading it;
-- ``channel_statistics_`` are those of a batch normalization;
-- ``residual_pool`` is what a ResNet begins with, ``max_pool2d(relu(norm(z)), 3, 2, 1)``, in the forms of x.
+- *unshifted*: ``x [N*T, C, H, W]``;
+- *shifted*: ``shift(x)``, and ``boundary [N, K, H, W]``, the frames that the shift drops: of each channel group its
+  first ``|offset|`` frames (``offset > 0``) or its last ones, as channels.
 
-All are unknown to autograd; :func:`end_of_block` is not.
+A norm is a batch normalization, ``(v - mean) / sqrt(variance + epsilon) * weight + bias`` with one value of each per
+channel. Operators take it as ``Tensor[]`` of mean, variance, weight and bias, and ``float epsilon``. An empty list
+means no norm. A backward takes mean, variance and weight.
+
+- ``norm_add_relu(_)``: x in either layout, of an identity in either layout; ``norm_relu_max_pool``: a ResNet's stem;
+- ``norm_add_relu_backward``: the gradients of ``z``, of the identity and of both norms; ``add_relu_backward(_)`` is its
+  first part, the gradient of the sum;
+- ``norm_relu_backward``: computes the ReLU mask again instead of loading it;
+- ``batch_norm_stats_``: mean and variance per channel; updates the running ones.
+
+The overload ``.recompute`` is for a backward that runs a forward again: a compiler would keep the first result for it.
+The kernels (``kernels/residual``) take precedence over the PyTorch code at the end of this file. Autograd does not know
+these operators; ``tsm_jit/fused/autograd.py`` has its functions.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,263 +36,175 @@ from tsm_jit.ops.compat import direct
 from tsm_jit.plans import Shift, decode
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
-_NORMS = (
+_INPUTS = (
     "Tensor z, Tensor[] z_norm, float z_epsilon, Tensor? identity, Tensor[] identity_norm, float identity_epsilon, "
-    "Tensor? unread, str shift"
+    "Tensor? boundary, str shift"
 )
-_GRADS = "Tensor? grad_a, Tensor? grad_b, Tensor? grad_unread, Tensor out, Tensor? unread_out"
+_GRADS = "Tensor? grad_a, Tensor? grad_b, Tensor? grad_boundary, Tensor out, Tensor? boundary_out"
 _NORMED = (
     "Tensor? z, Tensor[] z_norm, float z_epsilon, Tensor? identity, Tensor[] identity_norm, float identity_epsilon"
 )
-
-
 for _schema in (
-    f"residual_shift_(Tensor(a!) out, Tensor(b!)? unread_out, Tensor(c!)? plain, int step, {_NORMS}, bool relu) -> ()",
-    "residual_pool(Tensor z, Tensor[] z_norm, float z_epsilon, str shift, bool plain, bool shifted) "
+    f"norm_add_relu_(Tensor(a!) out, Tensor(b!)? boundary_out, Tensor(c!)? unshifted_out, int step, {_INPUTS}, "
+    "bool relu) -> ()",
+    f"norm_add_relu({_INPUTS}, bool shifted) -> (Tensor, Tensor)",
+    f"norm_add_relu.recompute({_INPUTS}, bool shifted) -> (Tensor, Tensor)",
+    "norm_relu_max_pool(Tensor z, Tensor[] z_norm, float z_epsilon, str shift, bool unshifted, bool shifted) "
     "-> (Tensor, Tensor, Tensor)",
-    f"residual_shift({_NORMS}, bool shifted) -> (Tensor, Tensor)",
-    f"residual_shift.again({_NORMS}, bool shifted) -> (Tensor, Tensor)",
-    "relu_of_norm_backward(Tensor grad, Tensor z, Tensor[] norm, float epsilon, int[] how) -> (Tensor, Tensor, Tensor)",
-    "residual_shift_backward_(Tensor(a!)? grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_unread_in, "
+    "add_relu_backward_(Tensor(a!)? grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_boundary_in, "
     f"Tensor(d!)? norm_gradients, {_GRADS}, {_NORMED}, str shift) -> ()",
-    "channel_statistics_(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) batches, "
-    "float momentum) -> (Tensor, Tensor)",
-    f"residual_shift_backward({_GRADS}, {_NORMED}, str shift, bool shifted) -> (Tensor, Tensor, Tensor, Tensor)",
-    f"residual_end_backward({_GRADS}, Tensor? z, Tensor[] z_norm, float z_epsilon, int[] z_how, Tensor? identity, "
-    "Tensor[] identity_norm, float identity_epsilon, int[] identity_how, str shift, bool shifted) "
+    f"add_relu_backward({_GRADS}, {_NORMED}, str shift, bool shifted) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"norm_add_relu_backward({_GRADS}, Tensor? z, Tensor[] z_norm, float z_epsilon, int[] z_flags, Tensor? identity, "
+    "Tensor[] identity_norm, float identity_epsilon, int[] identity_flags, str shift, bool shifted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "norm_relu_backward(Tensor grad, Tensor z, Tensor[] norm, float epsilon, int[] flags) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_stats_(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked, "
+    "float momentum) -> (Tensor, Tensor)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-
-_new = direct(torch.ops.tsm_jit.residual_shift.default)
-_write = direct(torch.ops.tsm_jit.residual_shift_.default)
-pool_operator = direct(torch.ops.tsm_jit.residual_pool.default)
-_statistics = direct(torch.ops.tsm_jit.channel_statistics_.default)
+NO_SHIFT = Shift(1, 1, 1, "zeros", ()).encode()  # for clips of any length
 
 
 class Norm(NamedTuple):
-    """A batch normalization: ``(value - mean) / sqrt(variance + epsilon) * weight + bias``, all parts ``[C]``."""
+    """A batch normalization, all parts ``[C]``."""
 
     mean: Tensor
     variance: Tensor
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None  # None: not needed, in a backward
     epsilon: float
-    of_batch: bool = False  # are mean and variance those of the values, so that gradients go through them as well?
+    uses_batch_stats: bool = False  # mean and variance are those of the values: gradients flow through them, too
+
+    def args(self) -> tuple[list[Tensor], float]:
+        """As operators take it."""
+        return [part for part in self[:4] if part is not None], self.epsilon
 
 
-def wide(in_type: torch.dtype) -> torch.dtype:
-    """The type in which activations of a type are added and their norms computed."""
-    return torch.float64 if in_type is torch.float64 else torch.float32
+class NormedInput(NamedTuple):
+    """One of the two summands at the end of a block, in a backward."""
+
+    values: Tensor | None = None  # needed only under a norm
+    norm: Norm | None = None
+    needs_grad: bool = False
+    norm_needs_grad: bool = False
+
+    def args(self) -> tuple[Tensor | None, list[Tensor], float, list[int]]:
+        """As operators take it; the last ones are the flags uses_batch_stats, needs_grad and norm_needs_grad."""
+        uses_batch_stats = self.norm is not None and self.norm.uses_batch_stats
+        return self.values, *norm_args(self.norm), [uses_batch_stats, self.needs_grad, self.norm_needs_grad]
 
 
-def sums_are_in_kernel(x: Tensor) -> bool:
-    """Whether kernels sum up activations like ``x`` by channel: on a GPU, where channels are innermost."""
+def norm_args(norm: Norm | None) -> tuple[list[Tensor], float]:
+    """A norm or none, as operators take it."""
+    return ([], 0.0) if norm is None else norm.args()
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which activations of a type are added and normalized."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def has_channel_sums(x: Tensor) -> bool:
+    """Whether kernels sum activations like ``x`` per channel: on a GPU, in channels_last."""
     return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 and x.numel() > 0
 
 
-def pixels_are_known(x: Tensor) -> bool:
-    """Whether kernels tell the pixels of activations like ``x`` apart: not on a GPU where each channel has its own."""
+def has_pixel_index(x: Tensor) -> bool:
+    """Whether kernels know the row and column of activations like ``x``: on a GPU, only in channels_last."""
     return not x.is_cuda or (x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1)
 
 
-_NOT_NORMED = (None, [], 0.0)  # values without a norm, or whose norm's gradients nobody wants
-NO_SHIFT = Shift(1, 1, 1, "zeros", ()).encode()  # of clips of any length
+# --- the way to the operators ----------------------------------------------------------------------------------------
 
 
-def write_into(*given) -> None:
-    (torch.ops.tsm_jit.residual_shift_.default if is_compiling() else _write)(*given)
+def _caller(name: str) -> Any:
+    """The operator; for eager mode without the Python frame of an ``OpOverload``."""
+    overload = getattr(torch.ops.tsm_jit, name).default
+    quick = direct(overload)
+
+    def call(*args: Any) -> Any:
+        return overload(*args) if is_compiling() else quick(*args)
+
+    return call
 
 
-def write_new(
+norm_add_relu_ = _caller("norm_add_relu_")
+add_relu_backward = _caller("add_relu_backward")
+_norm_add_relu = _caller("norm_add_relu")
+_norm_add_relu_backward = _caller("norm_add_relu_backward")
+_norm_relu_backward = _caller("norm_relu_backward")
+norm_relu_max_pool = _caller("norm_relu_max_pool")
+batch_norm_stats_ = _caller("batch_norm_stats_")
+
+
+def norm_add_relu(
     z: Tensor,
     z_norm: Norm | None,
     identity: Tensor | None,
     identity_norm: Norm | None,
-    unread: Tensor | None,
+    boundary: Tensor | None,
     shift: str,
     shifted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`end_of_block` as new tensors, unknown to autograd."""
-    write = torch.ops.tsm_jit.residual_shift.default if is_compiling() else _new
-    return write(z, *norm_args(z_norm), identity, *norm_args(identity_norm), unread, shift, shifted)
+    """``relu(norm(z) + norm(identity))`` as new tensors: x in the layout that ``shifted`` tells, and its boundary."""
+    return _norm_add_relu(z, *norm_args(z_norm), identity, *norm_args(identity_norm), boundary, shift, shifted)
 
 
-def norm_args(norm: Norm | None) -> tuple[list[Tensor], float]:
-    """As operators take it."""
-    return ([], 0.0) if norm is None else (list(norm[:4]), norm.epsilon)
-
-
-def batch_statistics(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance by channel of the activations ``x`` ``[N*T, C, H, W]``, channels_last; updates the
-    running ones, of the type :func:`wide`, and the number of batches, as ``torch.nn.BatchNorm2d`` does."""
-    statistics = torch.ops.tsm_jit.channel_statistics_.default if is_compiling() else _statistics
-    return statistics(x, running_mean, running_var, batches, momentum)
-
-
-class Operand(NamedTuple):
-    """One of the two that the end of a block adds, backward: which of its gradients are wanted."""
-
-    values: Tensor | None = None
-    norm: Norm | None = None
-    wanted: bool = False
-    norm_is_wanted: bool = False
-
-    @classmethod
-    def of_kept(
-        cls, saved: Sequence[Tensor], how: tuple[float, bool] | None, wanted: bool, norm_is_wanted: bool
-    ) -> Operand:
-        """Out of what :func:`_kept` made, and the rest of its norm."""
-        return cls(saved[0], how and Norm(*saved[1:], None, *how), wanted, norm_is_wanted)
-
-    def summed(self) -> tuple[Tensor | None, list[Tensor], float]:
-        """Norm and values, if gradients are made of sums over all but the channels."""
-        if self.norm and (self.norm.of_batch or self.norm_is_wanted):
-            return self.values, list(self.norm[:3]), self.norm.epsilon
-        return _NOT_NORMED
-
-    def flat(self) -> tuple[Tensor | None, list[Tensor], float, list[int]]:
-        """As operators take it."""
-        how = [self.norm is not None and self.norm.of_batch, self.wanted, self.norm_is_wanted]
-        return self.values, list(self.norm[:3]) if self.norm else [], self.norm.epsilon if self.norm else 0.0, how
-
-    @classmethod
-    def of_flat(cls, values: Tensor | None, norm: list[Tensor], epsilon: float, how: list[int]) -> Operand:
-        of_batch, wanted, norm_is_wanted = map(bool, how)
-        return cls.of_kept((values, *norm), (epsilon, of_batch) if norm else None, wanted, norm_is_wanted)
-
-
-def gradients_of_end(
-    grad_a: Tensor | None,
-    grad_b: Tensor | None,
-    grad_unread: Tensor | None,
+def norm_add_relu_backward(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     out: Tensor,
-    unread_out: Tensor | None,
-    z: Operand,
-    identity: Operand,
+    boundary_out: Tensor | None,
+    z: NormedInput,
+    identity: NormedInput,
     shift: str,
     identity_is_shifted: bool,
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], Tensor | None]:
-    """The gradients of z and those of the identity: of the values, and of the norm's weight and bias; and of unread.
-    None where not wanted."""
-    normed = z.norm is not None or identity.norm is not None  # or else one result may be two of them
-    operator = _for_gradients(
-        torch.ops.tsm_jit.residual_end_backward.default, _plain_end_backward, out, sums_are_in_kernel(out), normed
-    )
-    grads = (grad_a, grad_b, grad_unread, out, unread_out)
-    found = operator(*grads, *z.flat(), *identity.flat(), shift, identity_is_shifted)
-    return found[:3], found[3:6], found[6]
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], Tensor | None]:
+    """The gradients of :func:`norm_add_relu`, or None for those that are not needed.
 
+    Args:
+        grads: of x from its two consumers, and of the boundary frames.
+        out, boundary_out: x as the forward wrote it.
+        z, identity: the summands.
+        shift: of ``out`` and of the identity.
+        identity_is_shifted: whether the identity came in the shifted layout.
 
-def gradients_of_relu_of_norm(grad: Tensor, z: Operand, in_kernel: bool) -> tuple[Tensor | None, ...]:
-    """Those of ``z``, given that of ``relu(norm(z))``: of the values, and of the norm's weight and bias."""
-    operator = _for_gradients(
-        torch.ops.tsm_jit.relu_of_norm_backward.default, _plain_relu_backward, z.values, in_kernel
-    )
-    _, norm, epsilon, how = z.flat()
-    return operator(grad, z.values, [*norm, z.norm.bias], epsilon, how)
-
-
-def _for_gradients(operator, plain: Callable, like: Tensor, in_kernel: bool, apart: bool = True) -> Callable:
-    """``operator``, of activations like these, or what is ``plain`` where no kernel sums up or a compiler must not have
-    it: they rely on results being ``apart`` in memory, and aligned to 16 bytes. Gradients of norms are rows of one
-    tensor."""
-    if in_kernel and not is_compiling():
-        return direct(operator)
-    return operator if in_kernel and apart and like.shape[1] % 4 == 0 else plain
-
-
-def _plain_gradients_of_end(
-    grad_a, grad_b, grad_unread, out, unread_out, z, identity, shift, identity_is_shifted
-) -> tuple[Tensor | None, ...]:
-    of_z, of_identity = z.summed(), identity.summed()
-    grad, grad_shifted, grad_unread_in, made = _new_gradients(
-        grad_a, grad_b, grad_unread, out, unread_out, *of_z, *of_identity, shift, identity_is_shifted
-    )
-    zero, *rows = made.unbind(0) if made.numel() else [None]
-    found = []
-    for k, (each, summed) in enumerate(((z, of_z), (identity, of_identity))):
-        of_weight, of_bias, *beside = rows[4 * k : 4 * k + 4] if summed[1] else (None,) * 4
-        of_values = grad_shifted if k == 1 and identity_is_shifted else grad
-        if each.norm is not None and each.wanted:
-            # The last one that reads `grad`, where that is nobody's gradient itself.
-            last = z.norm is not None if k == 1 else identity_is_shifted or not identity.wanted
-            of_values = _through_norm(grad, each.values, each.norm, zero, beside, last)
-        found.append((of_values if each.wanted else None, of_weight, of_bias))
-    return *found[0], *found[1], grad_unread_in if identity_is_shifted else None
-
-
-def _through_norm(
-    grad: Tensor, values: Tensor, norm: Norm, zero: Tensor | None, beside: list[Tensor], overwrite: bool
-) -> Tensor:
-    """The gradient of ``values``, of which ``grad`` is that of their norm; ``overwrite`` allows to write it there.
-
-    That is ``grad * weight / sqrt(variance + epsilon)`` and, where mean and variance are of these values, beside it a
-    norm of them, of other weights and biases: the sum that ends a block, without its ReLU. See ``NormGradients`` in
-    ``kernels/residual_shift.h``.
+    Returns:
+        For ``z`` and for the identity: the gradients of the values, and of the norm's weight and bias. Last, that of
+        the identity's boundary frames.
     """
-    values_norm = [norm.mean, norm.variance, *beside] if norm.of_batch else []
-    zero = torch.zeros_like(norm.weight) if zero is None else zero
-    out = grad if overwrite else torch.empty_like(grad)
-    values = laid_out_as(values, grad) if values_norm else None
-    grad_norm = [zero, norm.variance, norm.weight, zero]
-    write_into(
-        out, None, None, 1, grad, grad_norm, norm.epsilon, values, values_norm, norm.epsilon, None, NO_SHIFT, False
+    if z.norm is None and identity.norm is None:
+        grad, grad_shifted, grad_boundary, _ = add_relu_backward(
+            *grads, out, boundary_out, None, [], 0.0, None, [], 0.0, shift, identity_is_shifted
+        )
+        of_identity = grad_shifted if identity_is_shifted else grad
+        return (
+            (grad if z.needs_grad else None, None, None),
+            (of_identity if identity.needs_grad else None, None, None),
+            grad_boundary if identity_is_shifted else None,
+        )
+    grads_out = _norm_add_relu_backward(
+        *grads, out, boundary_out, *z.args(), *identity.args(), shift, identity_is_shifted
     )
-    return out
+    return grads_out[:3], grads_out[3:6], grads_out[6]
 
 
-def _new_gradients(
-    grad_a,
-    grad_b,
-    grad_unread,
-    out,
-    unread_out,
-    z,
-    z_norm,
-    z_epsilon,
-    identity,
-    identity_norm,
-    identity_epsilon,
-    shift,
-    shifted,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last: see ``NormGradients`` in ``kernels/residual_shift.h``. A norm is its mean, variance and weight."""
-    norms = (z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon)
-    in_kernel = sums_are_in_kernel(out)
-    operator = torch.ops.tsm_jit.residual_shift_backward.default
-    made = (operator if is_compiling() else direct(operator))(
-        grad_a, grad_b, grad_unread, out, unread_out, *(norms if in_kernel else _NOT_NORMED * 2), shift, shifted
-    )
-    return made if in_kernel or not (z_norm or identity_norm) else (*made[:3], _norm_gradients(made[0], *norms))
+def norm_relu_backward(grad: Tensor, z: NormedInput) -> tuple[Tensor | None, ...]:
+    """Of ``relu(norm(z))``: the gradients of ``z`` and of the norm's weight and bias, None if not needed."""
+    return _norm_relu_backward(grad, *z.args())
 
 
-def _norm_gradients(grad, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon) -> Tensor:
-    """What kernels make of sums by channel, by PyTorch."""
-    wide_grad = grad.to((z_norm or identity_norm)[0].dtype)
-    of_bias = wide_grad.sum((0, 2, 3))
-    made = of_bias.new_zeros((9, of_bias.numel()))
-    for k, (values, norm, epsilon) in enumerate(((z, z_norm, z_epsilon), (identity, identity_norm, identity_epsilon))):
-        if norm:
-            mean, variance, weight = norm
-            deviation = torch.rsqrt(variance + epsilon)
-            of_weight = (wide_grad * (values - mean[:, None, None])).sum((0, 2, 3)) * deviation
-            of_parts = torch.stack([of_weight, of_bias])
-            factor = weight * deviation * (-of_bias.numel() / max(grad.numel(), 1))
-            made[1 + 4 * k : 5 + 4 * k] = torch.cat([of_parts, of_parts * factor])
-    return made
+# --- layouts ---------------------------------------------------------------------------------------------------------
 
 
-def new_unread(like: Tensor, shift: str) -> Tensor:
-    shift = decode(shift)
-    return new_like(like, (like.shape[0] // shift.n_segment, shift.unread_channels(), *like.shape[2:]))
+def new_boundary(like: Tensor, shift: str) -> Tensor:
+    """Memory for the boundary frames of activations ``like`` these."""
+    plan = decode(shift)
+    return new_like(like, (like.shape[0] // plan.n_segment, plan.boundary_channels(), *like.shape[2:]))
 
 
 def new_like(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """In the memory format of ``like``. By strides: a compiler fills what ``torch.empty`` makes before we write it."""
+    """In the memory format of ``like``. By strides: a compiler would fill what ``torch.empty`` makes."""
     channels_last = not like.is_contiguous()
     strides, stride = [0] * len(shape), 1
     for d in (1, *range(len(shape) - 1, 1, -1), 0) if channels_last else range(len(shape) - 1, -1, -1):
@@ -297,205 +213,190 @@ def new_like(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+def in_format_of(like: Tensor, x: Tensor | None) -> Tensor | None:
+    """``x`` in the memory format of ``like``."""
+    memory_format = torch.contiguous_format if like.is_contiguous() else torch.channels_last
+    return None if x is None else x.contiguous(memory_format=memory_format)
 
 
-def laid_out_as(x: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if x is None else x.contiguous(memory_format=_memory_format(like))
+# --- PyTorch code, for devices without kernels; and fakes ------------------------------------------------------------
 
 
-def _plain_statistics(x, running_mean, running_var, batches, momentum) -> tuple[Tensor, Tensor]:
-    batches.add_(1)
+def _norm(values: Tensor, norm: Sequence[Tensor], epsilon: float) -> Tensor:
+    if not norm:
+        return values
+    mean, variance, weight, bias = (part.to(acc_dtype(values.dtype)) for part in norm)
+    scale = torch.rsqrt(variance + epsilon) * weight
+    return values.to(scale.dtype) * scale[:, None, None] + (bias - mean * scale)[:, None, None]
+
+
+def _norm_backward(grad: Tensor, values: Tensor, norm: Sequence[Tensor], epsilon: float, flags: Sequence[int]):
+    """The gradients of values, weight and bias; None if not needed."""
+    uses_batch_stats, needs_grad, norm_needs_grad = map(bool, flags)
+    mean, variance, weight = norm[:3]
+    dtype = acc_dtype(grad.dtype)
+    grads = torch.ops.aten.native_batch_norm_backward(
+        grad.to(dtype), values.to(dtype), weight, mean, variance, mean, torch.rsqrt(variance + epsilon),
+        uses_batch_stats, epsilon, [needs_grad, True, True],
+    )  # fmt: skip
+    has_norm_grads = uses_batch_stats or norm_needs_grad  # as the kernels, which need them on the way
+    grad_norm = grads[1:] if has_norm_grads else (None, None)
+    return in_format_of(values, grads[0].to(values.dtype)) if needs_grad else None, *grad_norm
+
+
+def _write(out, boundary_out, x, shift) -> None:
+    if boundary_out is None:
+        out.copy_(x)
+    else:
+        out.copy_(reference.temporal_shift(x, decode(shift)))
+        boundary_out.copy_(reference.boundary_frames(x, decode(shift)))
+
+
+def _norm_add_relu_in_place(
+    out, boundary_out, unshifted_out, step, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, boundary,
+    shift, relu,
+) -> None:  # fmt: skip
+    z = _norm(z, z_norm, z_epsilon)
+    if identity is not None:
+        identity = _norm(identity, identity_norm, identity_epsilon)
+    if not relu:
+        out.copy_(z if identity is None else z + identity)
+        return
+    x = reference.add_relu(z, identity, boundary, decode(shift)).to(out.dtype)
+    if unshifted_out is not None:
+        unshifted_out.copy_(x[:, :, ::step, ::step])
+    _write(out, boundary_out, x, shift)
+
+
+def _fake_norm_add_relu(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, boundary, shift, shifted):
+    return torch.empty_like(z), new_boundary(z, shift) if shifted else z.new_empty(0)
+
+
+def _new_norm_add_relu(*args):
+    *inputs, shift, shifted = args
+    out, boundary_out = _fake_norm_add_relu(*args)
+    _norm_add_relu_in_place(out, boundary_out if shifted else None, None, 1, *inputs, shift, True)
+    return out, boundary_out
+
+
+def _fake_pool(z, z_norm, z_epsilon, shift, unshifted, shifted):
+    sizes = (*z.shape[:2], (z.shape[2] + 1) // 2, (z.shape[3] + 1) // 2)
+    x, out = (new_like(z, sizes) if needed else z.new_empty(0) for needed in (unshifted, shifted))
+    return x, out, new_boundary(out, shift) if shifted else z.new_empty(0)
+
+
+def _pool(z, z_norm, z_epsilon, shift, unshifted, shifted):
+    x = F.max_pool2d(torch.relu(_norm(z, z_norm, z_epsilon)), 3, 2, 1).to(z.dtype)
+    outputs = _fake_pool(z, z_norm, z_epsilon, shift, unshifted, shifted)
+    if unshifted:
+        outputs[0].copy_(x)
+    if shifted:
+        _write(*outputs[1:], x, shift)
+    return outputs
+
+
+def _add_relu_backward_in_place(
+    grad, grad_shifted, grad_boundary_in, norm_gradients, grad_a, grad_b, grad_boundary, out, boundary_out, *rest
+) -> None:
+    if norm_gradients is not None:
+        raise RuntimeError("norm_gradients must be None on a device without kernels")
+    plan = decode(rest[-1])
+    grads = [each for each in (grad_a, grad_b) if each is not None]
+    masked = reference.add_relu_backward(grads, grad_boundary, out, boundary_out, plan)
+    if grad is not None:
+        grad.copy_(masked)
+    if grad_shifted is not None:
+        without_padding = plan if plan.is_circular else plan._replace(padding="zeros")
+        grad_shifted.copy_(reference.temporal_shift(masked, without_padding))
+        grad_boundary_in.copy_(reference.boundary_frames(masked, plan))
+
+
+def _fake_add_relu_backward(grad_a, grad_b, grad_boundary, out, boundary_out, *rest):
+    z_norm, identity_norm, shift, shifted = rest[1], rest[4], *rest[-2:]
+    norm = z_norm or identity_norm
+    return (
+        torch.empty_like(out),
+        torch.empty_like(out) if shifted else out.new_empty(0),
+        new_boundary(out, shift) if shifted else out.new_empty(0),
+        norm[0].new_empty((9, out.shape[1])) if norm else out.new_empty(0),
+    )
+
+
+def _new_add_relu_backward(*args):
+    *inputs, shift, shifted = args
+    outputs = _fake_add_relu_backward(*args)
+    needed = (True, shifted, shifted, outputs[3].numel() > 0)
+    _add_relu_backward_in_place(
+        *(each if need else None for each, need in zip(outputs, needed, strict=True)), *inputs, shift
+    )
+    return outputs
+
+
+def _end_backward(
+    grad_a, grad_b, grad_boundary, out, boundary_out, z, z_norm, z_epsilon, z_flags, identity, identity_norm,
+    identity_epsilon, identity_flags, shift, shifted,
+):  # fmt: skip
+    grad, grad_shifted, grad_boundary_in, _ = _new_add_relu_backward(
+        grad_a, grad_b, grad_boundary, out, boundary_out, None, [], 0.0, None, [], 0.0, shift, shifted
+    )
+    grads = []
+    for values, norm, epsilon, flags, unnormed in (
+        (z, z_norm, z_epsilon, z_flags, grad),
+        (identity, identity_norm, identity_epsilon, identity_flags, grad_shifted if shifted else grad),
+    ):
+        if norm:
+            grads += _norm_backward(grad, values, norm, epsilon, flags)
+        else:
+            grads += [unnormed.clone() if flags[1] else None, None, None]
+    return *grads, grad_boundary_in if shifted else None
+
+
+def _fake_normed(values_like: Tensor, norm: Sequence[Tensor], flags: Sequence[int]) -> list[Tensor | None]:
+    uses_batch_stats, needs_grad, norm_needs_grad = map(bool, flags)
+    has_norm_grads = len(norm) > 0 and (uses_batch_stats or norm_needs_grad)
+    norm_grads = [torch.empty_like(norm[0]) if has_norm_grads else None for _ in range(2)]
+    return [torch.empty_like(values_like) if needs_grad else None, *norm_grads]
+
+
+def _fake_end_backward(grad_a, grad_b, grad_boundary, out, boundary_out, *rest):
+    _, z_norm, _, z_flags, _, identity_norm, _, identity_flags, shift, shifted = rest
+    grads = _fake_normed(out, z_norm, z_flags) + _fake_normed(out, identity_norm, identity_flags)
+    return *grads, new_boundary(out, shift) if shifted else None
+
+
+def _relu_backward(grad, z, norm, epsilon, flags):
+    x = torch.relu(_norm(z, norm, epsilon)).to(z.dtype)
+    return _norm_backward(torch.where(x <= 0, 0, grad), z, norm, epsilon, flags)
+
+
+def _stats(x, running_mean, running_var, num_batches_tracked, momentum) -> tuple[Tensor, Tensor]:
+    num_batches_tracked.add_(1)
     count = x.numel() // x.shape[1]
-    variance, mean = torch.var_mean(x.to(wide(x.dtype)), (0, 2, 3), correction=0)
+    variance, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), (0, 2, 3), correction=0)
     running_mean.lerp_(mean, momentum)
     running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
     return mean, variance
 
 
-def _plain_write(
-    out,
-    unread_out,
-    plain,
-    step,
-    z,
-    z_norm,
-    z_epsilon,
-    identity,
-    identity_norm,
-    identity_epsilon,
-    unread,
-    shift,
-    relu,
-) -> None:
-    z = _normed(z, z_norm, z_epsilon)
-    if identity is not None:
-        identity = _normed(identity, identity_norm, identity_epsilon)
-    if not relu:
-        out.copy_(z if identity is None else z + identity)
-        return
-    x = reference.residual_shift(z, identity, unread, decode(shift)).to(out.dtype)
-    if plain is not None:
-        plain.copy_(x[:, :, ::step, ::step])
-    _write_forms(out, unread_out, x, shift)
+def _fake_stats(x, running_mean, running_var, *_):
+    return torch.empty_like(running_mean), torch.empty_like(running_var)
 
 
-def _write_forms(out, unread_out, x, shift) -> None:
-    if unread_out is None:
-        out.copy_(x)
-    else:
-        out.copy_(reference.temporal_shift(x, decode(shift)))
-        unread_out.copy_(reference.unread_frames(x, decode(shift)))
-
-
-def _plain_pool(z, z_norm, z_epsilon, shift, plain, shifted):
-    x = F.max_pool2d(torch.relu(_normed(z, z_norm, z_epsilon)), 3, 2, 1).to(z.dtype)
-    made = _like_new_pool(z, z_norm, z_epsilon, shift, plain, shifted)
-    if plain:
-        made[0].copy_(x)
-    if shifted:
-        _write_forms(*made[1:], x, shift)
-    return made
-
-
-def _like_new_pool(z, z_norm, z_epsilon, shift, plain, shifted):
-    none = z.new_empty(0)
-    x, out = (
-        new_like(z, (*z.shape[:2], (z.shape[2] + 1) // 2, (z.shape[3] + 1) // 2)) if wanted else none
-        for wanted in (plain, shifted)
-    )
-    return x, out, new_unread(out, shift) if shifted else none
-
-
-def _normed(values: Tensor, norm: Sequence[Tensor], epsilon: float) -> Tensor:
-    if not norm:
-        return values
-    parts = [part.to(wide(values.dtype)) for part in norm]
-    scale = torch.rsqrt(parts[1] + epsilon) * parts[2]
-    return values.to(wide(values.dtype)) * scale[:, None, None] + (parts[3] - parts[0] * scale)[:, None, None]
-
-
-def _plain_write_gradients(
-    grad,
-    grad_shifted,
-    grad_unread_in,
-    norm_gradients,
-    grad_a,
-    grad_b,
-    grad_unread,
-    out,
-    unread_out,
-    z,
-    z_norm,
-    z_epsilon,
-    identity,
-    identity_norm,
-    identity_epsilon,
-    shift,
-) -> None:
-    shift = decode(shift)
-    given = [each for each in (grad_a, grad_b) if each is not None]
-    masked = reference.residual_shift_backward(given, grad_unread, out, unread_out, shift)
-    if grad is not None:
-        grad.copy_(masked)
-    if grad_shifted is not None:
-        without_padding = shift if shift.padding == "circular" else shift._replace(padding="zeros")
-        grad_shifted.copy_(reference.temporal_shift(masked, without_padding))
-        grad_unread_in.copy_(reference.unread_frames(masked, shift))
-    if norm_gradients is not None:
-        made = _norm_gradients(masked, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon)
-        norm_gradients.copy_(made)
-
-
-def _plain_end_backward(grad_a, grad_b, grad_unread, out, unread_out, *given):
-    *operands, shift, shifted = given
-    z, identity = Operand.of_flat(*operands[:4]), Operand.of_flat(*operands[4:])
-    return _plain_gradients_of_end(grad_a, grad_b, grad_unread, out, unread_out, z, identity, shift, shifted)
-
-
-def _plain_relu_backward(grad, z, norm, epsilon, how):
-    x, _ = torch.ops.tsm_jit.residual_shift.again(z, norm, epsilon, None, [], 0.0, None, NO_SHIFT, False)
-    of_z = Operand.of_flat(z, norm[:3], epsilon, how)
-    return _plain_gradients_of_end(grad, None, None, x, None, of_z, Operand(), NO_SHIFT, False)[:3]
-
-
-def _like_new(z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, unread, shift, shifted):
-    return torch.empty_like(z), new_unread(z, shift) if shifted else z.new_empty(0)
-
-
-def _like_new_gradients(
-    grad_a,
-    grad_b,
-    grad_unread,
-    out,
-    unread_out,
-    z,
-    z_norm,
-    z_epsilon,
-    identity,
-    identity_norm,
-    identity_epsilon,
-    shift,
-    shifted,
-):
-    norm = z_norm or identity_norm
-    return (
-        torch.empty_like(out),
-        torch.empty_like(out) if shifted else out.new_empty(0),
-        new_unread(out, shift) if shifted else out.new_empty(0),
-        norm[0].new_empty((9, out.shape[1])) if norm else out.new_empty(0),
-    )
-
-
-def _like_new_end_gradients(grad_a, grad_b, grad_unread, out, unread_out, *given):
-    *operands, shift, shifted = given
-    found = (_like_gradients_of(Operand.of_flat(*each), out) for each in (operands[:4], operands[4:]))
-    return *itertools.chain(*found), new_unread(out, shift) if shifted else None
-
-
-def _like_new_relu_gradients(grad, z, norm, epsilon, how):
-    return tuple(_like_gradients_of(Operand.of_flat(z, norm[:3], epsilon, how), z))
-
-
-def _like_gradients_of(operand: Operand, values: Tensor) -> list[Tensor | None]:
-    _, norm, _ = operand.summed()
-    of_norm = [torch.empty_like(norm[0]) if norm else None for _ in range(2)]
-    return [torch.empty_like(values) if operand.wanted else None, *of_norm]
-
-
-def _plain_new(*given):
-    *parts, shift, shifted = given
-    out, unread_out = _like_new(*given)
-    _plain_write(out, unread_out if shifted else None, None, 1, *parts, shift, True)
-    return out, unread_out
-
-
-def _plain_new_gradients(*given):
-    *parts, shift, shifted = given
-    made = _like_new_gradients(*given)
-    wanted = (True, shifted, shifted, made[3].numel() > 0)
-    _plain_write_gradients(*(each if want else None for each, want in zip(made, wanted, strict=True)), *parts, shift)
-    return made
-
-
-_schemas = torch.ops.tsm_jit
-
-
+_ops = torch.ops.tsm_jit
 for _operator, _compute, _fake in (
-    (_schemas.residual_shift_.default, _plain_write, lambda *_: None),
-    (_schemas.residual_shift_backward_.default, _plain_write_gradients, lambda *_: None),
+    (_ops.norm_add_relu_.default, _norm_add_relu_in_place, lambda *_: None),
+    (_ops.norm_add_relu.default, _new_norm_add_relu, _fake_norm_add_relu),
+    (_ops.norm_add_relu.recompute, _new_norm_add_relu, _fake_norm_add_relu),
+    (_ops.norm_relu_max_pool.default, _pool, _fake_pool),
+    (_ops.add_relu_backward_.default, _add_relu_backward_in_place, lambda *_: None),
+    (_ops.add_relu_backward.default, _new_add_relu_backward, _fake_add_relu_backward),
+    (_ops.norm_add_relu_backward.default, _end_backward, _fake_end_backward),
     (
-        _schemas.channel_statistics_.default,
-        _plain_statistics,
-        lambda x, mean, variance, *_: (torch.empty_like(mean), torch.empty_like(variance)),
+        _ops.norm_relu_backward.default,
+        _relu_backward,
+        lambda grad, z, norm, epsilon, flags: tuple(_fake_normed(z, norm, flags)),
     ),
-    (_schemas.residual_shift.default, _plain_new, _like_new),
-    (_schemas.residual_shift.again, _plain_new, _like_new),
-    (_schemas.relu_of_norm_backward.default, _plain_relu_backward, _like_new_relu_gradients),
-    (_schemas.residual_pool.default, _plain_pool, _like_new_pool),
-    (_schemas.residual_shift_backward.default, _plain_new_gradients, _like_new_gradients),
-    (_schemas.residual_end_backward.default, _plain_end_backward, _like_new_end_gradients),
+    (_ops.batch_norm_stats_.default, _stats, _fake_stats),
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")
     _library.impl(_operator, _fake, "Meta")

@@ -1,71 +1,90 @@
-"""The operators for a whole residual block that autograd records as one function; see ``fused/block.py``."""
+"""Operators for a whole residual block: one call forward and two backward instead of one per layer.
+
+A block is a list of layers ``norm(conv(x))``, with a ReLU between two of them, and ends in ``norm_add_relu``
+(``ops/residual.py``). With ``downsample`` the last layer makes the identity. Arguments are flat, one entry per layer:
+
+- ``weights``: of the convolutions, without bias;
+- ``conv_params``: 8 integers: stride, padding and dilation (2 each), groups, whether the norm uses batch statistics;
+- ``norms``: 4 tensors: running mean, running variance (both are updated), weight, bias;
+- ``counters``: ``num_batches_tracked`` of each norm that uses batch statistics;
+- ``norm_params``: 2 numbers: epsilon, momentum.
+
+``residual_block`` also returns tensors for the backward. Of each layer: the output of its convolution, mean and
+variance if they are those of the batch, and the output of its ReLU if it has one.
+
+``residual_block_backward`` takes the gradient of the last convolution's output. Its ``saved`` has 5 tensors for each
+layer but the last (convolution output, mean, variance, weight, bias), then their ReLU outputs. The first ReLU output
+may be missing; it is then recomputed. ``needs_grad`` has a flag for x, and two for each layer: weight and norm. The
+operator returns the gradients of x and, for each layer, of the weight and of the norm's weight and bias (not for the
+last norm).
+
+``cast`` converts many tensors by one launch. The kernels are in ``kernels/bindings``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsm_jit import ops
 from tsm_jit.ops.compat import direct
-from tsm_jit.ops.residual import (
-    NO_SHIFT,
-    Norm,
-    Operand,
-    batch_statistics,
-    gradients_of_relu_of_norm,
-    sums_are_in_kernel,
-    write_new,
-)
+from tsm_jit.ops.residual import NO_SHIFT, Norm, NormedInput, batch_norm_stats_, norm_add_relu, norm_relu_backward
+from tsm_jit.ops.temporal_shift import temporal_shift, temporal_shift_backward
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
-
-
-# Of each layer `weights` has the weight of the convolution, `convolutions` its stride, padding and dilation, two each,
-# its groups, and whether the norm is of the batch; `norms` running mean and variance (which are written), weight and
-# bias, `factors` epsilon and momentum, `batches` the number of batches, if the norm is of the batch. With `downsample`
-# the last layer makes the identity of what is given for it.
-#
-# Returned, beside x and its unread frames: of each layer what it convolved, mean and variance if the norm is of the
-# batch, and its ReLU if there is one.
 for _schema in (
-    "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] convolutions, Tensor(a!)[] norms, "
-    "Tensor(b!)[] batches, float[] factors, Tensor identity, bool downsample, Tensor? unread, str shift, bool shifted) "
-    "-> (Tensor, Tensor, Tensor[])",
-    # `kept` has of each layer but the last what it convolved, mean, variance, weight and bias of its norm; then their
-    # ReLUs, of which that of the first layer may be missing: it is made again. `wanted` tells of x, and of each layer's
-    # convolution and norm, whether gradients are.
-    "residual_block_backward(Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] convolutions, "
-    "Tensor[] kept, float[] epsilons, int[] wanted) -> Tensor[]",
+    "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] conv_params, Tensor(a!)[] norms, "
+    "Tensor(b!)[] counters, float[] norm_params, Tensor identity, bool downsample, Tensor? boundary, str shift, "
+    "bool shifted) -> (Tensor, Tensor, Tensor[])",
+    "residual_block_backward(Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] conv_params, "
+    "Tensor[] saved, float[] epsilons, int[] needs_grad) -> Tensor[]",
     "cast(Tensor[] tensors, ScalarType dtype) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
 
 block_forward = direct(torch.ops.tsm_jit.residual_block.default)
 block_backward = direct(torch.ops.tsm_jit.residual_block_backward.default)
 cast_all = direct(torch.ops.tsm_jit.cast.default)
 
 
-def convolve(x: Tensor, weight: Tensor, how: Sequence[int]) -> Tensor:
-    """``how`` is stride, padding, dilation and groups."""
-    return F.conv2d(x, weight, None, how[:2], how[2:4], how[4:6], how[6])
+class ConvParams(NamedTuple):
+    """A two-dimensional convolution without bias."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def flat(self) -> list[int]:
+        """As operators take it."""
+        return [*self.stride, *self.padding, *self.dilation, self.groups]
+
+    @classmethod
+    def of_flat(cls, flat: Sequence[int]) -> ConvParams:
+        """Of the first 7 of a layer's ``conv_params``."""
+        return cls((flat[0], flat[1]), (flat[2], flat[3]), (flat[4], flat[5]), flat[6])
+
+
+def convolve(x: Tensor, weight: Tensor, params: ConvParams) -> Tensor:
+    """The convolution of ``x`` with ``weight``."""
+    return F.conv2d(x, weight, None, *params)
 
 
 def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, how: Sequence[int], x_wanted: bool, weight_wanted: bool
+    grad: Tensor, x: Tensor, weight: Tensor, params: ConvParams, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of what is convolved and of the weight."""
-    masks = [x_wanted, weight_wanted, False]
+    """The gradients of x and of the weight, if they are needed."""
+    stride, padding, dilation, groups = params
     return torch.ops.aten.convolution_backward.default(
-        grad, x, weight, None, how[:2], how[2:4], how[4:6], False, [0, 0], how[6], masks
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [*needs_grad, False]
     )[:2]
 
 
-def raising_out_of_memory(operator, *args):
-    """What ``operator`` returns; its convolutions may find no memory, for which PyTorch's C interface has no error."""
+def translating_out_of_memory(operator: Callable, *args: Any) -> Any:
+    """Calls ``operator``. PyTorch's C interface reports a lack of memory as ``RuntimeError``."""
     try:
         return operator(*args)
     except RuntimeError as error:
@@ -74,88 +93,82 @@ def raising_out_of_memory(operator, *args):
         raise
 
 
-def _plain_forward(
-    x,
-    first_shift,
-    weights,
-    convolutions,
-    norms,
-    batches,
-    factors,
-    identity,
-    downsample,
-    unread,
-    shift,
-    shifted,
-):
-    made, batches = [], iter(batches)
+# --- PyTorch code: the reference, and for devices without kernels ----------------------------------------------------
 
-    def convolve(k: int, x: Tensor) -> tuple[Tensor, Norm]:
-        *how, of_batch = convolutions[8 * k : 8 * k + 8]
-        mean, variance, *affine = norms[4 * k : 4 * k + 4]
-        epsilon, momentum = factors[2 * k : 2 * k + 2]
-        z = convolve(x, weights[k], how).contiguous(memory_format=torch.channels_last)
-        made.append(z)
-        if of_batch:
-            mean, variance = batch_statistics(z, mean, variance, next(batches), momentum)
-            made.extend([mean, variance])
-        return z, Norm(mean, variance, *affine, epsilon)
+
+def reference_block(
+    x, first_shift, weights, conv_params, norms, counters, norm_params, identity, downsample, boundary, shift, shifted
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``residual_block`` layer by layer."""
+    saved, counters = [], iter(counters)
+
+    def layer(k: int, x: Tensor) -> tuple[Tensor, Norm]:
+        mean, variance, weight, bias = norms[4 * k : 4 * k + 4]
+        epsilon, momentum = norm_params[2 * k : 2 * k + 2]
+        z = convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :]))
+        z = z.contiguous(memory_format=torch.channels_last)
+        saved.append(z)
+        if conv_params[8 * k + 7]:
+            mean, variance = batch_norm_stats_(z, mean, variance, next(counters), momentum)
+            saved.extend([mean, variance])
+        return z, Norm(mean, variance, weight, bias, epsilon)
 
     last = len(weights) - 1 - downsample
     if first_shift:
-        x = ops.temporal_shift(x, first_shift)
+        x = temporal_shift(x, first_shift)
     for k in range(last):
-        x = write_new(*convolve(k, x), None, None, None, NO_SHIFT, False)[0]
-        made.append(x)
-    z, norm = convolve(last, x)
-    identity, identity_norm = convolve(last + 1, identity) if downsample else (identity, None)
-    return *write_new(z, norm, identity, identity_norm, unread, shift, shifted), made
+        x, _ = norm_add_relu(*layer(k, x), None, None, None, NO_SHIFT, False)
+        saved.append(x)
+    z, norm = layer(last, x)
+    identity, identity_norm = layer(last + 1, identity) if downsample else (identity, None)
+    return *norm_add_relu(z, norm, identity, identity_norm, boundary, shift, shifted), saved
 
 
-def _plain_backward(grad, x, first_shift, weights, convolutions, kept, epsilons, wanted):
-    layers = len(weights)
-    found = [x.new_empty(0)] * (1 + 3 * layers)  # not wanted
-    relus = [None] * (6 * (layers - 1) - len(kept)) + kept[5 * (layers - 1) :]
-    for k in reversed(range(layers)):
-        *how, _ = convolutions[8 * k : 8 * k + 8]
-        before = any(wanted[: 1 + 2 * k])
-        weight_wanted = bool(wanted[1 + 2 * k])  # or else nobody reads the values of what is given
-        if k == 0:
-            given = ops.temporal_shift(x, first_shift) if first_shift and weight_wanted else x
-        else:
-            z_how = epsilons[k - 1], bool(convolutions[8 * k - 1])
-            given, *parts = kept[5 * k - 5 : 5 * k]
-            z = Operand(given, Norm(*parts, *z_how), any(wanted[: 2 * k]), bool(wanted[2 * k]))
-            if weight_wanted:
-                given = relus[k - 1]
-                if given is None:
-                    given = write_new(z.values, z.norm, None, None, None, NO_SHIFT, False)[0]
-        of_x, of_weight = convolve_backward(grad, given, weights[k], how, before, weight_wanted)
-        if weight_wanted:
-            found[1 + 3 * k] = of_weight
-        if not before:
+def reference_block_backward(
+    grad, x, first_shift, weights, conv_params, saved, epsilons, needs_grad
+) -> list[Tensor | None]:
+    """``residual_block_backward`` layer by layer."""
+    n_layers = len(weights)
+    grads: list[Tensor | None] = [x.new_empty(0)] * (1 + 3 * n_layers)  # not needed
+    relus = saved[5 * (n_layers - 1) :]
+    relus = [None] * (n_layers - 1 - len(relus)) + relus
+    for k in reversed(range(n_layers)):
+        needs_input, needs_weight = any(needs_grad[: 1 + 2 * k]), bool(needs_grad[1 + 2 * k])
+        norm_input = NormedInput()
+        layer_input = x
+        if k > 0:
+            z, *norm = saved[5 * k - 5 : 5 * k]
+            norm = Norm(*norm, epsilons[k - 1], bool(conv_params[8 * k - 1]))
+            norm_input = NormedInput(z, norm, any(needs_grad[: 2 * k]), bool(needs_grad[2 * k]))
+            layer_input = relus[k - 1]
+            if layer_input is None:
+                layer_input, _ = norm_add_relu(z, norm, None, None, None, NO_SHIFT, False)
+        elif first_shift:
+            layer_input = temporal_shift(x, first_shift)
+        params = ConvParams.of_flat(conv_params[8 * k :])
+        grad, grad_weight = convolve_backward(grad, layer_input, weights[k], params, (needs_input, needs_weight))
+        if needs_weight:
+            grads[1 + 3 * k] = grad_weight
+        if not needs_input:
             break
         if k == 0:
-            if first_shift:
-                ops.temporal_shift_backward_(of_x, first_shift)
-            found[0] = of_x
+            grads[0] = temporal_shift_backward(grad, first_shift) if first_shift else grad
             break
-        grad, *of_norm = gradients_of_relu_of_norm(of_x, z, sums_are_in_kernel(z.values))
-        if z.summed()[1]:
-            found[3 * k - 1 : 3 * k + 1] = of_norm
+        grad, *norm_grads = norm_relu_backward(grad, norm_input)
+        if norm_grads[0] is not None:
+            grads[3 * k - 1 : 3 * k + 1] = norm_grads
         if grad is None:
             break
-    return found
+    return grads
 
 
-def _plain_cast(tensors, dtype):
+def _reference_cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [each.to(dtype, copy=True) for each in tensors]
 
 
-_library.impl(torch.ops.tsm_jit.residual_block.default, _plain_forward, "CompositeExplicitAutograd")
-
-
-_library.impl(torch.ops.tsm_jit.residual_block_backward.default, _plain_backward, "CompositeExplicitAutograd")
-
-
-_library.impl(torch.ops.tsm_jit.cast.default, _plain_cast, "CompositeExplicitAutograd")
+for _operator, _compute in (
+    (torch.ops.tsm_jit.residual_block.default, reference_block),
+    (torch.ops.tsm_jit.residual_block_backward.default, reference_block_backward),
+    (torch.ops.tsm_jit.cast.default, _reference_cast),
+):
+    _library.impl(_operator, _compute, "CompositeExplicitAutograd")

@@ -6,7 +6,7 @@ Each takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
   each other's derivative, so that any order of derivative exists (in forward mode only through the functions below:
   PyTorch drops the tangent of an operator that Python taught to differentiate);
 - ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, unknown to autograd;
-- ``temporal_shift_keeping_(x!, shift) -> Tensor`` and ``temporal_shift_undone_(x!, unread, shift)``: in place for a
+- ``temporal_shift_save_(x!, shift) -> Tensor`` and ``temporal_shift_restore_(x!, boundary, shift)``: in place for a
   while; the first returns the frames that nothing reads any more, the second takes them to restore every bit;
 - the overload ``.kernel`` of the first two: unknown to autograd as well. An operator that Python taught to
   differentiate costs 3 to 8 us more per call even when nothing is recorded, so eager mode records by itself, and what
@@ -48,13 +48,13 @@ _library = torch.library.Library("tsm_jit", "DEF")
 for _schema in (
     "temporal_shift(Tensor x, str shift) -> Tensor",
     "temporal_shift.kernel(Tensor x, str shift) -> Tensor",
-    "temporal_shift.again(Tensor x, str shift) -> Tensor",
+    "temporal_shift.recompute(Tensor x, str shift) -> Tensor",
     "temporal_shift_(Tensor(a!) x, str shift) -> ()",
     "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward.kernel(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward_(Tensor(a!) grad, str shift) -> ()",
-    "temporal_shift_keeping_(Tensor(a!) x, str shift) -> Tensor",
-    "temporal_shift_undone_(Tensor(a!) x, Tensor unread, str shift) -> ()",
+    "temporal_shift_save_(Tensor(a!) x, str shift) -> Tensor",
+    "temporal_shift_restore_(Tensor(a!) x, Tensor boundary, str shift) -> ()",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -64,8 +64,8 @@ _forward_kernel = direct(torch.ops.tsm_jit.temporal_shift.kernel)  # _op: withou
 _forward_in_place = direct(torch.ops.tsm_jit.temporal_shift_.default)
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
 _backward_kernel = direct(torch.ops.tsm_jit.temporal_shift_backward.kernel)
-_forward_keeping = direct(torch.ops.tsm_jit.temporal_shift_keeping_.default)
-_undone = direct(torch.ops.tsm_jit.temporal_shift_undone_.default)
+_save = direct(torch.ops.tsm_jit.temporal_shift_save_.default)
+_restore = direct(torch.ops.tsm_jit.temporal_shift_restore_.default)
 _backward_in_place = direct(torch.ops.tsm_jit.temporal_shift_backward_.default)
 
 
@@ -266,22 +266,22 @@ def _check_view(x: Tensor) -> None:
 
 
 @contextmanager
-def shift_undone(x: Tensor, shift: str) -> Iterator[None]:
+def shift_restore(x: Tensor, shift: str) -> Iterator[None]:
     """Within, ``x`` holds its shifted self; after, the bits it held before. Only without autograd.
 
     Frames that nothing reads any more are kept aside meanwhile: ``|offset|`` of each clip and group. ``x.data`` keeps
     this from the version counter: for any other reader nothing happened.
     """
     x = x.data
-    unread = _forward_keeping(x, shift)
+    boundary = _save(x, shift)
     try:
         yield
     finally:
-        _undone(x, unread, shift)
+        _restore(x, boundary, shift)
 
 
 @contextmanager
-def shifting_again(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """Gives ``shift(x)``, a shifted copy of ``x``. What autograd would keep of it within, it computes from ``x`` again.
 
     Where someone else's saved-tensor hooks are at work (checkpointing, offloading to the CPU), theirs decide.
@@ -352,23 +352,23 @@ def _register(differentiable, kernels: tuple, in_place, compute, recorded: type[
     torch.library.register_vmap(differentiable, functools.partial(_mapped, differentiable), lib=_library)
 
 
-def _plain_keeping(x: Tensor, shift: str) -> Tensor:
-    unread = torch.cat([x.new_empty(0), *(frames.flatten() for frames in reference.unread_views(x, decode(shift)))])
+def _plain_save(x: Tensor, shift: str) -> Tensor:
+    boundary = torch.cat([x.new_empty(0), *(frames.flatten() for frames in reference.boundary_views(x, decode(shift)))])
     _forward_in_place(x, shift)
-    return unread
+    return boundary
 
 
-def _like_new_unread(x: Tensor, shift: str) -> Tensor:
+def _fake_save(x: Tensor, shift: str) -> Tensor:
     there = decode(shift)
     channels = x.shape[there.channel_dim]
-    return x.new_empty(x.numel() // (there.n_segment * channels) * there.unread_channels() if x.numel() else 0)
+    return x.new_empty(x.numel() // (there.n_segment * channels) * there.boundary_channels() if x.numel() else 0)
 
 
-def _plain_undone(x: Tensor, unread: Tensor, shift: str) -> None:
+def _plain_restore(x: Tensor, boundary: Tensor, shift: str) -> None:
     there = decode(shift)
     _forward_in_place(x, there.inverse().encode())
-    lost = list(reference.unread_views(x, there))
-    for frames, values in zip(lost, unread.split([frames.numel() for frames in lost]), strict=True):
+    lost = list(reference.boundary_views(x, there))
+    for frames, values in zip(lost, boundary.split([frames.numel() for frames in lost]), strict=True):
         frames.copy_(values.view(frames.shape))
 
 
@@ -376,8 +376,8 @@ _schemas = torch.ops.tsm_jit
 
 
 for _op, _compute, _fake in (
-    (_schemas.temporal_shift_keeping_.default, _plain_keeping, _like_new_unread),
-    (_schemas.temporal_shift_undone_.default, _plain_undone, lambda *_: None),
+    (_schemas.temporal_shift_save_.default, _plain_save, _fake_save),
+    (_schemas.temporal_shift_restore_.default, _plain_restore, lambda *_: None),
 ):
     _library.impl(_op, _compute, "CompositeExplicitAutograd")
     _library.impl(_op, _fake, "Meta")
@@ -385,7 +385,7 @@ for _op, _compute, _fake in (
 
 _register(
     _schemas.temporal_shift.default,
-    (_schemas.temporal_shift.kernel, _schemas.temporal_shift.again),
+    (_schemas.temporal_shift.kernel, _schemas.temporal_shift.recompute),
     _schemas.temporal_shift_.default,
     reference.temporal_shift,
     _RecordedShift,
