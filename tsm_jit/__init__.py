@@ -1,4 +1,4 @@
-"""Temporal shift for PyTorch, in place and exact: the operator behind TSM and TSAM as compiled CUDA and CPU kernels."""
+"""Temporal shift for PyTorch, the operator of TSM and TSAM: bit-exact, in place, with CUDA and CPU kernels."""
 
 __version__ = "0.1.0"
 
@@ -35,18 +35,18 @@ __all__ = [
     "tsam",
 ]
 
-_ON_FIRST_USE = ("audio", "checkpoints", "non_local", "online", "residual", "tsam")  # for a quick import
+_LAZY_MODULES = ("audio", "checkpoints", "non_local", "online", "residual", "tsam")  # keeps `import tsm_jit` fast
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _ON_FIRST_USE:
+    if name in _LAZY_MODULES:
         return importlib.import_module(f"tsm_jit.{name}")
     raise AttributeError(f"module 'tsm_jit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE})
+    return sorted({*globals(), *_LAZY_MODULES})
 
 
-if not _command_line.is_command_line():  # its commands load what they need
+if not _command_line.is_command_line():  # each command loads the kernels itself if it needs them
     _jit.load()

@@ -1,4 +1,4 @@
-"""The checks that every public function shares: each error names the argument, the rule and the value it got."""
+"""Argument checks of the public functions. Each error names the argument, the rule and the actual value."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 
-def integer(name: str, value: Any, least: int | None = None) -> int:
-    """``value`` as an int; TypeError if it is none, ValueError below ``least``."""
+def integer(name: str, value: Any, minimum: int | None = None) -> int:
+    """Returns ``value`` as an int. Raises TypeError if it is not an integer, ValueError if it is below ``minimum``."""
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     value = operator.index(value)
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """ValueError unless ``value`` is one of ``choices``."""
+    """Raises ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,4 +1,4 @@
-"""The public functions: every argument checked once, then on to :mod:`tsm_jit.ops`."""
+"""The public functions. They check every argument and call the operators in :mod:`tsm_jit.ops`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from tsm_jit import ops
 from tsm_jit._checks import integer, one_of
 from tsm_jit.plans import PADDINGS, Direction, Padding, Plan, Shift, temporal
-from tsm_jit.reference import clips_apart
+from tsm_jit.reference import has_clip_dim
 
 
 def temporal_shift(
@@ -28,49 +28,49 @@ def temporal_shift(
     direction: Direction = "both",
     channel_dim: int | None = None,
 ) -> Tensor:
-    """Shift folds of channels along time, as TSM and TSAM do: no arithmetic, no parameters.
+    """Shifts groups of channels along time, as TSM and TSAM do. The shift has no arithmetic and no parameters.
 
-    With ``f = C // fold_div // shift_depth``, the first fold of ``f`` channels reads the next frame, the second the
-    previous one, the third the frame after the next, and so on up to ``shift_depth`` frames either way; the remaining
-    channels stay. Values are moved bit by bit in every dtype.
+    The channels are split into folds of ``C // fold_div // shift_depth`` channels. The first fold reads the next frame,
+    the second the previous frame, the third the frame after the next, and so on. The remaining channels do not move.
+    Values are copied bit by bit in every dtype.
 
     Papers: TSM, `arXiv:1811.08383 <https://arxiv.org/abs/1811.08383>`_; TSAM (``shift_depth``, ``n_segment_shifted``
     and ``padding="keep"``), https://github.com/aav-antonov/TSAM.
 
     Args:
-        x: frames ``[N*T, C, *]`` (``[N*T, C, H, W]``, say), clips ``[N, T, C, H, W]``, or with ``channel_dim=-1``
-            tokens ``[N*T, L, C]``; any dtype, any strides. NCHW, channels_last and every other layout in which the
-            channels of one frame lie in equal runs are read and written natively; what is expanded is shifted before it
-            is; others (cropped, say) are copied into the result and shifted there, or in place go through one
-            contiguous copy.
-        n_segment: the clip length ``T`` in frames. May be left out for clips of five dimensions.
-        fold_div: a fold is this part of the channels: ``C // fold_div``, the ``n_div`` of TSM's constructors.
+        x: frames ``[N*T, C, *]`` such as ``[N*T, C, H, W]``, clips ``[N, T, C, H, W]``, or with ``channel_dim=-1``
+            tokens ``[N*T, L, C]``. Any dtype and any strides. Kernels access NCHW and channels_last tensors directly.
+            Expanded tensors are shifted before expansion. Tensors with other strides, such as crops, need one extra
+            copy.
+        n_segment: the clip length ``T`` in frames. Optional for clips ``[N, T, C, H, W]``.
+        fold_div: the divisor of the fold width, ``n_div`` in TSM's constructors.
         inplace: shift ``x`` itself and return it. See below.
-        n_segment_shifted: the leading frames of a clip that take part, ``1..T``, all by default. The others (the audio
-            segment of TSAM) are left as they are.
-        shift_depth: how many frames away the farthest fold reads; TSM has 1, TSAM up to 4.
-        padding: what a frame reads where the source frame does not exist: ``"zeros"`` (TSM), ``"keep"`` (TSAM: its own
-            value), ``"replicate"`` (the first or last frame), ``"circular"`` (from the other end).
+        n_segment_shifted: the number of leading frames of each clip that are shifted, ``1..T``, by default all. The
+            remaining frames (the audio segment of TSAM) do not change.
+        shift_depth: the largest distance in frames. TSM has 1, TSAM up to 4.
+        padding: the value of a frame whose source frame does not exist: ``"zeros"`` (TSM), ``"keep"`` (its own value,
+            TSAM), ``"replicate"`` (the first or last frame) or ``"circular"`` (a frame from the other end of the clip).
         direction: ``"both"``, or only the folds that read the ``"past"`` (uni-directional, for streaming) or the
             ``"future"``.
-        channel_dim: the dimension of the channels: by default 2 for five dimensions, else 1. With ``channel_dim=1``
-            five dimensions are ``[N*T, C, D, H, W]``.
+        channel_dim: the dimension of the channels, by default 2 for five dimensions, otherwise 1. With
+            ``channel_dim=1`` a five-dimensional ``x`` is ``[N*T, C, D, H, W]``.
 
     Returns:
-        The shifted tensor, of the shape, dtype, device and memory layout of ``x``.
+        The shifted tensor. It has the shape, dtype, device and memory layout of ``x``.
 
     Raises:
-        TypeError: an argument is of the wrong type; ``x`` is sparse or quantized.
-        ValueError: ``n_segment`` does not divide ``N*T`` or differs from ``T``; the plan needs more than ``C``
-            channels; any argument is outside its range; ``inplace`` on a tensor whose elements share memory (under
-            ``torch.compile`` PyTorch itself refuses expanded tensors, and does not see other overlaps).
+        TypeError: an argument has the wrong type, or ``x`` is sparse, quantized or nested.
+        ValueError: ``n_segment`` does not divide ``N*T`` or differs from ``T``; the folds need more than ``C``
+            channels; an argument is outside its range; or ``inplace=True`` and elements of ``x`` share memory. (Under
+            ``torch.compile`` PyTorch reports expanded tensors itself and does not detect other overlaps.)
 
-    In place, PyTorch's rules hold: the version counter of ``x`` is bumped, its history rebased, tensors that other
-    operations saved for their backward are reported as stale, ``grad_output`` is never written, and without autograd
-    nothing is allocated on CUDA but for strides that need the contiguous copy. A leaf that requires grad may be shifted
-    too: the result shares its storage (under ``torch.compile`` it is a copy), and ``x.grad`` is the gradient with
-    respect to the values before the shift. Beware that in a residual block the skip branch reads the same tensor;
-    :class:`tsm_jit.TemporalShift` takes care of that.
+    With ``inplace=True`` the rules of PyTorch's in-place operators hold. The version counter of ``x`` increases, so
+    autograd detects stale saved tensors. The backward never writes into ``grad_output``. Under ``no_grad``, CUDA
+    allocates memory only if the strides need the extra copy.
+
+    ``x`` may be a leaf that requires grad. The result then shares its storage (under ``torch.compile`` it is a copy),
+    and ``x.grad`` is the gradient with respect to the values before the shift. In a residual block the skip branch
+    reads the same tensor: use :class:`tsm_jit.TemporalShift` there.
 
     Example::
 
@@ -91,24 +91,28 @@ def shift_groups(
     inplace: bool = False,
     channel_dim: int | None = None,
 ) -> Tensor:
-    """The general shift: groups of channels, each read from its own distance in time.
+    """Shifts groups of channels along time, each group by its own offset.
+
+    This is the general form of :func:`temporal_shift` (TSM, arXiv:1811.08383).
 
     Args:
         x: as in :func:`temporal_shift`.
-        n_segment: as in :func:`temporal_shift`; ``None`` only for clips of five dimensions.
-        groups: ``(width, offset)`` pairs laid from channel 0 upward. The ``width`` channels of a group read the frame
-            ``offset`` later, earlier if negative; 0 leaves them. Channels past the last group do not move. The plans of
-            TSM, TSAM and Paddle are in :mod:`tsm_jit.plans`.
+        n_segment: as in :func:`temporal_shift`; ``None`` only for clips ``[N, T, C, H, W]``.
+        groups: ``(width, offset)`` pairs, in order from channel 0. The ``width`` channels of a group read the frame
+            ``offset`` frames later, or earlier if ``offset`` is negative. Channels after the last group do not move.
+            :mod:`tsm_jit.plans` has the groups of TSM, TSAM and Paddle.
         padding, n_segment_shifted, inplace, channel_dim: as in :func:`temporal_shift`.
 
     Returns:
-        The shifted tensor, of the shape, dtype, device and memory layout of ``x``.
+        The shifted tensor. It has the shape, dtype, device and memory layout of ``x``.
 
     Raises:
-        TypeError, ValueError: as :func:`temporal_shift`; also a negative width, widths that sum to more than ``C``.
+        TypeError, ValueError: as :func:`temporal_shift`. ValueError also if a width is negative or the widths sum to
+            more than ``C``.
 
     Example::
 
+        x = torch.randn(2 * 8, 64, 56, 56)
         y = tsm_jit.shift_groups(x, 8, [(4, +1), (8, -3)], padding="circular")
     """
     shift = _encode_groups(_dense_shape(x), n_segment, _as_plan(groups), n_segment_shifted, padding, channel_dim)
@@ -125,21 +129,21 @@ def encode_temporal(
     direction: Direction = "both",
     channel_dim: int | None = None,
 ) -> str:
-    """The arguments of :func:`temporal_shift`, checked, as the operators take them."""
+    """Checks the arguments of :func:`temporal_shift` and encodes them as the string that the operators take."""
     shape = _dense_shape(x)
     return _encode_temporal(shape, n_segment, fold_div, n_segment_shifted, shift_depth, padding, direction, channel_dim)
 
 
-def _remembered(encode: Callable[..., str]) -> Callable[..., str]:
-    """``encode``, whose results are remembered: it costs more than a launch, and a network repeats its shapes."""
-    remembered = functools.lru_cache(maxsize=4096, typed=True)(encode)
+def _cached(encode: Callable[..., str]) -> Callable[..., str]:
+    """Caches the results of ``encode``: it takes longer than a kernel launch, and a network repeats its shapes."""
+    cached = functools.lru_cache(maxsize=4096, typed=True)(encode)
 
     def call(*args: Any) -> str:
         if is_compiling():
             return encode(*args)
         try:
-            return remembered(*args)
-        except TypeError:  # an argument without a hash, or a wrong one: let the checks name it
+            return cached(*args)
+        except TypeError:  # an unhashable argument, or an error of the checks: run the checks without the cache
             return encode(*args)
 
     return call
@@ -156,11 +160,11 @@ def _dense_shape(x: Any) -> torch.Size:
         raise TypeError(f"x must be a dense tensor (torch.strided, not quantized), got {kind}")
     try:
         return x.shape
-    except RuntimeError:  # of different lengths
+    except RuntimeError:  # a nested tensor whose parts differ in length has no shape
         raise TypeError("x must be a dense tensor (torch.strided, not quantized), got a nested tensor") from None
 
 
-@_remembered
+@_cached
 def _encode_temporal(
     shape: torch.Size,
     n_segment: Any,
@@ -177,7 +181,7 @@ def _encode_temporal(
     return _encode(shape, n_segment, plan, "fold_div", got, n_segment_shifted, padding, channel_dim)
 
 
-@_remembered
+@_cached
 def _encode_groups(
     shape: torch.Size, n_segment: Any, plan: Plan, n_segment_shifted: Any, padding: Any, channel_dim: Any
 ) -> str:
@@ -195,7 +199,7 @@ def _encode(
     padding: Any,
     channel_dim: int,
 ) -> str:
-    plan = tuple([(int(width), offset) for width, offset in plan])  # torch.export may count channels in symbols
+    plan = tuple([(int(width), offset) for width, offset in plan])  # under torch.export a width may be a SymInt
     n_segment = _n_segment(shape, n_segment, channel_dim)
     if n_segment_shifted is None:
         n_segment_shifted = n_segment
@@ -213,7 +217,7 @@ def _encode(
 
 
 def _n_segment(shape: torch.Size, n_segment: Any, channel_dim: int) -> int:
-    if clips_apart(len(shape), channel_dim):
+    if has_clip_dim(len(shape), channel_dim):
         if n_segment is None:
             n_segment = shape[1]
         elif integer("n_segment", n_segment, 1) != shape[1]:

@@ -1,7 +1,12 @@
-"""Shift plans: which channels read which frame, one function per family; and `Shift`, a plan with all it needs to run.
+"""Shift plans: which channels read which frame.
 
-A plan is a tuple of ``(width, offset)`` channel groups laid from channel 0 upward: the channels of a group read the
-frame ``offset`` later (earlier if negative). Channels past the last group do not move.
+A plan is a tuple of ``(width, offset)`` channel groups, in order from channel 0. The channels of a group read the frame
+``offset`` frames later, or earlier if ``offset`` is negative. Channels after the last group do not move.
+
+Example::
+
+    plan = tsm_jit.plans.temporal(64, fold_div=8)  # ((8, 1), (8, -1))
+    y = tsm_jit.shift_groups(torch.randn(16, 64, 56, 56), 8, plan)
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import functools
 import re
 import struct
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch.compiler import is_compiling
 
@@ -24,15 +29,31 @@ DIRECTIONS = ("both", "past", "future")
 
 
 def temporal(channels: int, fold_div: int = 8, shift_depth: int = 1, direction: Direction = "both") -> Plan:
-    """The plan of TSM (``shift_depth=1``) and of TSAM (any depth).
+    """Returns the plan of TSM (``shift_depth=1``) or TSAM (any depth).
 
-    A fold is ``channels // fold_div // shift_depth`` channels. ``both`` gives, for each depth ``d``, one fold that
-    reads ``d`` frames ahead and one that reads ``d`` frames behind; ``past`` and ``future`` give only the one or the
-    other (``past`` is TSM's uni-directional, online form).
-
-    Raises TypeError or ValueError for a ``fold_div`` or ``shift_depth`` below 1 and an unknown ``direction``.
+    A fold has ``channels // fold_div // shift_depth`` channels.
 
     Papers: TSM, arXiv:1811.08383; TSAM, https://github.com/aav-antonov/TSAM.
+
+    Args:
+        channels: the number of channels of the input.
+        fold_div: the divisor of the fold width.
+        shift_depth: the largest distance in frames.
+        direction: ``"both"`` gives two folds for each distance ``d``: one reads ``d`` frames ahead, one ``d`` frames
+            behind. ``"past"`` gives only the folds that read earlier frames (TSM's uni-directional form), ``"future"``
+            only those that read later frames.
+
+    Returns:
+        The ``(width, offset)`` groups, as for :func:`tsm_jit.shift_groups`.
+
+    Raises:
+        TypeError: ``fold_div`` or ``shift_depth`` is not an integer.
+        ValueError: ``fold_div`` or ``shift_depth`` is below 1, or ``direction`` is unknown.
+
+    Example::
+
+        tsm_jit.plans.temporal(64)  # ((8, 1), (8, -1))
+        tsm_jit.plans.temporal(64, shift_depth=2)  # ((4, 1), (4, -1), (4, 2), (4, -2))
     """
     fold_div = integer("fold_div", fold_div, 1)
     shift_depth = integer("shift_depth", shift_depth, 1)
@@ -43,9 +64,21 @@ def temporal(channels: int, fold_div: int = 8, shift_depth: int = 1, direction: 
 
 
 def paddle(channels: int, shift_ratio: float = 0.25) -> Plan:
-    """The plan of Paddle's ``temporal_shift``: the first fold reads the previous frame, the second the next one.
+    """Returns the plan of Paddle's ``temporal_shift``. The first fold reads the previous frame, the second the next.
 
-    The folds end at ``int(channels * ratio)`` and ``int(channels * 2 * ratio)``, multiplied in float32 as Paddle does.
+    The folds end at channels ``int(channels * ratio)`` and ``int(channels * 2 * ratio)``. As in Paddle, the products
+    are computed in float32.
+
+    Args:
+        channels: the number of channels of the input.
+        shift_ratio: the part of the channels in each fold, 0 to 0.5.
+
+    Returns:
+        The ``(width, offset)`` groups, as for :func:`tsm_jit.shift_groups`.
+
+    Example::
+
+        tsm_jit.plans.paddle(64)  # ((16, -1), (16, 1))
     """
     first = int(_float32(channels * _float32(shift_ratio)))
     both = int(_float32(channels * 2 * _float32(shift_ratio)))
@@ -57,10 +90,10 @@ def _float32(value: float) -> float:
 
 
 class Shift(NamedTuple):
-    """A validated shift, and its encoding as the one string that the operators take.
+    """A validated shift. The operators take it encoded as one string.
 
-    One string and not six arguments because an operator's call is most of its cost on a small tensor: each integer
-    crosses from Python in 0.7 us, each list in 2 us, a string of any length in 0.6 us.
+    On a small tensor most of an operator's time is call overhead. From Python to C++, each integer argument costs
+    0.7 us and each list 2 us, but a string of any length 0.6 us.
     """
 
     n_segment: int
@@ -70,21 +103,22 @@ class Shift(NamedTuple):
     plan: Plan
 
     def inverse(self) -> Shift:
-        """What brings every frame back that was read by another: the offsets negated, the others left alone."""
+        """The shift that moves every value back to its source frame. Frames that were not read keep their value."""
         padding: Padding = "circular" if self.is_circular else "keep"
         return self._replace(padding=padding, plan=tuple((width, -offset) for width, offset in self.plan))
 
     @property
     def needs_sum(self) -> bool:
-        """Whether the adjoint adds: a frame that was read twice receives a sum."""
+        """Whether the adjoint adds: two frames may read one source, which then receives the sum of two gradients."""
         return self.padding in ("keep", "replicate")
 
     @property
     def is_circular(self) -> bool:
+        """Whether the padding is circular: every frame is then read exactly once."""
         return self.padding == "circular"
 
     def canonical(self) -> Shift:
-        """The same shift with offsets of at most ``n_segment_shifted``: past the clip they all mean the same."""
+        """The same shift, with offsets limited to the clip length: larger ones have the same effect."""
         n, circular = self.n_segment_shifted, self.is_circular
         plan = []
         for width, offset in self.plan:
@@ -93,12 +127,13 @@ class Shift(NamedTuple):
         return self._replace(plan=tuple(plan))
 
     def boundary_channels(self) -> int:
-        """How many channels the frames make, in all, that no frame of the shifted clip reads."""
+        """The channels of a clip's boundary frames, which no frame of the shifted clip reads, summed over frames."""
         if self.is_circular:
             return 0
         return sum(width * min(abs(offset), self.n_segment_shifted) for width, offset in self.plan)
 
     def encode(self) -> str:
+        """Returns the string that the operators take."""
         plan = ",".join([f"{width}:{offset}" for width, offset in self.plan])
         return (
             f"n_segment={self.n_segment} n_segment_shifted={self.n_segment_shifted} "
@@ -107,22 +142,24 @@ class Shift(NamedTuple):
 
     @staticmethod
     def decode(encoded: str) -> Shift:
+        """Parses the result of :meth:`encode`. Raises ValueError for any other string."""
         match = _ENCODED.fullmatch(encoded)
         if match is None:
             raise ValueError(f"shift must look like {_EXAMPLE!r}, got {encoded!r}")
-        n_segment, n_segment_shifted, channel_dim, padding, groups = match.groups()
-        plan = tuple(tuple(map(int, group.split(":"))) for group in groups.split(",") if group)
+        fields: Any = match.groups()
+        n_segment, n_segment_shifted, channel_dim, padding, groups = fields
+        plan: Any = tuple(tuple(map(int, group.split(":"))) for group in groups.split(",") if group)
         return Shift(int(n_segment), int(n_segment_shifted), int(channel_dim), padding, plan)
 
 
 def decode(encoded: str) -> Shift:
-    """:meth:`Shift.decode`, remembered: a network repeats its shifts."""
-    return Shift.decode(encoded) if is_compiling() else _decode(encoded)  # compilers warn of functools caches
+    """:meth:`Shift.decode` with a cache, since a network repeats its shifts."""
+    return Shift.decode(encoded) if is_compiling() else _decode(encoded)  # Dynamo warns about functools caches
 
 
 _decode = functools.lru_cache(maxsize=4096)(Shift.decode)
 _EXAMPLE = "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=zeros plan=8:1,8:-1"
-_ENCODED = re.compile(  # here, and not where it is used, since compilers of models read what is called there
+_ENCODED = re.compile(  # a global, since Dynamo would trace a call of re.compile in `decode`
     r"n_segment=(\d+) n_segment_shifted=(\d+) channel_dim=(\d+) "
     rf"padding=({'|'.join(PADDINGS)}) plan=((?:\d+:-?\d+(?:,\d+:-?\d+)*)?)"
 )

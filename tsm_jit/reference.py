@@ -1,4 +1,4 @@
-"""What temporal shift computes, in plain torch: the oracle of tests, the last fallback; and `sliced` for export."""
+"""Reference implementations in PyTorch. Tests compare with them, and devices without compiled kernels use them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.nn.functional import pad
 from tsm_jit.plans import Shift
 
 
-def clips_apart(dim: int, channel_dim: int) -> bool:
-    """True where ``x`` is ``[N, T, ...]``, false where it is ``[N*T, ...]``.
+def has_clip_dim(dim: int, channel_dim: int) -> bool:
+    """Whether a tensor of ``dim`` dimensions is ``[N, T, C, H, W]``; otherwise it is ``[N*T, ...]``.
 
-    Five dimensions are clips unless dimension 1, which would be time, holds the channels.
+    With ``channel_dim=1`` a five-dimensional tensor is ``[N*T, C, D, H, W]``.
     """
     return dim == 5 and channel_dim >= 2
 
 
 def temporal_shift(x: Tensor, shift: Shift) -> Tensor:
-    """``out[n, t, c] = x[n, t + offset(c), c]``, or the padding where that frame does not exist."""
+    """Computes ``out[n, t, c] = x[n, t + offset(c), c]``, or the padding if that frame does not exist."""
     out = torch.empty_like(x).copy_(x)
     n = shift.n_segment_shifted
     for source, target, offset in groups(x, out, shift):
@@ -35,15 +35,15 @@ def temporal_shift(x: Tensor, shift: Shift) -> Tensor:
             elif shift.padding == "circular":
                 target[:, t] = source[:, s % n]
             else:
-                assert shift.padding == "keep"  # the frame holds its own value already
+                assert shift.padding == "keep"  # `out` already has the frame's own value
     return out
 
 
 def temporal_shift_backward(grad: Tensor, shift: Shift) -> Tensor:
-    """The adjoint: every frame receives the sum of the gradients of the frames that read it.
+    """The adjoint of :func:`temporal_shift`: each frame receives the sum of the gradients of the frames that read it.
 
-    The frame that moved comes first, then the padding in the order of time. 8- and 16-bit floats are added in float32
-    and rounded once.
+    The order of addition is fixed: first the frame that moved, then the padding frames from the first to the last. 8-
+    and 16-bit floats are added in float32 and rounded once.
     """
     out = torch.empty_like(grad).copy_(grad)
     n = shift.n_segment_shifted
@@ -69,11 +69,11 @@ def temporal_shift_backward(grad: Tensor, shift: Shift) -> Tensor:
 
 
 def sliced(x: Tensor, shift: Shift) -> Tensor:
-    """:func:`temporal_shift` by slices and concatenation alone, written into nothing: for graphs that leave PyTorch."""
+    """:func:`temporal_shift` by slicing and concatenation only, without in-place writes, for ONNX and TorchScript."""
     shift = shift.canonical()
-    frames_dim = 2 if clips_apart(x.dim(), shift.channel_dim) else 1
+    frames_dim = 2 if has_clip_dim(x.dim(), shift.channel_dim) else 1
     order = list(range(x.dim()))
-    if not x.is_contiguous():  # concatenate in the order of memory, so that the layout stays
+    if not x.is_contiguous():  # concatenate in memory order, so that the output has the layout of the input
         order[frames_dim:] = sorted(order[frames_dim:], key=x.stride, reverse=True)
     clips, channel_dim = x.permute(order), order.index(shift.channel_dim)
     if frames_dim == 1:
@@ -94,21 +94,21 @@ def sliced(x: Tensor, shift: Shift) -> Tensor:
 
 
 def _moved(frames: Tensor, offset: int, shift: Shift) -> Tensor:
-    """One group of channels ``[N, T, ...]``."""
+    """Shifts one channel group ``[N, T, ...]`` by ``offset``."""
     n, distance, ahead = shift.n_segment_shifted, abs(offset), offset > 0
     if distance == 0:
         return frames
-    near, far = slice(0, distance), slice(n - distance, n)  # the frames at the start of the clip, and at its end
+    first, last = slice(0, distance), slice(n - distance, n)  # frames at both ends of the clip
     moved = frames[:, distance:n] if ahead else frames[:, : n - distance]
     if shift.padding == "zeros":
         parts = [pad(moved, [0, 0] * (frames.dim() - 2) + ([0, distance] if ahead else [distance, 0]))]
     else:
         if shift.padding == "keep":
-            padding = frames[:, far if ahead else near]
+            padding = frames[:, last if ahead else first]
         elif shift.padding == "replicate":
             padding = torch.cat([frames[:, n - 1 : n] if ahead else frames[:, :1]] * distance, 1)
         else:
-            padding = frames[:, near if ahead else far]
+            padding = frames[:, first if ahead else last]
         parts = [moved, padding] if ahead else [padding, moved]
     if n < shift.n_segment:
         parts.append(frames[:, n:])
@@ -116,15 +116,18 @@ def _moved(frames: Tensor, offset: int, shift: Shift) -> Tensor:
 
 
 def boundary_frames(x: Tensor, shift: Shift) -> Tensor:
-    """The frames of ``x`` ``[N*T, C, H, W]`` that ``shift`` does not read, ``[N, K, H, W]``: of each group its first
-    ``|offset|`` ones (``offset > 0``) or its last, one after the other as channels."""
+    """The boundary frames ``[N, K, H, W]`` of ``x`` ``[N*T, C, H, W]``: the frames that ``shift`` does not read.
+
+    For each channel group these are the first ``|offset|`` frames if ``offset > 0``, otherwise the last ones. They are
+    concatenated as channels.
+    """
     parts = [x[:0].reshape(len(x) // shift.n_segment, 0, *x.shape[2:])]
     parts += [frames.flatten(1, 2) for frames in boundary_views(x, shift)]
     return torch.cat(parts, 1)
 
 
 def unshifted(shifted: Tensor, boundary: Tensor, shift: Shift) -> Tensor:
-    """The ``x`` that both came from."""
+    """Restores ``x`` from ``shifted = temporal_shift(x)`` and its boundary frames."""
     x = temporal_shift(shifted, shift.inverse())
     for frames, values in _boundary_pairs(x, boundary, shift):
         frames.copy_(values)
@@ -132,7 +135,7 @@ def unshifted(shifted: Tensor, boundary: Tensor, shift: Shift) -> Tensor:
 
 
 def _boundary_pairs(x: Tensor, boundary: Tensor, shift: Shift) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each of :func:`boundary_views` of ``x``, and what :func:`boundary_frames` holds of it."""
+    """Yields each of :func:`boundary_views` of ``x`` with the same frames in ``boundary``."""
     begin = 0
     for frames in boundary_views(x, shift):
         width = frames.shape[1] * frames.shape[2]
@@ -141,9 +144,9 @@ def _boundary_pairs(x: Tensor, boundary: Tensor, shift: Shift) -> Iterator[tuple
 
 
 def boundary_views(x: Tensor, shift: Shift) -> Iterator[Tensor]:
-    """For each channel group that moves: the frames ``[N, count, ...]`` of ``x`` that it does not read, if any."""
+    """Yields, for each channel group that moves, the frames ``[N, count, ...]`` of ``x`` that it does not read."""
     if shift.padding == "circular":
-        return  # every frame is read by another
+        return  # every frame is read
     n = shift.n_segment_shifted
     for frames, _, offset in groups(x, x, shift):
         count = min(abs(offset), n)
@@ -151,9 +154,9 @@ def boundary_views(x: Tensor, shift: Shift) -> Iterator[Tensor]:
 
 
 def add_relu(z: Tensor, identity: Tensor | None, boundary: Tensor | None, shift: Shift) -> Tensor:
-    """``x = relu(z + identity)``, the end of a residual block: see ``residual.py``.
+    """``relu(z + identity)``, without rounding between addition and ReLU.
 
-    An ``identity`` that comes with ``boundary`` frames is in shifted form. 16-bit floats round once.
+    An ``identity`` with ``boundary`` frames is in the shifted layout: see ``ops/residual.py``.
     """
     if identity is not None:
         z = z + (identity if boundary is None else unshifted(identity, boundary, shift))
@@ -163,22 +166,22 @@ def add_relu(z: Tensor, identity: Tensor | None, boundary: Tensor | None, shift:
 def add_relu_backward(
     grads: list[Tensor], grad_boundary: Tensor | None, out: Tensor, boundary_out: Tensor | None, shift: Shift
 ) -> Tensor:
-    """The gradient of ``z + identity`` in :func:`add_relu`, plain: the sum of ``grads`` masked by ``out > 0``."""
-    wide = torch.float32 if out.element_size() <= 2 else out.dtype
-    grad = sum([each.to(wide) for each in grads], torch.zeros_like(out, dtype=wide))
+    """The gradient of ``z + identity`` in :func:`add_relu`, unshifted: the sum of ``grads``, masked by ``out > 0``."""
+    acc_dtype = torch.float32 if out.element_size() <= 2 else out.dtype
+    grad = sum([each.to(acc_dtype) for each in grads], torch.zeros_like(out, dtype=acc_dtype))
     if boundary_out is not None:
         grad = temporal_shift_backward(grad, shift)
         if grad_boundary is not None:
             for frames, values in _boundary_pairs(grad, grad_boundary, shift):
-                frames += values.to(wide)
+                frames += values.to(acc_dtype)
         out = unshifted(out, boundary_out, shift)
     return torch.where(out <= 0, 0, grad).to(out.dtype)
 
 
 def groups(x: Tensor, out: Tensor, shift: Shift) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """For each channel group that moves: its clips ``[N, T, ...]`` in ``x`` and in ``out``, and its offset."""
+    """Yields, for each channel group that moves, its clips ``[N, T, ...]`` in ``x`` and in ``out``, and its offset."""
     channel_dim = shift.channel_dim
-    if not clips_apart(x.dim(), channel_dim):
+    if not has_clip_dim(x.dim(), channel_dim):
         clips = (x.shape[0] // shift.n_segment, shift.n_segment)
         x, out, channel_dim = x.unflatten(0, clips), out.unflatten(0, clips), channel_dim + 1
     begin = 0
@@ -193,8 +196,8 @@ def _sum(terms: list[Tensor], like: Tensor) -> Tensor:
         return torch.zeros_like(like)
     if len(terms) == 1:
         return terms[0]
-    wide = torch.float32 if like.is_floating_point() and like.element_size() <= 2 else like.dtype
-    total = terms[0].to(wide)
+    acc_dtype = torch.float32 if like.is_floating_point() and like.element_size() <= 2 else like.dtype
+    total = terms[0].to(acc_dtype)
     for term in terms[1:]:
-        total = total + term.to(wide)
+        total = total + term.to(acc_dtype)
     return total.to(like.dtype)

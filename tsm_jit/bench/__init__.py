@@ -13,6 +13,7 @@ since some turn -0.0 into 0.0.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -129,7 +130,7 @@ def operations(x: Tensor, shift: Shift, with_compiled: bool) -> Iterator[Operati
     if with_compiled:
         forward["compiled"] = peers.compiled_stock
     for name, peer in forward.items():
-        yield "forward", name, False, lambda x, peer=peer: peer(x, shift)
+        yield "forward", name, False, _shifting(peer, shift)
     yield "forward", "tsm_jit in place", True, lambda x: peers.ours_in_place(x, shift)
     encoded = shift.encode()
     yield "backward", "copy", False, lambda grad: peers.copy(grad, shift)
@@ -137,13 +138,16 @@ def operations(x: Tensor, shift: Shift, with_compiled: bool) -> Iterator[Operati
         if name != "copy":
             leaf = x.detach().requires_grad_()
             out = peer(leaf, shift)
-            yield (
-                "backward",
-                name,
-                False,
-                lambda grad, out=out, leaf=leaf: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0],
-            )
+            yield "backward", name, False, _differentiating(out, leaf)
     yield "backward", "tsm_jit in place", True, lambda grad: _adjoint_in_place(grad, encoded)
+
+
+def _shifting(peer: peers.Peer, shift: Shift) -> Callable[[Tensor], Tensor]:
+    return lambda x: peer(x, shift)
+
+
+def _differentiating(out: Tensor, leaf: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda grad: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
 
 
 def _adjoint_in_place(grad: Tensor, encoded: str) -> Tensor:
@@ -191,7 +195,7 @@ def peer_rows(
     moved: dict[tuple[str, str], int] = {}
     for operation, name, in_place, call in operations(x, shift, with_compiled):
         check(operation, name, call, x, shift)
-        calls[operation, name] = lambda call=call: call(x)
+        calls[operation, name] = functools.partial(call, x)
         shifted = peers.bytes_moved(x, shift, in_place, operation == "backward")
         moved[operation, name] = 2 * size if name == "copy" else shifted
     alone = timing.medians(calls, device, lambda: x.copy_(values), repeats, seconds=0.5)
@@ -241,7 +245,7 @@ def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device:
                 (_bytes(a)[:part], _bytes(others[k // windows % len(others)]).narrow(0, k % windows * part, part))
                 for k, a in enumerate(buffers)
             ]
-            calls = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]
+            calls = [functools.partial(b.copy_, a) for a, b in pairs]
             copied[moved] = 2 * part / timing.in_a_row(calls, device, refill)
         return copied[moved]
 
@@ -253,7 +257,7 @@ def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device:
     ):
         check("backward" if adjoint else "forward", "tsm_jit", call, x, shift)
         moved = peers.bytes_moved(x, shift, in_place, adjoint)
-        seconds = timing.in_a_row([lambda b=b, call=call: call(b) for b in buffers], device, refill)
+        seconds = timing.in_a_row([functools.partial(call, b) for b in buffers], device, refill)
         row[name] = {
             "microseconds": seconds * 1e6,
             "gigabytes_per_second": moved / seconds * 1e-9,
@@ -334,16 +338,16 @@ def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bo
             odd = [Shape(16, 8, 2048, 7, 7), Shape(16, 8, 1024, 14, 14), Shape(16, 8, 72, 28, 28)]
             grid = chosen if quick or shapes or not cuda else (*lengths, *odd)
             depths = (0,) if quick else (0, 1, 2, 3, 4)
-            cases = itertools.product(grid, dtypes, layouts, depths)
-            part("floor", ([floor_row(*case, device)] for case in cases))
+            cases = itertools.product(grid, dtypes, layouts, depths, (device,))
+            part("floor", ([floor_row(*case)] for case in cases))
 
             largest = 2**22 if quick else 2**33 if cuda else 2**28
             if cuda:  # rotating buffers: the tensor four times
                 largest = min(largest, torch.cuda.mem_get_info(device)[0] // 5)
             part("sweep", ([floor_row(shape, torch.float32, "NCHW", 0, device)] for shape in sweep(largest)))
 
-            cases = itertools.product(chosen, dtypes, layouts, (0,) if quick else (0, 2))
-            part("peers", (peer_rows(*case, device, 50, not quick) for case in cases))
+            cases = itertools.product(chosen, dtypes, layouts, (0,) if quick else (0, 2), (device,))
+            part("peers", (peer_rows(*case, 50, not quick) for case in cases))
 
             if not quick:
                 from tsm_jit.bench import streams

@@ -16,7 +16,7 @@ from tsm_jit import residual, tsam
 from tsm_jit.bench import Mismatch, Row, mebibytes, peers, timing
 from tsm_jit.convert.tsm import make_temporal_shift
 from tsm_jit.modules.base import ShiftedModule
-from tsm_jit.plans import Shift, temporal
+from tsm_jit.plans import Padding, Plan, Shift, temporal
 
 CLASSES = 400  # of Kinetics-400
 
@@ -63,11 +63,17 @@ def _convert_tsam(net: nn.Module, inplace: bool) -> None:
 FAMILIES: dict[str, Callable[[nn.Module, bool], None]] = {"TSM": _convert_tsm, "TSAM": _convert_tsam}
 
 
-class _Stock:
+class _Stock(ShiftedModule):
     """The shift as its family's own code writes it."""
+
+    fold_div: int  # of TSM
+    f_div: int  # of TSAM
+    shift_depth: int
 
     def forward(self, x: Tensor) -> Tensor:
         n_segment, n_shifted = self.n_segment, getattr(self, "n_segment_shifted", self.n_segment)
+        plan: Plan
+        padding: Padding
         if n_shifted < n_segment:
             plan, padding = temporal(x.shape[1], self.f_div, self.shift_depth), "keep"
         else:
@@ -82,7 +88,7 @@ def networks(case: Case, device: torch.device) -> dict[str, nn.Module]:
     made = {"no shift": plain}
     for name in ("stock", "drop-in", "fused"):
         net = made[name] = copy.deepcopy(plain)
-        FAMILIES[case.family](net, inplace=name != "stock")
+        FAMILIES[case.family](net, name != "stock")
         if name == "stock":
             for module in net.modules():
                 if isinstance(module, ShiftedModule):
@@ -129,10 +135,14 @@ def rows(device: torch.device, chosen: list[Case], repeats: int = 50) -> Iterato
                 "milliseconds": times[name] * 1e3,
                 "of_no_shift": times[name] / times["no shift"],
                 "peak_mebibytes": mebibytes(peaks[name]),
-                "of_no_shift_memory": peaks[name] / peaks["no shift"] if peaks[name] else None,
+                "of_no_shift_memory": _ratio(peaks[name], peaks["no shift"]),
             }
             for name in made
         ]
+
+
+def _ratio(a: int | None, b: int | None) -> float | None:
+    return None if not a or not b else a / b
 
 
 def _prepared(net: nn.Module, case: Case, device: torch.device) -> tuple[timing.Call, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def _rows(plain: nn.Module, net: nn.Module, video: Tensor, frames: int) -> list[
     for name, way in ways.items():
         times = sorted(_latencies(way, video, frames))
         # A graph holds its memory all the time, and a replay allocates nothing.
-        peak = None if name.endswith("graph") else timing.peak_bytes(lambda way=way: way(video[0]), device)
+        peak = None if name.endswith("graph") else timing.peak_bytes(functools.partial(way, video[0]), device)
         found.append(
             {
                 "streams": streams,

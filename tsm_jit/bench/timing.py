@@ -47,9 +47,9 @@ def medians(
 
 def _elapsed(call: Call, device: torch.device) -> float:
     if device.type != "cuda":
-        begin = time.perf_counter()
+        start = time.perf_counter()
         call()
-        return time.perf_counter() - begin
+        return time.perf_counter() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     call()

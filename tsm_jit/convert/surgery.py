@@ -117,7 +117,7 @@ def shift_before(net: nn.Module, places: Mapping[str, Callable[[nn.Module], nn.M
     wrapped = []
     for place, around in places.items():
         parent, child = _place(net, place)
-        module = parent._modules[child]
+        module = parent.get_submodule(child)
         if isinstance(module, ShiftedModule):
             raise ValueError(f"places must not be shifted already, but {place!r} is")
         if not callable(around):

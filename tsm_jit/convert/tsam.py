@@ -50,4 +50,4 @@ def make_Shift(
     def shift(layer: nn.Module) -> TemporalShift:
         return TemporalShift(layer, n_segments, n_segment_shifted, f_div, shift_depth, inplace=inplace)
 
-    shift_before(net, {block.first: shift for stage in stages for block in stage[m_insert::n_insert]})
+    shift_before(net, {block.first: shift for stage in stages for block in stage[m_insert::n_insert] if block.first})

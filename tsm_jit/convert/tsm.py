@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Callable, Collection
+from typing import Any, Literal
 
 from torch import nn
 
@@ -78,9 +78,10 @@ def make_temporal_shift(
     stages = _chosen("stages", stages, range(1, len(all_stages) + 1))
     every = architecture.every(list(map(len, all_stages))) if place == "blockres" and blocks is None else 1
     blocks = _chosen("blocks", blocks, range(max(map(len, all_stages))))
-    shift = functools.partial(TemporalShift, n_div=n_div, inplace=inplace, direction=direction)
+    shift: Callable[..., TemporalShift] = TemporalShift
+    options: dict[str, Any] = {"n_div": n_div, "inplace": inplace, "direction": direction}
     if architecture.tokens:
-        shift = functools.partial(TokenShift, **shift.keywords, num_prefix_tokens=net.num_prefix_tokens)
+        shift, options["num_prefix_tokens"] = TokenShift, net.num_prefix_tokens
     chosen = [
         (number, i)
         for number, stage in enumerate(all_stages, 1)
@@ -96,11 +97,12 @@ def make_temporal_shift(
     if non_local is not None:
         make_non_local(net, later, mode=non_local)  # may refuse the network, so it comes first, and renames its blocks
         _, all_stages = stages_of(net)
-    places = {}
+    places: dict[str, Callable[[nn.Module], nn.Module]] = {}
     for number, i in chosen:
         block = all_stages[number - 1][i]
-        around = functools.partial(shift, n_segment=n_segment if number == 1 else later)
-        places[block.name if place == "block" else block.first] = around
+        target = block.name if place == "block" else block.first
+        assert target is not None  # `chosen` has only blocks that can be shifted
+        places[target] = functools.partial(shift, n_segment=n_segment if number == 1 else later, **options)
     shift_before(net, places)
 
 

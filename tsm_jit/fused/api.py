@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def fuse(net: nn.Module) -> None:
     for stage in stages.values():
         stage.__class__ = Stage  # not a new module: hooks, keys and references stay valid
     if class_name(type(net)) in _NETWORKS and not isinstance(net, FusedNetwork):
-        net.__class__ = _fused_class(type(net))
+        net.__class__ = _fused_class(type(net))  # type: ignore[arg-type]
 
 
 def unfuse(net: nn.Module) -> None:
@@ -72,14 +73,14 @@ def unfuse(net: nn.Module) -> None:
     if not stages:
         raise ValueError(f"net must be fused to be unfused, got {type(net).__name__} without a fused stage")
     for stage in stages:
-        stage.__class__ = nn.Sequential
+        stage.__class__ = nn.Sequential  # type: ignore[assignment]
     for module in net.modules():
         if isinstance(module, FusedNetwork):
-            module.__class__ = module.network
+            module.__class__ = module.network  # type: ignore[assignment]
 
 
-def _stage(net: nn.Module, name: str) -> nn.Module:
-    stage = unwrapped(net.get_submodule(name))  # of a TemporalPool
+def _stage(net: nn.Module, name: str) -> nn.Sequential:
+    stage: Any = unwrapped(net.get_submodule(name))  # of a TemporalPool
     if type(stage) not in (nn.Sequential, Stage):
         raise TypeError(f"net must hold its stages as torch.nn.Sequential, got {type(stage).__name__} for {name}")
     return stage
@@ -102,8 +103,9 @@ class FusedNetwork(nn.Module):
 
     network: type[nn.Module]  # the class of the unfused network
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *rest = super().__reduce_ex__(protocol)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, *rest = reduced
         return _new_fused, (self.network,), *rest
 
     def _fused_features(self, x: Tensor) -> Tensor | None:
@@ -117,10 +119,14 @@ class FusedNetwork(nn.Module):
 
 
 class _FusedTorchvision(FusedNetwork):
+    layer4: nn.Sequential
+    avgpool: nn.Module
+    fc: nn.Module
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         features = self._fused_features(x)
         if features is None:
-            return super()._forward_impl(x)
+            return super()._forward_impl(x)  # type: ignore[misc]
         has_other_reader = why_unsupported(self.layer4[-1]) is not None
         pooled = self.avgpool(features) if has_other_reader else _global_pool(self.avgpool, features)
         return self.fc(torch.flatten(pooled, 1))
@@ -129,7 +135,7 @@ class _FusedTorchvision(FusedNetwork):
 class _FusedTimm(FusedNetwork):
     def forward_features(self, x: Tensor) -> Tensor:
         features = None if self.grad_checkpointing else self._fused_features(x)
-        return super().forward_features(x) if features is None else features
+        return super().forward_features(x) if features is None else features  # type: ignore[misc]
 
 
 def _global_pool(pool: nn.Module, x: Tensor) -> Tensor:
@@ -166,5 +172,5 @@ def _fused_class(network: type[nn.Module]) -> type[nn.Module]:
 
 def _new_fused(network: type[nn.Module]) -> nn.Module:
     """For copies and pickles, which cannot import a class that was made at run time."""
-    kind = _fused_class(network)
+    kind = _fused_class(network)  # type: ignore[arg-type]
     return kind.__new__(kind)

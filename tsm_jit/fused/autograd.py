@@ -6,6 +6,7 @@ Under ``no_grad`` the functions here call the operators directly and may write i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,22 +51,22 @@ def norm_add_relu(
         None for an unshifted x.
     """
     z, identity, boundary = _same_format(z, identity, boundary)
+    boundary_out: Tensor | None
     if not torch.is_grad_enabled():
         if may_overwrite_identity and shifted and boundary is not None:
             out, boundary_out = identity, boundary
         elif may_overwrite_z and (not shifted or (z.is_cuda and not decode(shift).is_circular)):
             out, boundary_out = z, new_boundary(z, shift) if shifted else None
         else:
-            inputs = (z, z_norm, identity, identity_norm, boundary)
-            out, boundary_out = operators.norm_add_relu(*inputs, shift, shifted)
-            return [out] * num_consumers, boundary_out if shifted else None
+            x, boundary_out = operators.norm_add_relu(z, z_norm, identity, identity_norm, boundary, shift, shifted)
+            return [x] * num_consumers, boundary_out if shifted else None
         inputs = (z, *norm_args(z_norm), identity, *norm_args(identity_norm), boundary)
         operators.norm_add_relu_(out, boundary_out, None, 1, *inputs, shift, True)
         return [out] * num_consumers, boundary_out
     norm_tensors = [part for norm in (z_norm, identity_norm) for part in (norm[:4] if norm else (None,) * 4)]
     meta = (z_norm and z_norm[4:], identity_norm and identity_norm[4:], shift, shifted)
-    boundary_out, *out = _NormAddRelu.apply(z, identity, boundary, *norm_tensors, meta, num_consumers)
-    return out, boundary_out if shifted else None
+    boundary_out, *outs = _NormAddRelu.apply(z, identity, boundary, *norm_tensors, meta, num_consumers)
+    return outs, boundary_out if shifted else None
 
 
 def norm_add_relu_both_layouts(
@@ -93,9 +94,7 @@ def norm_add_relu_both_layouts(
     return out, unshifted_out
 
 
-def norm_relu_max_pool(
-    z: Tensor, norm: Norm, shift: str | None, unshifted: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def norm_relu_max_pool(z: Tensor, norm: Norm, shift: str | None, unshifted: bool) -> tuple[Any, Any, Any]:
     """``x = max_pool2d(relu(norm(z)), 3, 2, 1)`` of ``z`` ``[N*T, C, H, W]`` in channels_last, under ``no_grad``.
 
     Returns:
@@ -126,15 +125,19 @@ def norm_of(module: nn.BatchNorm2d, tensors: Sequence[Tensor], x: Tensor, requir
         x: its input.
         requires_grad: whether a backward follows.
     """
+    mean, variance, weight, bias = tensors
     if not requires_grad:
-        return Norm(*tensors, module.eps)
+        return Norm(mean, variance, weight, bias, module.eps)
     if module.training:
         batches = module.num_batches_tracked
-        tensors = (*operators.batch_norm_stats_(x.detach(), *tensors[:2], batches, module.momentum), *tensors[2:])
+        mean, variance = operators.batch_norm_stats_(x.detach(), mean, variance, batches, module.momentum)
     elif not is_compiling():  # running statistics may change before the backward
-        tensors = (tensors[0].clone(), tensors[1].clone(), *tensors[2:])
+        mean, variance = mean.clone(), variance.clone()
     dtype = acc_dtype(x.dtype)
-    return Norm(*(each if each.dtype is dtype else each.to(dtype) for each in tensors), module.eps, module.training)
+    mean, variance, weight, bias = [
+        each if each.dtype is dtype else each.to(dtype) for each in (mean, variance, weight, bias)
+    ]
+    return Norm(mean, variance, weight, bias, module.eps, module.training)
 
 
 def for_consumers(out: Tensor, num_consumers: int) -> list[Tensor]:
@@ -142,9 +145,7 @@ def for_consumers(out: Tensor, num_consumers: int) -> list[Tensor]:
     return [out, *(out.view_as(out) for _ in range(num_consumers - 1))]
 
 
-def _same_format(
-    z: Tensor, identity: Tensor | None, boundary: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _same_format(z: Tensor, identity: Tensor | None, boundary: Tensor | None) -> tuple[Tensor, Any, Any]:
     """All in a layout that kernels take, and in the type of ``z``, as in ``z += identity``."""
     if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
         z = z.contiguous()
@@ -162,7 +163,7 @@ def _saved(values: Tensor, norm: Norm | None) -> tuple[Tensor | None, ...]:
 def _restored(
     saved: Sequence[Tensor], meta: tuple[float, bool] | None, needs_grad: bool, norm_needs_grad: bool
 ) -> NormedInput:
-    norm = None if meta is None else Norm(*saved[1:], None, *meta)
+    norm = None if meta is None else Norm(saved[1], saved[2], saved[3], None, *meta)
     return NormedInput(saved[0], norm, needs_grad, norm_needs_grad)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Layer(NamedTuple):
 
     def conv_params(self) -> ConvParams:
         """The parameters of the convolution."""
-        c = self.convolution
+        c: Any = self.convolution
         return ConvParams(c.stride, c.padding, c.dilation, c.groups)
 
     def like_output(self, x: Tensor) -> Tensor:
@@ -135,9 +135,10 @@ class _BlockSaved(NamedTuple):
         return (*self[:4], *self.weights, *self.layers, *self.relus)
 
     @classmethod
-    def of_flat(cls, saved: Sequence[Tensor | None], n_layers: int) -> _BlockSaved:
-        rest = list(saved[4:])
-        return cls(*saved[:4], rest[:n_layers], rest[n_layers : 6 * n_layers], rest[6 * n_layers :])
+    def of_flat(cls, saved: Sequence[Any], n_layers: int) -> _BlockSaved:
+        x, downsample_input, out, boundary_out, *rest = saved
+        tensors = (x, downsample_input, out, boundary_out)
+        return cls(*tensors, rest[:n_layers], rest[n_layers : 6 * n_layers], rest[6 * n_layers :])
 
 
 class _Block(Function):
@@ -159,7 +160,7 @@ class _Block(Function):
         saved_layers, relus = _saved_by_layer(config, outputs)
         if config.first_shift:
             del relus[:1]  # the backward recomputes it
-        needs_identity, *needs_parameters = ctx.needs_input_grad[1], *ctx.needs_input_grad[4:]
+        _, needs_identity, _, _, *needs_parameters = ctx.needs_input_grad
         has_downsample = config.has_downsample and (needs_identity or any(needs_parameters[-3:]))
         if config.has_downsample and not has_downsample:
             weights, saved_layers = weights[:-1], saved_layers[:-5]
@@ -180,7 +181,7 @@ class _Block(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_boundary, grad_a, grad_b=None):
-        meta: _BlockMeta = ctx.meta
+        meta = ctx.meta  # a _BlockMeta
         n_branch = meta.n_branch
         saved = _BlockSaved.of_flat(_in_channels_last(ctx.saved_tensors), len(meta.epsilons))
         ctx.maybe_clear_saved_tensors()
@@ -258,7 +259,7 @@ def _normed_input(meta: _BlockMeta, saved: _BlockSaved, k: int, needs_grad: bool
     return NormedInput(values, norm, needs_grad, norm_needs_grad)
 
 
-def _in_channels_last(saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def _in_channels_last(saved: Sequence[Any]) -> Sequence[Any]:
     """Saved tensors as they were: hooks such as ``save_on_cpu(pin_memory=True)`` may lose their strides.
 
     The first one is the block's input. No other has more pixels.

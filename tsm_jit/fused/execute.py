@@ -7,7 +7,7 @@ unshifted there, because the first block of a stage saves its unshifted input on
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,12 +96,13 @@ def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Strea
     modules = branch_modules(block)
     recorded = _layers([unshifted_module(modules[0]), *modules[1:]], stream.first)
     identity, identity_norm = stream.identity, None
-    identity_shift = None if stream.step or block.downsample is not None else stream.shift
+    downsample: nn.Sequential | None = block.downsample  # type: ignore[assignment]
+    identity_shift = None if stream.step or downsample is not None else stream.shift
     downsample_layer = None
-    if block.downsample is not None and recorded is None:
-        identity, identity_norm = _downsample(block.downsample, stream)
-    elif block.downsample is not None:
-        identity, downsample_layer = _downsample_but_last_layer(list(block.downsample), identity)
+    if downsample is not None and recorded is None:
+        identity, identity_norm = _downsample(downsample, stream)
+    elif downsample is not None:
+        identity, downsample_layer = _downsample_but_last_layer(list(downsample), identity)
 
     like_output = identity if downsample_layer is None else downsample_layer.like_output(identity)
     next_shift, step = _input_layout(following, like_output)
@@ -111,8 +112,8 @@ def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Strea
     shift = next_shift or identity_shift or NO_SHIFT
     num_consumers = 1 if following is None else 2
     if recorded is not None:
-        shifts_first = stream.shift is None and is_shifted(modules[0])
-        first_shift = modules[0].shift_of(stream.first) if shifts_first else None
+        conv1 = modules[0]
+        first_shift = conv1.shift_of(stream.first) if stream.shift is None and is_shifted(conv1) else None
         x, boundary = residual_block(
             *recorded, first_shift, identity, downsample_layer, boundary, shift, next_shift is not None, num_consumers
         )
@@ -124,8 +125,8 @@ def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Strea
     owns_identity = identity_shift is not None and is_convolution(unshifted_module(modules[0]))
     if next_shift is not None and step:
         if has_pixel_index(z):
-            shifted, x = norm_add_relu_both_layouts(*inputs, step, may_overwrite_identity=owns_identity)
-            return Stream(shifted, x, None, next_shift, step)
+            shifted, unshifted = norm_add_relu_both_layouts(*inputs, step, may_overwrite_identity=owns_identity)
+            return Stream(shifted, unshifted, None, next_shift, step)
         next_shift = None
     x, boundary = norm_add_relu(
         *inputs,
@@ -139,14 +140,18 @@ def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Strea
 
 def _input_layout(following: nn.Module | None, x: Tensor) -> tuple[str | None, int]:
     """The layout in which the next block, if supported, reads a stream like ``x``: ``(shift, step)`` as in `Stream`."""
-    if following is None or not is_shifted(following.conv1):
+    if following is None:
         return None, 0
-    shift = following.conv1.shift_of(x)
+    conv1: nn.Module = following.conv1  # type: ignore[assignment]
+    if not is_shifted(conv1):
+        return None, 0
+    shift = conv1.shift_of(x)
     if len(decode(shift).plan) >= _MAX_GROUPS:
         return None, 0
-    if following.downsample is None:
+    downsample: nn.Sequential | None = following.downsample  # type: ignore[assignment]
+    if downsample is None:
         return shift, 0
-    return (None, 0) if torch.is_grad_enabled() else (shift, _step(following.downsample, x))
+    return (None, 0) if torch.is_grad_enabled() else (shift, _step(downsample, x))
 
 
 def _step(downsample: nn.Sequential, x: Tensor) -> int:
@@ -169,7 +174,7 @@ def _downsample(downsample: nn.Sequential, stream: Stream) -> tuple[Tensor, Norm
     x = stream.identity
     *before, last = downsample
     if stream.step > 1:  # the stream has only the pixels that this convolution reads
-        first, *before = before
+        first: Any = before.pop(0)
         x = F.conv2d(x, first.weight, first.bias, groups=first.groups)
     for module in before:
         x = module(x)
@@ -207,7 +212,7 @@ def _layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] |
         dtype = torch.get_autocast_dtype(device)
     if len(modules) % 3 != 2 or not all(map(is_relu, modules[2::3])):
         return None
-    layers = []
+    layers: list[Layer] = []
     for c, norm in zip(modules[::3], modules[1::3], strict=True):
         if not is_convolution(c) or c.bias is not None or c.padding_mode != "zeros" or c.out_channels < 2:
             return None
@@ -218,7 +223,7 @@ def _layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] |
             return None
         if not (c.weight.dtype is dtype or (autocast and c.weight.dtype is torch.float32)):
             return None
-        layers.append(Layer(c, c.weight, norm, tensors))
+        layers.append(Layer(c, c.weight, norm, tensors))  # type: ignore[arg-type]
     return x if x.dtype is dtype else x.to(dtype), layers
 
 
@@ -243,7 +248,7 @@ def _branch(modules: list[nn.Module], stream: Stream) -> tuple[Tensor, Norm | No
 def _first(conv1: nn.Module, stream: Stream) -> Tensor:
     """Calls the first convolution of a block, shifting its input if the stream is not shifted yet."""
     if stream.shift is not None:
-        return conv1.shifted_module()(stream.first)
+        return conv1.shifted_module()(stream.first)  # type: ignore[operator]
     if not is_shifted(conv1):
         return conv1(stream.first)
     shift = conv1.shift_of(stream.first)
@@ -274,4 +279,4 @@ def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
         return None
     if norm.training and x.numel() == x.shape[1]:  # no statistics of one value: an error when called
         return None
-    return norm_of(norm, tensors, x, requires_grad)
+    return norm_of(norm, tensors, x, requires_grad)  # type: ignore[arg-type]

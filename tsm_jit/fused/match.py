@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor, nn
 
 from tsm_jit.convert.architectures import RESNET
 from tsm_jit.modules import tsam, tsm
-from tsm_jit.modules.base import has_hooks
+from tsm_jit.modules.base import ShiftedModule, has_hooks
 from tsm_jit.ops.residual import acc_dtype
 
 _UNSUPPORTED = {"se": "an attention, such as squeeze and excitation", "drop_path": "stochastic depth"}
@@ -40,7 +42,7 @@ def class_name(kind: type) -> str:
 def branch_modules(block: nn.Module) -> list[nn.Module]:
     """The modules of a supported block's residual branch, in order."""
     names = RESNET.fusable_blocks[class_name(type(block))].branch
-    modules = [block._modules[name] for name in names]
+    modules: list[Any] = [block._modules[name] for name in names]
     return [module for module in modules if type(module) is not nn.Identity]
 
 
@@ -79,17 +81,17 @@ def unshifted_module(module: nn.Module) -> nn.Module:
     return module.shifted_module() if is_shifted(module) else module
 
 
-def is_shifted(module: nn.Module) -> bool:
+def is_shifted(module: nn.Module) -> TypeGuard[ShiftedModule]:
     """Whether ``module`` is a temporal shift without hooks."""
     return type(module) in (tsm.TemporalShift, tsam.TemporalShift) and not has_hooks(module)
 
 
-def is_relu(module: nn.Module) -> bool:
+def is_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:
     """Whether ``module`` is a ReLU without hooks."""
     return type(module) is nn.ReLU and not has_hooks(module)
 
 
-def is_convolution(module: nn.Module) -> bool:
+def is_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether ``module`` is a two-dimensional convolution without hooks."""
     return type(module) is nn.Conv2d and not has_hooks(module)
 

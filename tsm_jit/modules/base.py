@@ -49,7 +49,7 @@ class ShiftedModule(ClipModule):
             with ops.recomputing_shift(x, shifted) as copy:
                 return net(copy)
         if only_reads and ops.elements_are_apart(x) and not x.is_conj() and not x.is_neg():
-            with ops.shift_restore(x[:, still:] if still else x, shift):
+            with ops.shifted_in_place(x[:, still:] if still else x, shift):
                 return net(x)
         return net(shifted(x))
 

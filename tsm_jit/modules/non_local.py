@@ -6,7 +6,7 @@ Names and state-dict keys are those of TSM's ``ops/non_local.py``: ``layer2.0.bl
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class NONLocalBlock3D(nn.Module):
             self.phi = nn.Sequential(self.phi, nn.MaxPool3d((1, 2, 2)))
             self.g = nn.Sequential(self.g, nn.MaxPool3d((1, 2, 2)))
         self.W: nn.Module = nn.Conv3d(inner, channels, 1)
-        last = self.W
+        last: Any = self.W
         if bn_layer:
             last = nn.BatchNorm3d(channels)
             self.W = nn.Sequential(self.W, last)

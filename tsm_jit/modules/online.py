@@ -31,8 +31,8 @@ class OnlineShift(nn.Module):
         self.net = shift.net
         self.fold_div = shift.fold_div
         self.training = shift.training
-        tokens = isinstance(shift, TokenShift)
-        self._channel_dim, self._still = (2, shift.num_prefix_tokens) if tokens else (1, 0)
+        self._channel_dim = 2 if isinstance(shift, TokenShift) else 1
+        self._num_prefix_tokens = shift.num_prefix_tokens if isinstance(shift, TokenShift) else 0
         self._frame = frame
         self._index = index
 
@@ -46,7 +46,7 @@ class OnlineShift(nn.Module):
             raise ValueError(f"model must call each shift once a frame, got a second call at {place!r}")
         if x.dim() == 5:
             raise ValueError(f"frames must be [S, C, H, W], got {list(x.shape)} at {place!r}")
-        moving, channels = x[:, self._still :] if self._still else x, x.shape[self._channel_dim]
+        moving, channels = x[:, self._num_prefix_tokens :] if self._num_prefix_tokens else x, x.shape[self._channel_dim]
         fold = channels // self.fold_div
         own, rest = moving.split([fold, channels - fold], self._channel_dim)
         before = frame.before[self._index]
@@ -62,7 +62,9 @@ class OnlineShift(nn.Module):
             before = torch.zeros_like(own)
         frame.after[self._index] = own.clone()
         shifted = torch.cat([before, rest], self._channel_dim)
-        return self.net(torch.cat([x[:, : self._still], shifted], 1) if self._still else shifted)
+        return self.net(
+            torch.cat([x[:, : self._num_prefix_tokens], shifted], 1) if self._num_prefix_tokens else shifted
+        )
 
     def extra_repr(self) -> str:
         return f"fold_div={self.fold_div}"
@@ -107,10 +109,12 @@ class OnlineNetwork(nn.Module):
             out, after = self.net(frames), frame.after
         finally:
             frame.before, frame.after = None, []
-        for place, each in zip(frame.places, after, strict=True):
-            if each is None:
+        state = []
+        for place, fold in zip(frame.places, after, strict=True):
+            if fold is None:
                 raise ValueError(f"model must call each shift once a frame, got no call at {place!r}")
-        return out, after
+            state.append(fold)
+        return out, state
 
     def _keep(self, state: State) -> None:
         # Never an inference tensor, which no frame outside of inference_mode could write to.
@@ -118,8 +122,8 @@ class OnlineNetwork(nn.Module):
             for i, new in enumerate(state):
                 old = self._state[i]
                 if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
-                    self._state[i] = torch.empty_like(new)
-                self._state[i].copy_(new)
+                    old = self._state[i] = torch.empty_like(new)
+                old.copy_(new)
 
     @property
     def state(self) -> State:
@@ -127,9 +131,10 @@ class OnlineNetwork(nn.Module):
 
         Raises ValueError when read before the first frame, TypeError or ValueError when set to what is no state.
         """
-        if None in self._state:
+        state = [each for each in self._state if each is not None]
+        if len(state) < len(self._state):
             raise ValueError("state must not be read before the first frame: initial_state() makes one")
-        return list(self._state)
+        return state
 
     @state.setter
     def state(self, state: Sequence[Tensor]) -> None:

@@ -4,7 +4,7 @@ from tsm_jit.ops.compat import eager, transforms_are_active
 from tsm_jit.ops.temporal_shift import (
     elements_are_apart,
     recomputing_shift,
-    shift_restore,
+    shifted_in_place,
     temporal_shift,
     temporal_shift_,
     temporal_shift_backward,
@@ -16,7 +16,7 @@ __all__ = [
     "eager",
     "elements_are_apart",
     "recomputing_shift",
-    "shift_restore",
+    "shifted_in_place",
     "temporal_shift",
     "temporal_shift_",
     "temporal_shift_backward",

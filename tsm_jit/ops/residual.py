@@ -312,7 +312,7 @@ def _add_relu_backward_in_place(
 
 
 def _fake_add_relu_backward(grad_a, grad_b, grad_boundary, out, boundary_out, *rest):
-    z_norm, identity_norm, shift, shifted = rest[1], rest[4], *rest[-2:]
+    z_norm, identity_norm, shift, shifted = rest[1], rest[4], rest[-2], rest[-1]
     norm = z_norm or identity_norm
     return (
         torch.empty_like(out),

@@ -137,8 +137,8 @@ def reference_block_backward(
         norm_input = NormedInput()
         layer_input = x
         if k > 0:
-            z, *norm = saved[5 * k - 5 : 5 * k]
-            norm = Norm(*norm, epsilons[k - 1], bool(conv_params[8 * k - 1]))
+            z, mean, variance, weight, bias = saved[5 * k - 5 : 5 * k]
+            norm = Norm(mean, variance, weight, bias, epsilons[k - 1], bool(conv_params[8 * k - 1]))
             norm_input = NormedInput(z, norm, any(needs_grad[: 2 * k]), bool(needs_grad[2 * k]))
             layer_input = relus[k - 1]
             if layer_input is None:

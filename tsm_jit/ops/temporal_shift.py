@@ -24,6 +24,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -256,7 +257,8 @@ def _check_view(x: Tensor) -> None:
     """What autograd would refuse after the kernel has run, refused before."""
     if not x._is_view():
         return
-    if x._base.is_leaf and x._base.requires_grad:
+    base: Any = x._base
+    if base.is_leaf and base.requires_grad:
         raise RuntimeError("x must not be a view of a leaf Variable that requires grad to be shifted in place")
     if (creation := undifferentiable_view(x)) is not None:
         raise RuntimeError(
@@ -266,7 +268,7 @@ def _check_view(x: Tensor) -> None:
 
 
 @contextmanager
-def shift_restore(x: Tensor, shift: str) -> Iterator[None]:
+def shifted_in_place(x: Tensor, shift: str) -> Iterator[None]:
     """Within, ``x`` holds its shifted self; after, the bits it held before. Only without autograd.
 
     Frames that nothing reads any more are kept aside meanwhile: ``|offset|`` of each clip and group. ``x.data`` keeps
@@ -293,7 +295,7 @@ def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[
         yield shifted
         return
     source, version, shifted_version = x.detach(), x._version, shifted._version
-    watched = weakref.ref(shifted)  # autograd keeps these functions, which must not keep the copy
+    watched: Callable[[], Any] = weakref.ref(shifted)  # autograd keeps these functions, which must not keep the copy
 
     def pack(tensor: Tensor) -> Tensor | tuple:
         if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() != storage:
