@@ -13,7 +13,7 @@ from tsm_jit.bench import report
 
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
 README, GUIDES = ROOT / "README.md", ROOT / "examples" / "README.md"
-PAGES = [README, GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", ROOT / "tsm_jit" / "_jit" / "README.md"]
+PAGES = [README, GUIDES, *(ROOT / name for name in ("CONTRIBUTING.md", "kernels/README.md", "tsm_jit/_jit/README.md"))]
 
 
 def blocks(page: Path) -> list[str]:

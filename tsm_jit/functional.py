@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tsm_jit import ops
 from tsm_jit._checks import integer, one_of
@@ -77,6 +78,11 @@ def temporal_shift(
         x = torch.randn(2 * 8, 64, 56, 56)
         y = tsm_jit.temporal_shift(x, n_segment=8)
     """
+    if not isinstance(x, Tensor) and has_torch_function((x,)):  # a proxy of torch.fx: a leaf of its graph
+        return handle_torch_function(
+            temporal_shift, (x,), x, n_segment, fold_div, inplace=inplace, n_segment_shifted=n_segment_shifted,
+            shift_depth=shift_depth, padding=padding, direction=direction, channel_dim=channel_dim,
+        )  # fmt: skip
     shift = encode_temporal(x, n_segment, fold_div, n_segment_shifted, shift_depth, padding, direction, channel_dim)
     return ops.temporal_shift_(x, shift) if inplace else ops.temporal_shift(x, shift)
 
@@ -115,6 +121,11 @@ def shift_groups(
         x = torch.randn(2 * 8, 64, 56, 56)
         y = tsm_jit.shift_groups(x, 8, [(4, +1), (8, -3)], padding="circular")
     """
+    if not isinstance(x, Tensor) and has_torch_function((x,)):  # a proxy of torch.fx: a leaf of its graph
+        return handle_torch_function(
+            shift_groups, (x,), x, n_segment, groups, padding=padding, n_segment_shifted=n_segment_shifted,
+            inplace=inplace, channel_dim=channel_dim,
+        )  # fmt: skip
     shift = _encode_groups(_dense_shape(x), n_segment, _as_plan(groups), n_segment_shifted, padding, channel_dim)
     return ops.temporal_shift_(x, shift) if inplace else ops.temporal_shift(x, shift)
 

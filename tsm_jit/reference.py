@@ -77,7 +77,8 @@ def sliced(x: Tensor, shift: Shift) -> Tensor:
         order[frames_dim:] = sorted(order[frames_dim:], key=x.stride, reverse=True)
     clips, channel_dim = x.permute(order), order.index(shift.channel_dim)
     if frames_dim == 1:
-        clips, channel_dim = clips.unflatten(0, (-1, shift.n_segment)), channel_dim + 1
+        # reshape, as ONNX has no Unflatten before opset 13
+        clips, channel_dim = clips.reshape(-1, shift.n_segment, *clips.shape[1:]), channel_dim + 1
     parts, begin = [], 0
     for width, offset in shift.plan:
         if width > 0:

@@ -91,6 +91,26 @@ def remove_temporal_shift(net: nn.Module) -> None:
         raise ValueError(f"net must hold temporal shifts or pools to remove, got {type(net).__name__}")
     for parent, name in reversed(places):  # the innermost first: each then holds what is left of its module
         parent._modules[name] = unwrapped(parent._modules[name])
+    NeedsPool.remove(net)
+
+
+class NeedsPool:
+    """A hook before the first forward of a network that was converted with ``temporal_pool=True``."""
+
+    def __call__(self, net: nn.Module, args: tuple) -> None:
+        if not any(isinstance(module, ClipModule) and module.halves for module in net.modules()):
+            raise ValueError(
+                "net must pool over time, as make_temporal_shift was called with temporal_pool=True: later stages "
+                "expect half of the frames; call make_temporal_pool as well"
+            )
+        self.remove(net)
+
+    @staticmethod
+    def remove(net: nn.Module) -> None:
+        """Removes the hook from ``net``, if it is there."""
+        for key, hook in list(net._forward_pre_hooks.items()):
+            if isinstance(hook, NeedsPool):
+                del net._forward_pre_hooks[key]
 
 
 def shift_before(net: nn.Module, places: Mapping[str, Callable[[nn.Module], nn.Module]]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from tsm_jit._checks import integer, one_of
 from tsm_jit.convert.architectures import RESNET, resnet_stages, stages_of
 from tsm_jit.convert.non_local import make_non_local
-from tsm_jit.convert.surgery import check_clip_lengths, refuse_converted, shift_before
+from tsm_jit.convert.surgery import NeedsPool, check_clip_lengths, refuse_converted, shift_before
 from tsm_jit.modules.non_local import MODES, Mode
 from tsm_jit.modules.tsm import TemporalPool, TemporalShift, TokenShift, halved
 from tsm_jit.plans import DIRECTIONS, Direction
@@ -104,6 +104,8 @@ def make_temporal_shift(
         assert target is not None  # `chosen` has only blocks that can be shifted
         places[target] = functools.partial(shift, n_segment=n_segment if number == 1 else later, **options)
     shift_before(net, places)
+    if temporal_pool:
+        net.register_forward_pre_hook(NeedsPool())
 
 
 def _chosen(name: str, chosen: Collection[int] | None, there: range) -> Collection[int]:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from tsm_jit.ops import residual as operators
+from tsm_jit.ops.compat import is_batched_gradient
 from tsm_jit.ops.residual import NO_SHIFT, Norm, NormedInput, acc_dtype, in_format_of, new_boundary, new_like, norm_args
 from tsm_jit.plans import decode
 
@@ -167,6 +168,12 @@ def _restored(
     return NormedInput(saved[0], norm, needs_grad, norm_needs_grad)
 
 
+def check_gradient(grad: Tensor | None) -> None:
+    """Raises ``RuntimeError`` for the batched gradients of ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    if grad is not None and not is_compiling() and is_batched_gradient(grad):
+        raise RuntimeError("is_grads_batched must be False for a fused network, got True: call residual.unfuse first")
+
+
 class _NormAddRelu(Function):
     @staticmethod
     def forward(ctx, z, identity, boundary, *rest):
@@ -185,6 +192,7 @@ class _NormAddRelu(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_boundary, grad_a, grad_b=None):
+        check_gradient(grad_a)
         out, boundary_out, *saved = ctx.saved_tensors
         z_meta, identity_meta, shift, shifted = ctx.meta
         needed = ctx.needs_input_grad
@@ -211,6 +219,7 @@ class _NormRelu(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        check_gradient(grad)
         z, *norm_tensors = ctx.saved_tensors
         if ctx.is_channels_last:  # hooks that move saved tensors elsewhere may lose their strides
             z = z.contiguous(memory_format=torch.channels_last)

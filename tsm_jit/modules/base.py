@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from tsm_jit import ops
+from tsm_jit.ops.compat import in_backward
 
 # Modules that read their input and neither change nor return it: before these a shift may be made in place and undone.
 _READ_ONLY_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -18,11 +19,37 @@ class ClipModule(nn.Module):
     n_segment: int
     halves = False  # the clip, before its module
 
+    def checked_n_segment(self) -> int:
+        """``n_segment``, for a forward.
+
+        Raises:
+            RuntimeError: activation checkpointing computes a forward again, which had another clip length. Its
+                gradients would be wrong.
+        """
+        length = self.n_segment
+        if not ops.eager():  # a compiler traces a forward and its recomputation once
+            return length
+        own = self.__dict__
+        if in_backward():
+            # Reentrant checkpoints run their forward under no_grad. Which of several is computed again is unknown.
+            lengths = {own.get("_forward_length", length), *own.pop("_no_grad_lengths", ())}
+            if lengths != {length}:
+                raise RuntimeError(
+                    f"n_segment must be the clip length of the forward when checkpointing computes it again, got "
+                    f"{length} after a forward with {' and '.join(map(str, sorted(lengths - {length})))}: call "
+                    "backward() before changing n_segment"
+                )
+            return length
+        own["_forward_length"] = length
+        if self.training and not torch.is_grad_enabled():
+            own.setdefault("_no_grad_lengths", set()).add(length)
+        return length
+
 
 class ShiftedModule(ClipModule):
     """One that lets its module see the input shifted; with ``inplace``, without a second activation."""
 
-    inplace: bool
+    inplace: bool = False  # also of modules that were made by other code
 
     def shifted_module(self) -> nn.Module:
         """The one that sees the shifted input. No property: compiled code would look it up in the class each time."""

@@ -70,6 +70,10 @@ class OnlineShift(nn.Module):
         return f"fold_div={self.fold_div}"
 
 
+class NoStateError(ValueError, AttributeError):
+    """The state was read before the first frame. Also an ``AttributeError``, so that ``hasattr`` is False."""
+
+
 class OnlineNetwork(nn.Module):
     """A network for streams, made by :func:`convert`; ``net`` is the converted copy, whose keys stayed the same.
 
@@ -133,7 +137,7 @@ class OnlineNetwork(nn.Module):
         """
         state = [each for each in self._state if each is not None]
         if len(state) < len(self._state):
-            raise ValueError("state must not be read before the first frame: initial_state() makes one")
+            raise NoStateError("state must not be read before the first frame: initial_state() makes one")
         return state
 
     @state.setter
@@ -169,6 +173,11 @@ class OnlineNetwork(nn.Module):
             raise ValueError(f"mask must be of torch.bool, one for each of {max(streams)} streams, got {got}")
         for kept in state:
             kept.masked_fill_(mask.to(kept.device).view(-1, *[1] * (kept.dim() - 1)), 0)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "state" and "_state" in self.__dict__:  # the property raised
+            raise NoStateError("state must not be read before the first frame: initial_state() makes one")
+        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> OnlineNetwork:
         with torch.inference_mode(False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tsm_jit._checks import integer
-from tsm_jit.functional import encode_temporal
+from tsm_jit.functional import encode_temporal, temporal_shift
 from tsm_jit.modules.base import ShiftedModule
 
 
@@ -52,9 +52,14 @@ class TemporalShift(ShiftedModule):
         self.inplace = inplace
 
     def shift_of(self, x: Tensor) -> str:
-        return encode_temporal(x, self.n_segment, self.f_div, self.n_segment_shifted, self.shift_depth, "keep")
+        length = self.checked_n_segment()
+        return encode_temporal(x, length, self.f_div, self.n_segment_shifted, self.shift_depth, "keep")
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):  # a proxy of torch.fx
+            depth, shifted = self.shift_depth, self.n_segment_shifted
+            plan = {"shift_depth": depth, "n_segment_shifted": shifted, "padding": "keep"}
+            return self.layer(temporal_shift(x, self.n_segment, self.f_div, **plan))
         return self.call_shifted(x, self.shift_of(x))
 
     def extra_repr(self) -> str:

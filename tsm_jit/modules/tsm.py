@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tsm_jit._checks import integer
 from tsm_jit.functional import encode_temporal, temporal_shift
@@ -45,6 +47,8 @@ class TemporalShift(ShiftedModule):
         block.conv1 = TemporalShift(block.conv1, n_segment=8, n_div=8, inplace=True)
     """
 
+    direction: Direction = "both"  # also of modules that were made by other code
+
     def __init__(
         self,
         net: nn.Module,
@@ -63,9 +67,11 @@ class TemporalShift(ShiftedModule):
         self.direction = direction
 
     def shift_of(self, x: Tensor) -> str:
-        return encode_temporal(x, self.n_segment, self.fold_div, direction=self.direction)
+        return encode_temporal(x, self.checked_n_segment(), self.fold_div, direction=self.direction)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):  # a proxy of torch.fx
+            return self.net(temporal_shift(x, self.n_segment, self.fold_div, direction=self.direction))
         return self.call_shifted(x, self.shift_of(x))
 
     @staticmethod
@@ -94,6 +100,8 @@ class TokenShift(TemporalShift):
             three-dimensional; and as :func:`tsm_jit.temporal_shift`.
     """
 
+    num_prefix_tokens: int = 1
+
     def __init__(
         self,
         net: nn.Module,
@@ -108,12 +116,17 @@ class TokenShift(TemporalShift):
         self.num_prefix_tokens = integer("num_prefix_tokens", num_prefix_tokens, 0)
 
     def forward(self, x: Tensor) -> Tensor:
+        still = self.num_prefix_tokens
+        if not isinstance(x, Tensor):  # a proxy of torch.fx
+            tokens, length = x[:, still:] if still else x, self.n_segment
+            shifted = temporal_shift(tokens, length, self.fold_div, direction=self.direction, channel_dim=-1)
+            return self.net(torch.cat([x[:, :still], shifted], 1) if still else shifted)
         if x.dim() != 3:
             raise ValueError(f"x must be tokens [N*T, L, C], got {list(x.shape)}")
         shift = encode_temporal(
-            x[:, self.num_prefix_tokens :], self.n_segment, self.fold_div, direction=self.direction, channel_dim=-1
+            x[:, still:], self.checked_n_segment(), self.fold_div, direction=self.direction, channel_dim=-1
         )
-        return self.call_shifted(x, shift, still=self.num_prefix_tokens)
+        return self.call_shifted(x, shift, still=still)
 
 
 class TemporalPool(ClipModule):
@@ -131,22 +144,27 @@ class TemporalPool(ClipModule):
         self.n_segment = n_segment
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(self.temporal_pool(x, self.n_segment))
+        return self.net(temporal_pool(x, self.checked_n_segment()))
 
     @staticmethod
     def temporal_pool(x: Tensor, n_segment: int) -> Tensor:
         """The pooling alone. Raises ``ValueError`` if ``n_segment`` is odd or does not divide ``N*T``."""
-        halved(n_segment)
-        if x.dim() != 4 or x.shape[0] % n_segment != 0:
-            raise ValueError(
-                f"n_segment must divide the frames of x [N*T, C, H, W], got {n_segment} for {list(x.shape)}"
-            )
-        clips = x.unflatten(0, (-1, n_segment)).transpose(1, 2)
-        pooled = F.max_pool3d(clips, kernel_size=(3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0))
-        return pooled.transpose(1, 2).flatten(0, 1)
+        return temporal_pool(x, n_segment)
 
     def extra_repr(self) -> str:
         return f"n_segment={self.n_segment}"
+
+
+def temporal_pool(x: Tensor, n_segment: int) -> Tensor:
+    """The pooling of :class:`TemporalPool`."""
+    if not isinstance(x, Tensor) and has_torch_function((x,)):  # a proxy of torch.fx
+        return handle_torch_function(temporal_pool, (x,), x, n_segment)
+    halved(n_segment)
+    if x.dim() != 4 or x.shape[0] % n_segment != 0:
+        raise ValueError(f"n_segment must divide the frames of x [N*T, C, H, W], got {n_segment} for {list(x.shape)}")
+    clips = x.unflatten(0, (-1, n_segment)).transpose(1, 2)
+    pooled = F.max_pool3d(clips, kernel_size=(3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0))
+    return pooled.transpose(1, 2).flatten(0, 1)
 
 
 def halved(n_segment: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 from tsm_jit.modules.base import ClipModule
 
@@ -38,7 +39,11 @@ class VideoModel(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         if not isinstance(clips, Tensor):
-            raise TypeError(f"clips must be a tensor, got {type(clips).__name__}")
+            if not has_torch_function((clips,)):
+                raise TypeError(f"clips must be a tensor, got {type(clips).__name__}")
+            # A proxy of torch.fx: no checks.
+            scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1))))
+            return scores.unflatten(0, (clips.shape[0], -1)).mean(1)
         if clips.dim() != 5:
             raise ValueError(f"clips must be [N, T, C, H, W], got {list(clips.shape)}")
         length = max((each.n_segment for each in self.backbone.modules() if isinstance(each, ClipModule)), default=None)

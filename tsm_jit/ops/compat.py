@@ -14,7 +14,8 @@ try:
     from torch._C import _get_tracing_state as _tracing_state
     from torch._C._autograd import CreationMeta, _get_creation_meta, _top_saved_tensors_default_hooks
 
-    _ = forward_ad._current_level, torch.compiler._is_exporting_flag
+    _needed: tuple = (forward_ad._current_level, torch.compiler._is_exporting_flag)
+    _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor)
 except (ImportError, AttributeError) as error:
     raise ImportError(f"tsm_jit does not support PyTorch {torch.__version__}, which lacks a private name: {error}")
 
@@ -49,6 +50,16 @@ def is_exporting() -> bool:
 def has_saved_tensor_hooks() -> bool:
     """Whether default hooks for saved tensors are set, as by checkpointing or offloading."""
     return _top_saved_tensors_default_hooks(True) is not None
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_batched_gradient(grad: Tensor) -> bool:
+    """Whether ``grad`` is many gradients at once, from ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def undifferentiable_view(x: Tensor) -> str | None:

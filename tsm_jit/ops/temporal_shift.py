@@ -37,6 +37,7 @@ from tsm_jit.ops.compat import (
     direct,
     eager,
     has_saved_tensor_hooks,
+    is_batched_gradient,
     is_tracing,
     transforms_are_active,
     undifferentiable_view,
@@ -78,6 +79,7 @@ def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Fun
         @staticmethod
         def forward(ctx, x, shift):
             ctx.shift = shift
+            _mark_clip_length(ctx, x, shift)
             return kernel(x, shift)
 
         @staticmethod
@@ -110,6 +112,17 @@ def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Fun
     return Recorded, Transformable
 
 
+def _mark_clip_length(ctx, x: Tensor, shift: str) -> None:
+    """Saves an empty tensor whose shape tells the clip length.
+
+    Activation checkpointing compares the shapes of saved tensors with the recomputed ones. So it raises an error if the
+    recomputation sees another clip length, whose gradients would be wrong.
+    """
+    if has_saved_tensor_hooks():
+        plan = decode(shift)
+        ctx.save_for_backward(x.new_empty((0, plan.n_segment, plan.n_segment_shifted)))
+
+
 def _mapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, int]:
     # The mapped dimension joins the clips, the outermost dimension of every layout.
     x = x.movedim(in_dims[0], 0)
@@ -134,12 +147,19 @@ class _ShiftForReader(Function):
     @staticmethod
     def forward(ctx, x, shift):
         ctx.shift = shift
+        _mark_clip_length(ctx, x, shift)
         return _forward_kernel(x, shift)
 
     @staticmethod
     def backward(ctx, grad):
         differentiated = grad.requires_grad and torch.is_grad_enabled()
-        if differentiated or not eager() or type(grad) is not Tensor or not elements_are_apart(grad):
+        if (
+            differentiated
+            or not eager()
+            or type(grad) is not Tensor
+            or is_batched_gradient(grad)
+            or not elements_are_apart(grad)
+        ):
             return temporal_shift_backward(grad, ctx.shift), None
         temporal_shift_backward_(grad, ctx.shift)
         return grad, None
@@ -375,8 +395,6 @@ def _plain_restore(x: Tensor, boundary: Tensor, shift: str) -> None:
 
 
 _schemas = torch.ops.tsm_jit
-
-
 for _op, _compute, _fake in (
     (_schemas.temporal_shift_save_.default, _plain_save, _fake_save),
     (_schemas.temporal_shift_restore_.default, _plain_restore, lambda *_: None),
@@ -401,3 +419,6 @@ _register(
     reference.temporal_shift_backward,
     _RecordedAdjoint,
 )
+for _op in (_schemas.temporal_shift.default, _schemas.temporal_shift.kernel):
+    # What exported programs decompose into. Elsewhere the registrations above take precedence.
+    _library.impl(_op, lambda x, shift: reference.sliced(x, decode(shift)), "CompositeImplicitAutograd")

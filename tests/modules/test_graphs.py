@@ -1,0 +1,186 @@
+"""Graphs of other tools: torch.fx, exported programs, ONNX, streams before their first frame."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.export import Dim, export
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import tsm_jit
+
+
+def resnet(**options) -> nn.Module:
+    net = torchvision.models.resnet18(num_classes=3).eval()
+    tsm_jit.make_temporal_shift(net, 4, **options)
+    return net
+
+
+def pooled() -> nn.Module:
+    net = torchvision.models.resnet18(num_classes=3).eval()
+    tsm_jit.make_temporal_pool(net, 4)
+    tsm_jit.make_temporal_shift(net, 4, temporal_pool=True)
+    return net
+
+
+def fused() -> nn.Module:
+    net = resnet()
+    tsm_jit.residual.fuse(net)
+    return net
+
+
+def tsam() -> nn.Module:
+    net = torchvision.models.resnet18(num_classes=3).eval()
+    tsm_jit.tsam.make_Shift(net, 4, 3, 8, 2, 1, 0)
+    return net
+
+
+NETWORKS = {
+    "out of place": resnet,
+    "in place": lambda: resnet(inplace=True),
+    "before blocks": lambda: resnet(place="block"),
+    "pooled": pooled,
+    "non-local": lambda: resnet(non_local="dot_product"),
+    "fused": fused,
+    "TSAM": tsam,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fx_traces(name):
+    net = NETWORKS[name]()
+    x = torch.randn(8, 3, 32, 32)
+    traced = torch.fx.symbolic_trace(net)
+    torch.testing.assert_close(traced(x), net(x), rtol=1e-5, atol=1e-5)
+    traced.recompile()
+    compile(traced.code, "traced", "exec")
+
+
+def test_fx_traces_clips_and_tokens():
+    model = tsm_jit.VideoModel(resnet()).eval()
+    clips = torch.randn(2, 4, 3, 32, 32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(clips), model(clips))
+    tokens = tsm_jit.TokenShift(nn.Linear(8, 4), 4)
+    x = torch.randn(8, 5, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(tokens)(x), tokens(x), rtol=0, atol=0)
+
+
+def test_the_functions_are_leaves_of_an_fx_graph():
+    def both(x):
+        return tsm_jit.shift_groups(tsm_jit.temporal_shift(x, 4), 4, [(2, 1)], padding="keep")
+
+    traced = torch.fx.symbolic_trace(both)
+    assert {node.target for node in traced.graph.nodes} >= {tsm_jit.temporal_shift, tsm_jit.shift_groups}
+    x = torch.randn(8, 16)
+    torch.testing.assert_close(traced(x), both(x), rtol=0, atol=0)
+
+
+def test_feature_extractors():
+    net = resnet()
+    x = torch.randn(8, 3, 32, 32)
+    features = create_feature_extractor(net, ["layer2"])(x)["layer2"]
+    stages = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2)
+    torch.testing.assert_close(features, stages(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "keep", "replicate", "circular"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_exported_programs_decompose_to_aten(padding, dynamic):
+    class Shift(nn.Module):
+        def forward(self, x):
+            return tsm_jit.shift_groups(x, 4, [(3, 1), (2, -2)], padding=padding, n_segment_shifted=3)
+
+    x = torch.randn(8, 7, 2, 3)
+    shapes = ({0: 4 * Dim("clips", min=2, max=9)},) if dynamic else None
+    program = export(Shift(), (x,), dynamic_shapes=shapes)
+    assert any("tsm_jit" in str(node.target) for node in program.graph.nodes)  # for AOTInductor
+    decomposed = program.run_decompositions()
+    assert not any("tsm_jit" in str(node.target) for node in decomposed.graph.nodes)
+    for clips in (2, 5) if dynamic else (2,):
+        x = torch.randn(4 * clips, 7, 2, 3)
+        torch.testing.assert_close(decomposed.module()(x), Shift()(x), rtol=0, atol=0)
+
+
+def test_onnx_of_an_exported_program():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net = resnet(inplace=True)
+    x = torch.randn(8, 3, 32, 32)
+    program = torch.onnx.export(export(net, (x,)), (), dynamo=True)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    (scores,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17])
+def test_onnx_by_tracing(opset):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, file = resnet(inplace=True), io.BytesIO()
+    x = torch.randn(8, 3, 32, 32)
+    axes = {"x": {0: "frames"}}
+    torch.onnx.export(net, (x,), file, opset_version=opset, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    x = torch.randn(12, 3, 32, 32)
+    (scores,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), net(x), rtol=1e-4, atol=1e-4)
+
+
+class Step(nn.Module):
+    """A stream with explicit state."""
+
+    def __init__(self, stream: nn.Module):
+        super().__init__()
+        self.stream = stream
+
+    def forward(self, frame, *state):
+        scores, new = self.stream(frame, list(state))
+        return (scores, *new)
+
+
+@pytest.mark.parametrize("how", ["jit.trace", "export"])
+def test_streams_before_their_first_frame(how):
+    stream = tsm_jit.online.convert(resnet(direction="past"))
+    assert not hasattr(stream, "state")
+    frame = torch.randn(1, 3, 32, 32)
+    step, inputs = Step(stream).eval(), (frame, *stream.initial_state(frame))
+    graph = torch.jit.trace(step, inputs) if how == "jit.trace" else export(step, inputs).module()
+    for ours, expected in zip(graph(*inputs), step(*inputs), strict=True):
+        torch.testing.assert_close(ours, expected)
+    with pytest.raises(ValueError, match="state must not be read before the first frame"):
+        stream.state  # noqa: B018
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_batched_gradients(device, inplace):
+    shift = tsm_jit.TemporalShift(nn.Conv2d(16, 4, 1), 8, inplace=inplace).to(device)
+    x = torch.randn(8, 16, 4, 4, device=device, requires_grad=True)
+    y = shift(x)
+    grads = torch.randn(3, *y.shape, device=device)
+    (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+    for ours, grad in zip(batched, grads, strict=True):
+        torch.testing.assert_close(ours, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+
+
+def test_batched_gradients_of_fused_networks_are_refused():
+    net = fused().train()
+    x = torch.randn(8, 3, 32, 32, requires_grad=True)
+    y = net(x)
+    with pytest.raises(RuntimeError, match="is_grads_batched must be False"):
+        torch.autograd.grad(y, x, torch.randn(2, *y.shape), is_grads_batched=True)
+
+
+def test_a_network_that_should_pool_and_does_not_is_an_error():
+    net = torchvision.models.resnet18(num_classes=3).eval()
+    tsm_jit.make_temporal_shift(net, 8, temporal_pool=True)
+    x = torch.randn(16, 3, 32, 32)
+    with pytest.raises(ValueError, match="make_temporal_pool"):
+        copy.deepcopy(net)(x)
+    tsm_jit.make_temporal_pool(net, 8)
+    assert net(x).shape == (8, 3)
+    assert not net._forward_pre_hooks
+    other = torchvision.models.resnet18()
+    tsm_jit.make_temporal_shift(other, 8, temporal_pool=True)
+    tsm_jit.remove_temporal_shift(other)
+    assert not other._forward_pre_hooks

@@ -1,0 +1,133 @@
+"""Activation checkpointing: a recomputation has the clip length of its forward, or an error says that they differ."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+import tsm_jit
+
+KINDS = pytest.mark.parametrize("reentrant", [False, True])
+
+
+def module(inplace: bool = False) -> nn.Module:
+    return tsm_jit.TemporalShift(nn.Conv2d(16, 4, 1), 8, inplace=inplace).double()
+
+
+def resnet(fused: bool, device) -> nn.Module:
+    net = torchvision.models.resnet18(num_classes=3).double().to(device, memory_format=torch.channels_last)
+    tsm_jit.make_temporal_shift(net, 8, inplace=True)
+    if fused:
+        tsm_jit.residual.fuse(net)
+    return net.eval()
+
+
+def frames(net: nn.Module, device) -> torch.Tensor:
+    shape = (8, 16, 4, 4) if isinstance(net, tsm_jit.TemporalShift) else (8, 3, 32, 32)
+    x = torch.randn(shape, dtype=torch.float64, device=device)
+    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+MAKERS = {
+    "out of place": lambda device: module().to(device),
+    "in place": lambda device: module(True).to(device),
+    "network": functools.partial(resnet, False),
+    "fused": functools.partial(resnet, True),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("name", MAKERS)
+def test_another_clip_length_in_the_backward_is_an_error(device, name, reentrant):
+    net = MAKERS[name](device)
+    x = frames(net, device)
+    net(x)  # forwards with other lengths, before and without a backward, change nothing
+    with tsm_jit.n_segment(net, 4):
+        y = checkpoint(net, x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match=r"n_segment must be the clip length of the forward .* got 8 .* 4"):
+        y.sum().backward()
+
+
+@KINDS
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_backward_within_the_context_is_exact(device, name, reentrant):
+    net = MAKERS[name](device)
+    x = frames(net, device)
+    grads = []
+    for wrap in (lambda net, x: net(x), functools.partial(checkpoint, use_reentrant=reentrant)):
+        with tsm_jit.n_segment(net, 4):
+            found = torch.autograd.grad if not reentrant else _by_backward
+            grads.append(found(wrap(net, x).square().sum(), [x, *net.parameters()]))
+        wrap(net, x).sum().backward()  # another length, after the backward
+        net.zero_grad()
+        x.grad = None
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def _by_backward(loss: torch.Tensor, tensors: list) -> list:
+    loss.backward()  # reentrant checkpoints do not support torch.autograd.grad
+    return [tensor.grad.clone() for tensor in tensors]
+
+
+def test_two_lengths_in_one_backward_are_an_error(device):
+    net = module().to(device)
+    x = frames(net, device)
+    with tsm_jit.n_segment(net, 4):
+        first = checkpoint(net, x, use_reentrant=False)
+    second = checkpoint(net, x, use_reentrant=False)
+    with pytest.raises((CheckpointError, RuntimeError), match=r"different metadata|n_segment must be"):
+        (first + second).sum().backward()
+
+
+def test_reentrant_forwards_of_two_lengths_are_an_error(device):
+    net = module().to(device).train()
+    x = frames(net, device)
+    with tsm_jit.n_segment(net, 4):
+        first = checkpoint(net, x, use_reentrant=True)
+    second = checkpoint(net, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="n_segment must be"):
+        (first + second).sum().backward()
+
+
+def test_without_recomputation_the_length_may_change_before_the_backward(device):
+    for inplace in (False, True):
+        net = module(inplace).to(device)
+        x = frames(net, device)
+        with tsm_jit.n_segment(net, 4):
+            expected = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
+            loss = net(x).square().sum()
+        for ours, other in zip(torch.autograd.grad(loss, [x, *net.parameters()]), expected, strict=True):
+            torch.testing.assert_close(ours, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hooks", ["save_on_cpu", "identity"])
+def test_saved_tensor_hooks(device, hooks):
+    net = resnet(False, device)
+    x = frames(net, device)
+    expected = torch.autograd.grad(net(x).sum(), x)[0]
+    kinds = {
+        "save_on_cpu": torch.autograd.graph.save_on_cpu(),
+        "identity": torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    }
+    with kinds[hooks], tsm_jit.n_segment(net, 8):
+        y = net(x).sum()
+    torch.testing.assert_close(torch.autograd.grad(y, x)[0], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_modules_without_attributes_of_later_versions_take_their_defaults():
+    shift = module()
+    expected = copy.deepcopy(shift)
+    for name in ("direction", "inplace"):
+        del shift.__dict__[name]
+    x = torch.randn(8, 16, 4, 4, dtype=torch.float64)
+    assert torch.equal(shift(x), expected(x))
+    tokens = tsm_jit.TokenShift(nn.Linear(8, 8), 4)
+    expected = copy.deepcopy(tokens)
+    del tokens.__dict__["num_prefix_tokens"]
+    x = torch.randn(8, 5, 8)
+    assert torch.equal(tokens(x), expected(x))
