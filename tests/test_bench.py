@@ -40,7 +40,7 @@ def test_every_peer_is_checked_and_a_wrong_one_is_not_timed(monkeypatch, tmp_pat
             bench.check(operation, name, call, x, SHAPE.shift(depth))
     monkeypatch.setattr(peers, "split_cat", lambda x, shift: x * 1)
     assert cli.main(["bench", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 1
-    assert "forward of split and cat is not what the oracle computes" in capsys.readouterr().err
+    assert "forward of split and cat differs from the reference" in capsys.readouterr().err
 
 
 def test_quick(tmp_path):
@@ -108,7 +108,7 @@ def test_report_of_an_earlier_run(tmp_path, capsys):
 @pytest.mark.parametrize("shape", ["", "1,2,3", "1,8,16,2,2,4,4", "1,8,x,2,2", "1,8,16,0,2", "1,8,16,2,2,1"])
 def test_wrong_shapes(shape, capsys):
     assert cli.main(["bench", "--shape", shape]) == 2
-    assert "a shape is B,T,C,H,W or B,T,C,H,W,DIV" in capsys.readouterr().err
+    assert "a shape must be B,T,C,H,W or B,T,C,H,W,DIV" in capsys.readouterr().err
 
 
 def test_streams(device, monkeypatch):
@@ -122,7 +122,7 @@ def test_streams(device, monkeypatch):
     assert [(row["streams"], row["who"]) for row in found] == [(s, name) for s in (1, 8) for name in names]
     assert all(0 < row["median_milliseconds"] <= row["p99_milliseconds"] for row in found)
     assert {row["state_mebibytes"] is None for row in found if row["who"].startswith("online")} == {False}
-    monkeypatch.setattr(online.OnlineNetwork, "_keep", lambda self, state: None)  # it forgets
+    monkeypatch.setattr(online.OnlineNetwork, "_store", lambda self, state: None)  # it forgets
     with pytest.raises(bench.Mismatch, match="online: 1 streams do not have the scores of their clips"):
         list(streams.rows(torch.device("cpu"), 2, make, size=32))
 

@@ -102,10 +102,10 @@ def test_in_other_places():
     assert [module.nl.g[0].in_channels for module in wrapped] == [128, 256]
     plain = torchvision.models.resnet18()
     make_non_local(plain, 8, sub_sample=False)
-    with pytest.raises(ValueError, match=r"model must hold no other temporal module than .* got .*NL3DWrapper"):
+    with pytest.raises(ValueError, match=r"model must have no temporal modules except .* got .*NL3DWrapper"):
         tsm_jit.online.convert(plain)
     assert "layer2.0.nl.g.weight" in plain.state_dict()
-    with pytest.raises(ValueError, match="net must not hold non-local blocks already"):
+    with pytest.raises(ValueError, match="net must not have non-local blocks yet"):
         make_non_local(plain, 8)
     assert plain(torch.randn(8, 3, 32, 32)).shape == (8, 1000)
     with pytest.raises(ValueError, match=r"n_segment must divide the frames of x, got 8 for \[9, 128, 4, 4\]"):

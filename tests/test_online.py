@@ -74,7 +74,9 @@ def test_reset_of_some_streams():
     with tsm_jit.n_segment(net, FRAMES - 2):
         assert_close(out[::2], offline(net, x[::2, 2:])[:, 0])
     for mask in (torch.ones(2, dtype=torch.bool), torch.ones(STREAMS), torch.tensor(True)):
-        with pytest.raises(ValueError, match=f"mask must be of torch.bool, one for each of {STREAMS} streams, got"):
+        with pytest.raises(
+            ValueError, match=f"mask must be torch.bool with one value for each of {STREAMS} streams, got"
+        ):
             stream.reset(mask)
     with pytest.raises(TypeError, match="mask must be a tensor, got list"):
         stream.reset([True])
@@ -172,9 +174,9 @@ def test_each_shift_is_called_once_a_frame():
     for model in (nn.Sequential(shift, nn.ReLU(), shift), nested):
         stream = online.convert(model)
         assert_close(torch.cat([stream(frame[None]) for frame in x]), model(x))
-    with pytest.raises(ValueError, match="model must call each shift once a frame, got a second call at 'shift'"):
+    with pytest.raises(ValueError, match="model must call each shift once per frame, got a second call at 'shift'"):
         online.convert(Twice(shift))(x)
-    with pytest.raises(ValueError, match="model must call each shift once a frame, got no call at 'shift'"):
+    with pytest.raises(ValueError, match="model must call each shift once per frame, got no call at 'shift'"):
         online.convert(Never(shift))(x)
     with pytest.raises(ValueError, match=re.escape("frames must be [S, C, H, W], got [1, 5, 8, 2, 2] at ''")):
         online.convert(shift)(x[None])
@@ -199,8 +201,9 @@ def test_frames_that_do_not_fit_the_state():
         stream = online.convert(stream_net)
         stream(x[:, 0])
         message = (
-            "frames must be of the streams, the size and the dtype that the state is of, got a fold of [2, 8, 8, 12] "
-            "torch.float64 at 'layer1.0.conv1', where the state is [3, 8, 8, 12] torch.float64; reset() begins anew"
+            "frames must match the state in the number of streams, size and dtype, got a fold of [2, 8, 8, 12] "
+            "torch.float64 at 'layer1.0.conv1', where the state is [3, 8, 8, 12] torch.float64: reset() starts new "
+            "streams"
         )
         with pytest.raises(ValueError, match=re.escape(message)):
             stream(x[:2, 1])
@@ -220,8 +223,8 @@ def test_what_cannot_run_on_a_stream():
     for model, kind, message in (
         (both, ValueError, "got direction='both' at 'layer1.0.conv1': convert and train with direction='past'"),
         (pooled, ValueError, "got tsm_jit.modules.tsm.TemporalPool at 'layer2'"),
-        (tsam, ValueError, "got tsm_jit.tsam.TemporalShift at"),
-        (torchvision.models.resnet18(), ValueError, "model must hold temporal shifts, got ResNet"),
+        (tsam, ValueError, "got tsm_jit.modules.tsam.TemporalShift at"),
+        (torchvision.models.resnet18(), ValueError, "model must have temporal shifts, got ResNet"),
         (tsm_jit.VideoModel(both), ValueError, "got a VideoModel at '': convert its backbone"),
         (None, TypeError, "model must be a torch.nn.Module, got NoneType"),
     ):

@@ -1427,7 +1427,7 @@ def test_hooks_see_what_they_saw_before(places):
     [
         (lambda: 3, TypeError, "net must be a ResNet"),
         (lambda: torchvision.models.vgg11(), TypeError, "net must be a ResNet"),
-        (lambda: small(BasicBlock), ValueError, "net must hold temporal shifts to be fused"),
+        (lambda: small(BasicBlock), ValueError, "net must have temporal shifts to be fused"),
         (lambda: tsm(small(BasicBlock), place="block"), ValueError, "is not a supported block"),
     ],
 )

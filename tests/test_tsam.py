@@ -114,17 +114,17 @@ def test_what_cannot_be_converted():
         tsam.TemporalShift(nn.Identity(), 8, 8, 1, 1)
     net = torchvision.models.resnet18()
     net.layer1[0] = tsam.TemporalShift(net.layer1[0], 8, 8, 8, 1)
-    with pytest.raises(ValueError, match="must not hold temporal shifts already"):
+    with pytest.raises(ValueError, match="must not have temporal shifts yet"):
         tsam.make_Shift(net, 8, 8, 8, 1, 1, 0)
     with pytest.raises(TypeError, match="net must be a ResNet with stages layer1 to layer4"):
         tsam.make_Shift(torchvision.models.mobilenet_v2(), 8, 8, 8, 1, 1, 0)
     net = torchvision.models.resnet18()
     tsm_jit.make_temporal_shift(net, 8)
-    with pytest.raises(ValueError, match="must not hold temporal shifts already"):
+    with pytest.raises(ValueError, match="must not have temporal shifts yet"):
         tsam.make_Shift(net, 8, 8, 8, 1, 1, 0)
     net = torchvision.models.resnet18()
     tsam.make_Shift(net, 8, 8, 8, 1, 1, 0)
-    with pytest.raises(ValueError, match="must not hold temporal shifts already"):
+    with pytest.raises(ValueError, match="must not have temporal shifts yet"):
         tsm_jit.make_temporal_shift(net, 8)
 
 
@@ -134,5 +134,7 @@ def test_another_clip_length_has_as_many_segments_of_sound():
     with tsm_jit.n_segment(net, 17):
         assert {(b.conv1.n_segment, b.conv1.n_segment_shifted) for b in net.layer3} == {(17, 16)}
     assert {(b.conv1.n_segment, b.conv1.n_segment_shifted) for b in net.layer3} == {(9, 8)}
-    with pytest.raises(ValueError, match="n_segment must be more than 1, the segments that never shift, got 1"):
+    with pytest.raises(
+        ValueError, match="n_segment must be more than 1, the number of segments that are not shifted, got 1"
+    ):
         tsm_jit.n_segment(net, 1)

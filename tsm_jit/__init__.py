@@ -1,4 +1,16 @@
-"""Temporal shift for PyTorch, the operator of TSM and TSAM: bit-exact, in place, with CUDA and CPU kernels."""
+"""Temporal shift for PyTorch, the operator of TSM and TSAM: bit-exact, in place, with CUDA and CPU kernels.
+
+Papers: TSM, arXiv:1811.08383; TSAM, https://github.com/aav-antonov/TSAM.
+
+Example::
+
+    import torch, torchvision, tsm_jit
+
+    y = tsm_jit.temporal_shift(torch.randn(2 * 8, 64, 56, 56), n_segment=8)
+
+    net = torchvision.models.resnet50()
+    tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
+"""
 
 __version__ = "0.1.0"
 

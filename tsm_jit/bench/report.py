@@ -1,4 +1,4 @@
-"""What a run of the benchmark leaves: tables while it works, JSON, plots."""
+"""Writes the results of the benchmark: tables during the run, JSON and plots."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _COLUMNS = {
     ),
 }  # fmt: skip
 _TITLES = {
-    "calls": "one call on the host, 8 frames of 64 channels of 2x2",
-    "peers": "each call alone, on CUDA with cold caches; of_copy: of the bandwidth of a copy of the tensor",
-    "floor": "many in a row: microseconds, and of what a copy of as many bytes reaches",
-    "sweep": "from small to large, float32 NCHW TSM: microseconds, and of what a copy of as many bytes reaches",
-    "online": "a frame of a TSM-ResNet-50, 224x224 float32: from its arrival on the device to its scores there",
-    "network": "networks on 8 frames of 224x224 (TSAM: 8 and a segment of sound), channels_last: a step of SGD under "
-    "autocast to bfloat16; inference in bfloat16, a CUDA graph",
+    "calls": "CPU overhead of one call, 8 frames of 64 channels of 2x2",
+    "peers": "single calls, on CUDA with cold caches; of_copy: relative to the bandwidth of a copy of the tensor",
+    "floor": "many calls in a row: microseconds, and % of the bandwidth of a copy of the same number of bytes",
+    "sweep": "sizes from small to large, float32 NCHW TSM: microseconds, and % of the bandwidth of a copy",
+    "online": "one frame of a TSM-ResNet-50, 224x224 float32: latency from the frame to its scores on the device",
+    "network": "networks on 8 frames of 224x224 (TSAM: and a segment of audio), channels_last. Training: a step of SGD "
+    "under autocast to bfloat16. Inference: bfloat16 in a CUDA graph",
 }
 
 
 class Progress:
-    """Prints each row under a bar that says what is being measured."""
+    """Prints each row, and a progress bar with the name of the current measurement."""
 
     def __init__(self, environment: Row):
         self._bar = tqdm(unit="row", leave=False)
@@ -56,7 +56,7 @@ class Progress:
         self._bar.close()
 
     def section(self, name: str) -> Callable[[list[Row]], None]:
-        """Starts a table; the function it returns prints rows of it."""
+        """Starts a table. Returns a function that prints its rows."""
         self._bar.write("")
         self._bar.write(_TITLES[name])
         columns = _COLUMNS[name]
@@ -91,23 +91,23 @@ def _cell(column: str, value: Any) -> str:
 
 
 def write(results: Row, folder: Path) -> str:
-    """``bench.json``, or ``network.json``; returns its name."""
+    """Writes ``bench.json`` or ``network.json``. Returns the file name."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "network.json" if "network" in results else "bench.json"
-    partial = folder / f"{name}.partial"  # an interrupt leaves what was there before
+    partial = folder / f"{name}.partial"  # an interrupted write leaves the earlier file intact
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(folder / name)
     return name
 
 
 def save(results: Row, folder: Path) -> None:
-    """That, and the plots."""
+    """Writes the JSON file and the plots."""
     names = [write(results, folder), *draw(results, folder)]
     sys.stdout.write(f"\nwritten to {folder}: {', '.join(names)}\n")
 
 
 def draw(results: Row, folder: Path) -> list[str]:
-    """A PNG for every part that is a curve or bars; returns their names."""
+    """Draws a PNG file for every plot. Returns the file names."""
     written = []
     for name, plot in (("sweep", draw_sweep), ("peers", draw_peers), ("network", draw_network)):
         if results.get(name):
@@ -117,7 +117,7 @@ def draw(results: Row, folder: Path) -> list[str]:
 
 
 def markdown(results: Row) -> str:
-    """What the README says of a full run on a GPU: its tables. Raises ValueError or KeyError for other runs."""
+    """Returns the tables of the README for a full run on a GPU. Raises ValueError or KeyError for other runs."""
     about = results["environment"]
     if about["driver"] is None:
         raise ValueError("it ran on the CPU")
@@ -138,7 +138,7 @@ def markdown(results: Row) -> str:
     for shape in dict.fromkeys(row["shape"] for row in peers):
         lines.append(f"| {shape} | " + " | ".join(f"{times[shape, column]:.3f}" for column in columns) + " |")
 
-    # A clip's length at a time: rows of other shapes say something else, and stand in the JSON.
+    # The README has rows for several clip lengths. The JSON also has other shapes.
     floor = [row for row in results["floor"] if row["depth"] == 0 and "256, 56, 56" in row["shape"]]
     if not floor:
         raise ValueError("it has no row of 256 channels of 56x56")
@@ -180,10 +180,12 @@ def _network_markdown(rows: list[Row], title: str) -> str:
     lines[0] += " memory, MiB and times as much:"
     lines.append("| | no shift | " + " | ".join(others) + " |")
     lines.append("| --- |" + " --- |" * len(names))
-    for case, found in _by_case(rows).items():
-        plain = found["no shift"]
+    for case, variants in _by_case(rows).items():
+        plain = variants["no shift"]
         cells = [f"{plain['milliseconds']:.2f} ms ({plain['peak_mebibytes']:.0f} MiB)"]
-        cells += [f"{found[name]['of_no_shift']:.2f} ({found[name]['of_no_shift_memory']:.2f})" for name in others]
+        cells += [
+            f"{variants[name]['of_no_shift']:.2f} ({variants[name]['of_no_shift_memory']:.2f})" for name in others
+        ]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -198,18 +200,18 @@ def _by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
 
 
 def draw_network(rows: list[Row], environment: Row) -> Figure:
-    """Bars of milliseconds relative to the network without shift."""
+    """Draws bars of the time relative to the network without shift."""
     cases = _by_case(rows)
     names = list(dict.fromkeys(row["who"] for row in rows))
     figure = Figure(figsize=(11, 0.7 * len(cases) + 1.5), layout="constrained")
     axis = figure.subplots()
     for k, name in enumerate(names):
         places = [i + k / (len(names) + 1) for i in range(len(cases))]
-        widths = [found[name]["of_no_shift"] for found in cases.values()]
+        widths = [variants[name]["of_no_shift"] for variants in cases.values()]
         bars = axis.barh(places, widths, height=1 / (len(names) + 1), align="edge", label=name)
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axis.axvline(1, color="gray", linewidth=0.8)
-    axis.set(xlabel="time, of the network without shift", yticks=[i + 0.4 for i in range(len(cases))])
+    axis.set(xlabel="time relative to the network without shift", yticks=[i + 0.4 for i in range(len(cases))])
     axis.set(yticklabels=list(cases), ylim=(len(cases), -0.2))
     axis.legend(ncols=len(names), loc="upper right", fontsize=8)
     figure.suptitle(f"ResNets with temporal shift, on {environment['device']}")
@@ -217,7 +219,7 @@ def draw_network(rows: list[Row], environment: Row) -> Figure:
 
 
 def draw_sweep(rows: list[Row], environment: Row) -> Figure:
-    """GB/s and % of the floor against the size of the tensor."""
+    """Draws GB/s and % of the bandwidth of a copy against the size of the tensor."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     rate, part = figure.subplots(1, 2)
     sizes = [row["mebibytes"] for row in rows]
@@ -225,8 +227,8 @@ def draw_sweep(rows: list[Row], environment: Row) -> Figure:
         rate.plot(sizes, [row[operation]["gigabytes_per_second"] for row in rows], marker="o", label=operation)
         part.plot(sizes, [100 * row[operation]["of_floor"] for row in rows], marker="o", label=operation)
     part.axhline(100, color="gray", linewidth=0.8)
-    rate.set(ylabel="GB/s that had to be moved")
-    part.set(ylabel="% of a copy of as many bytes", ylim=(0, None))
+    rate.set(ylabel="GB/s")
+    part.set(ylabel="% of the bandwidth of a copy", ylim=(0, None))
     for axis in (rate, part):
         axis.set(xscale="log", xlabel="tensor, MiB")
         axis.grid(alpha=0.3)
@@ -236,16 +238,16 @@ def draw_sweep(rows: list[Row], environment: Row) -> Figure:
 
 
 def draw_peers(rows: list[Row], environment: Row) -> Figure:
-    """Bars of milliseconds, each shape and operation relative to the family's own implementation."""
+    """Draws bars of the speed of each shape and operation relative to eager PyTorch."""
     keys = ("dtype", "layout", "depth")
     rows = [row for row in rows if all(row[key] == rows[0][key] for key in keys)]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure = Figure(figsize=(2.2 * len(shapes) + 5, 7), layout="constrained")
     for axis, operation in zip(figure.subplots(2, 1), ("forward", "backward"), strict=True):
-        chosen = [row for row in rows if row["operation"] == operation]
-        names = list(dict.fromkeys(row["who"] for row in chosen))
+        selected = [row for row in rows if row["operation"] == operation]
+        names = list(dict.fromkeys(row["who"] for row in selected))
         for k, name in enumerate(names):
-            times = {row["shape"]: row["against_eager"] for row in chosen if row["who"] == name}
+            times = {row["shape"]: row["against_eager"] for row in selected if row["who"] == name}
             places = [i + (k - len(names) / 2) / (len(names) + 1) for i in range(len(shapes))]
             heights = [times.get(shape, 0) for shape in shapes]
             axis.bar(places, heights, width=1 / (len(names) + 1), align="edge", label=name)

@@ -1,4 +1,4 @@
-"""A network on a stream: the latency of a frame and memory, against clips run again and the network without shift."""
+"""Times a streaming network: latency of a frame and memory, compared with whole clips and no shift."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIP = 8
 def rows(
     device: torch.device, frames: int, make: Callable[[], nn.Module] = torchvision.models.resnet50, size: int = 224
 ) -> Iterator[list[Row]]:
-    """For 1 stream and for 8: every way to get the scores of the next frame, over so many frames."""
+    """Yields, for 1 and 8 streams, the latency of each method to compute the scores of the next frame."""
     plain = make().eval().to(device)
     net = copy.deepcopy(plain)
     make_temporal_shift(net, CLIP, direction="past")
@@ -37,23 +37,23 @@ def _rows(plain: nn.Module, net: nn.Module, video: Tensor, frames: int) -> list[
     clips = video.transpose(0, 1).flatten(0, 1)
     offline = net(clips).unflatten(0, (streams, CLIP)).transpose(0, 1)
     stream = online.convert(net)
-    ways: dict[str, Callable[[Tensor], Tensor]] = {"without shift": plain, "online": stream}
+    methods: dict[str, Callable[[Tensor], Tensor]] = {"without shift": plain, "online": stream}
     if device.type == "cuda":
-        ways["online, CUDA graph"] = captured(online.convert(net), video[0])
-    for name, way in ways.items():
-        if way is plain:
+        methods["online, CUDA graph"] = captured(online.convert(net), video[0])
+    for name, method in methods.items():
+        if method is plain:
             continue
-        actual = torch.stack([way(frame).clone() for frame in video])
+        actual = torch.stack([method(frame).clone() for frame in video])
         if (actual - offline).abs().max() > 1e-2 * offline.abs().max():  # convolutions may run in TF32
             raise Mismatch(f"{name}: {streams} streams do not have the scores of their clips")
-    ways[f"the last {CLIP} frames again"] = lambda frame: net(clips)
+    methods[f"the last {CLIP} frames again"] = lambda frame: net(clips)
     state = mebibytes(sum(each.numel() * each.element_size() for each in stream.state))
-    found = []
-    for name, way in ways.items():
-        times = sorted(_latencies(way, video, frames))
-        # A graph holds its memory all the time, and a replay allocates nothing.
-        peak = None if name.endswith("graph") else timing.peak_bytes(functools.partial(way, video[0]), device)
-        found.append(
+    results = []
+    for name, method in methods.items():
+        times = sorted(_latencies(method, video, frames))
+        # Unknown for a CUDA graph: it owns its memory permanently, and a replay allocates nothing.
+        peak = None if name.endswith("graph") else timing.peak_bytes(functools.partial(method, video[0]), device)
+        results.append(
             {
                 "streams": streams,
                 "who": name,
@@ -63,11 +63,11 @@ def _rows(plain: nn.Module, net: nn.Module, video: Tensor, frames: int) -> list[
                 "peak_mebibytes": mebibytes(peak),
             }
         )
-    return found
+    return results
 
 
 def captured(stream: online.OnlineNetwork, first: Tensor) -> Callable[[Tensor], Tensor]:
-    """The stream as a CUDA graph, at its beginning: the state lies still, so that the graph goes on from it."""
+    """Captures a stream as a CUDA graph. It can, since the memory of the state stays in place."""
     frame = first.clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -88,11 +88,11 @@ def captured(stream: online.OnlineNetwork, first: Tensor) -> Callable[[Tensor], 
     return run
 
 
-def _latencies(way: Callable[[Tensor], Tensor], video: Tensor, frames: int) -> Iterator[float]:
-    """Seconds from a frame on the device to its scores there; the first are the warm-up."""
+def _latencies(method: Callable[[Tensor], Tensor], video: Tensor, frames: int) -> Iterator[float]:
+    """Yields the seconds from a frame on the device to its scores there, without the warm-up."""
     for k in range(frames + 3):
         begin = time.perf_counter()
-        way(video[k % len(video)])
+        method(video[k % len(video)])
         if video.is_cuda:
             torch.cuda.synchronize()
         if k >= 3:

@@ -1,4 +1,4 @@
-"""Clocks: what one call takes on the device, on the host, and how much memory."""
+"""Measures time on the device, CPU overhead and memory of a call."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ _FLUSH_BYTES = 256 * 2**20  # more than the L2 of any GPU
 def medians(
     calls: dict[Name, Call], device: torch.device, prepare: Call, repeats: int, seconds: float
 ) -> dict[Name, float]:
-    """Median seconds of each call, in shuffled order, with cold caches on CUDA; fewer repeats where they take long.
+    """Returns the median seconds of each call, in shuffled order, on CUDA with cold caches.
 
-    ``prepare`` runs before each: it fills anew what calls in place have changed.
-
-    A launch of a few microseconds is timed with the gap that comes before it: see :func:`in_a_row`.
+    ``prepare`` runs before each call and restores buffers that in-place calls change. The loop ends early after
+    ``seconds`` per call. Times of a few microseconds include the gap before the launch: see :func:`in_a_row`.
     """
     times: dict[Name, list[float]] = {name: [] for name in calls}
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
@@ -59,16 +58,16 @@ def _elapsed(call: Call, device: torch.device) -> float:
 
 
 def in_a_row(calls: Sequence[Call], device: torch.device, prepare: Call, repeats: int = 7) -> float:
-    """Median seconds of one call among many in a row, each on a buffer of its own; ``prepare`` fills the buffers anew.
+    """Returns the median seconds of one call among many in a row, each on a separate buffer.
 
-    On CUDA they are a graph, so that no launch gap counts, and where the buffers together exceed the L2 cache, no warm
-    cache either. What the start of a graph takes is the same for one that makes every call three times: it cancels.
+    ``prepare`` restores the buffers. On CUDA the calls are a CUDA graph, so launch gaps do not count. If the buffers
+    exceed the L2 cache, caches are cold. A second graph runs every call three times, so the start of the graph cancels.
     """
 
     def work(rounds: int) -> None:
         for _ in range(rounds):
-            kept = [call() for call in calls]  # so that results do not share one piece of memory
-            del kept
+            results = [call() for call in calls]  # keeps all results, so that they do not share memory
+            del results
 
     def median(run: Call) -> float:
         times = []
@@ -97,7 +96,7 @@ def in_a_row(calls: Sequence[Call], device: torch.device, prepare: Call, repeats
 
 
 def host_seconds(call: Call, calls: int = 2000, repeats: int = 9) -> float:
-    """What the host spends on one call, the best of several rounds: for tensors so small that the work is nothing."""
+    """Returns the CPU seconds of one call, the best of several rounds. It is for very small tensors."""
     for _ in range(100):
         call()
     best = float("inf")
@@ -112,7 +111,7 @@ def host_seconds(call: Call, calls: int = 2000, repeats: int = 9) -> float:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """The most memory allocated during one call beyond what was there before; None where nobody counts."""
+    """Returns the peak memory of one call in bytes, above the memory before it. None if unknown, as on CPUs."""
     if device.type != "cuda":
         return None
     call()
@@ -125,7 +124,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The size of the last cache before memory."""
+    """Returns the size of the last-level cache in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

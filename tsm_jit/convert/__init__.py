@@ -1,1 +1,1 @@
-"""Network surgery and checkpoints, for the architectures of ``architectures.py``."""
+"""Network surgery and checkpoint conversion for the architectures in ``architectures.py``."""

@@ -1,7 +1,7 @@
-"""The one table of network architectures: where their residual blocks are, and what is known of these blocks.
+"""The table of network architectures, with the names of their residual blocks and layers.
 
-Surgery, ``residual.fuse`` and checkpoints read it. To add a network is to add an entry. Modules are found by name, so
-torchvision and timm need not be installed.
+Network surgery, ``residual.fuse`` and checkpoint conversion read it. To support another network, add an entry. The
+table identifies modules by name, so torchvision and timm are not required.
 """
 
 from __future__ import annotations
@@ -17,41 +17,61 @@ from tsm_jit.modules.base import ClipModule
 
 @dataclass(frozen=True)
 class FusableBlock:
-    """A block that computes ``activation(branch(x) + downsample(x))``, or ``x`` itself without a ``downsample``."""
+    """A block that computes ``activation(branch(x) + downsample(x))``, or ``+ x`` without a ``downsample``."""
 
-    branch: tuple[str, ...]  # the modules of the residual branch in the order of the forward; the last one is a norm
-    activation: str  # after the sum
+    branch: tuple[str, ...]  # the modules of the residual branch in forward order; the last one is a norm
+    activation: str  # the module after the sum
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture of one package. All names are of modules without temporal modules around them."""
+    """One architecture of one package. All names are module names of the unconverted network."""
 
     title: str
-    blocks: str  # regular expression for the names of all blocks; its first group, if any, is the stage
-    first: tuple[str, ...]  # where the first layer of a block may be: what TSM shifts ("blockres")
-    head: tuple[str, ...]  # where the last layer of the network may be
-    skips: str | None = None  # inverted residuals: the attribute of a block that is true if the block has a skip branch
+
+    # A regular expression for the names of all blocks. Its first group, if any, is the stage.
+    blocks: str
+
+    # Possible names of the first layer of a block, before which TSM shifts ("blockres").
+    first: tuple[str, ...]
+
+    # Possible names of the last layer of the network.
+    head: tuple[str, ...]
+
+    # For inverted residuals: the attribute of a block that tells whether the block has a skip branch.
+    skips: str | None = None
+
     n_stages: int | None = None
-    tokens: bool = False  # the blocks take tokens [N*T, L, C]
-    base_class: str | None = None  # the name of a class that the network must derive from
-    sparse_from: int | None = None  # TSM shifts every other block if the third stage has so many
-    checkpoint_names: str | None = None  # regular expression for the weights that TSM, TSAM or mmaction2 have as well
-    fusable_blocks: Mapping[str, FusableBlock] = field(default_factory=dict)  # by class
-    stems: Mapping[str, tuple[str, str, str, str]] = field(default_factory=dict)  # of a network class: conv, norm,
-    # activation and pooling before the first block
+
+    # Whether the blocks take tokens [N*T, L, C].
+    tokens: bool = False
+
+    # The name of a required base class of the network.
+    base_class: str | None = None
+
+    # TSM shifts every second block if the third stage has at least this number of blocks.
+    sparse_from: int | None = None
+
+    # A regular expression for the weights that TSM, TSAM or mmaction2 also have.
+    checkpoint_names: str | None = None
+
+    # The blocks that `residual.fuse` supports, by class name.
+    fusable_blocks: Mapping[str, FusableBlock] = field(default_factory=dict)
+
+    # Convolution, norm, activation and pooling before the first block, by class name of the network.
+    stems: Mapping[str, tuple[str, str, str, str]] = field(default_factory=dict)
 
     def every(self, stage_lengths: list[int]) -> int:
-        """TSM shifts every first or every second block (its ``n_round``), by the lengths of the stages."""
+        """Returns TSM's ``n_round`` for these stage lengths: 1 to shift every block, 2 for every second block."""
         return 2 if self.sparse_from is not None and stage_lengths[2] >= self.sparse_from else 1
 
 
 @dataclass(frozen=True)
 class Block:
-    """A residual block of a network."""
+    """A residual block of a network, with module names of the network as it is."""
 
     name: str  # "layer1.0"
-    first: str | None  # its first layer, "layer1.0.conv1"; None if the block is not to be shifted
+    first: str | None  # the first layer, "layer1.0.conv1"; None if TSM does not shift this block
 
 
 RESNET = Architecture(
@@ -116,10 +136,10 @@ HEADS = {head for architecture in ARCHITECTURES for head in architecture.head} |
 
 
 def stages_of(net: nn.Module) -> tuple[Architecture, list[list[Block]]]:
-    """The architecture of ``net`` and the blocks of its stages.
+    """Returns the architecture of ``net`` and the blocks of its stages.
 
     Raises:
-        TypeError: ``net`` is no module, or of no architecture of the table.
+        TypeError: ``net`` is not a module, or its architecture is not in the table.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -129,7 +149,7 @@ def stages_of(net: nn.Module) -> tuple[Architecture, list[list[Block]]]:
         if stages is not None and _is_instance(net, architecture, stages):
             return architecture, stages
     raise TypeError(
-        "net must be of a known architecture: "
+        "net must have a supported architecture: "
         + "; ".join(architecture.title for architecture in ARCHITECTURES)
         + f"; got {type(net).__name__}. For other networks, name the layers: tsm_jit.shift_before(net, "
         "{'name.of.conv': functools.partial(tsm_jit.TemporalShift, n_segment=8), ...})"
@@ -137,10 +157,10 @@ def stages_of(net: nn.Module) -> tuple[Architecture, list[list[Block]]]:
 
 
 def resnet_stages(net: nn.Module) -> list[list[Block]]:
-    """The four stages of a ResNet.
+    """Returns the four stages of a ResNet.
 
     Raises:
-        TypeError: ``net`` is another network.
+        TypeError: ``net`` is not a ResNet.
     """
     try:
         architecture, stages = stages_of(net)
@@ -153,7 +173,7 @@ def resnet_stages(net: nn.Module) -> list[list[Block]]:
 
 
 def _is_instance(net: nn.Module, architecture: Architecture, stages: list[list[Block]]) -> bool:
-    """Other networks share some of the names: HRNet has a ``layer1``, CaiT the blocks of a ViT without class token."""
+    """Excludes other networks with the same names: HRNet has a ``layer1``, CaiT has blocks like those in a ViT."""
     if architecture.n_stages is not None and len(stages) != architecture.n_stages:
         return False
     if architecture.tokens and not hasattr(net, "num_prefix_tokens"):
@@ -164,7 +184,7 @@ def _is_instance(net: nn.Module, architecture: Architecture, stages: list[list[B
 def _unwrapped_modules(
     module: nn.Module, name: str = "", path: str = ""
 ) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
-    """Every module except temporal ones: ``(name without temporal modules, (present name, module))``."""
+    """Yields every module that is not temporal: ``(name in the unconverted network, (current name, module))``."""
     if isinstance(module, ClipModule):
         child, inner = next(module.named_children())
         yield from _unwrapped_modules(inner, name, f"{path}.{child}".lstrip("."))
@@ -185,10 +205,10 @@ def _stages(architecture: Architecture, modules: dict[str, tuple[str, nn.Module]
         candidates = [f"{name}.{first}" for first in architecture.first]
         first = next((each for each in candidates if _is_layer(modules, each)), None)
         if first is None and (architecture.skips is None or (skips and not modules.keys().isdisjoint(candidates))):
-            return None  # a block of another kind
+            return None  # another architecture
         if first is not None and architecture.skips is not None and not (skips and _expands(modules[first][1])):
             first = None
-        # If names do not tell the stage, a block without a skip branch begins a new one.
+        # If the name does not contain the stage, a block without a skip branch starts a new one.
         previous, stage = stage, match[1] if match.re.groups else stage if skips else name
         if not stages or stage != previous:
             stages.append([])
@@ -201,7 +221,7 @@ def _is_layer(modules: dict[str, tuple[str, nn.Module]], name: str) -> bool:
 
 
 def _expands(convolution: nn.Module) -> bool:
-    """Whether the first convolution of an inverted residual widens it."""
+    """Whether the first convolution of an inverted residual increases the number of channels."""
     return (
         isinstance(convolution, nn.Conv2d)
         and convolution.groups == 1

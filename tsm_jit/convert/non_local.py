@@ -1,4 +1,4 @@
-"""The network surgery of TSM's non-local blocks (arXiv:1711.07971)."""
+"""Inserts TSM's non-local blocks into networks (arXiv:1711.07971)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,33 @@ from tsm_jit.modules.non_local import MODES, Mode, NL3DWrapper
 def make_non_local(
     net: nn.Module, n_segment: int, *, sub_sample: bool = True, mode: Mode = "embedded_gaussian"
 ) -> None:
-    """Puts a non-local block behind every other block of ``layer2`` and ``layer3`` of a ResNet, in place, as TSM does.
+    """Inserts a non-local block after every second block of ``layer2`` and ``layer3`` of a ResNet, as TSM does.
+
+    It changes ``net`` in place. Paper: Non-local Neural Networks, arXiv:1711.07971.
 
     Args:
-        net: a ResNet of torchvision or timm, converted or not.
-        n_segment: the clip length in frames in these stages: half that of the input in a network that pools over time.
+        net: a ResNet of torchvision or timm, with or without temporal shifts.
+        n_segment: the clip length in frames in these stages. In a network that pools over time this is half the clip
+            length of the input.
         sub_sample, mode: as in :class:`NONLocalBlock3D`.
 
     Raises:
-        TypeError, ValueError: ``net`` is no ResNet, has such blocks already, or blocks without batch normalisation;
-            ``n_segment`` is no integer from 1 up, or not the clip length that ``net`` is converted for; an unknown
-            ``mode``.
+        TypeError: ``net`` is not a ResNet with batch normalization, or ``n_segment`` is not an integer.
+        ValueError: ``net`` already has non-local blocks; ``n_segment`` is below 1 or differs from the clip length of
+            ``net``; or ``mode`` is unknown.
+
+    Example::
+
+        net = torchvision.models.resnet50()
+        tsm_jit.make_temporal_shift(net, n_segment=8)
+        tsm_jit.non_local.make_non_local(net, n_segment=8)
     """
     stages = resnet_stages(net)
     one_of("mode", mode, MODES)
     n_segment = integer("n_segment", n_segment, 1)
     if any(isinstance(module, NL3DWrapper) for module in net.modules()):
-        raise ValueError("net must not hold non-local blocks already, but it was converted before")
-    pools = any(module.halves for module in net.modules() if isinstance(module, ClipModule))
+        raise ValueError("net must not have non-local blocks yet, got a network that was converted before")
+    pools = any(module.halves_clip for module in net.modules() if isinstance(module, ClipModule))
     check_clip_lengths(net, 2 * n_segment if pools else n_segment, n_segment)
 
     def wrap(block: nn.Module) -> NL3DWrapper:

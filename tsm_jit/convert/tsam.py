@@ -1,4 +1,4 @@
-"""The network surgery of TSAM (https://github.com/aav-antonov/TSAM), under its name."""
+"""Inserts the shifts of TSAM into networks (https://github.com/aav-antonov/TSAM)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ def make_Shift(
     *,
     inplace: bool = False,
 ) -> None:
-    """Puts a :class:`TemporalShift` before ``conv1`` of blocks of a ResNet, in place on the network, as TSAM does.
+    """Inserts a :class:`TemporalShift` before ``conv1`` of residual blocks of a ResNet, in place, as TSAM does.
 
-    In each stage the blocks ``i`` with ``i % n_insert == m_insert`` are shifted. Keys of the state dict become those of
-    TSAM: ``layer1.0.conv1.layer.weight``.
+    In each stage the blocks ``i`` with ``i % n_insert == m_insert`` are shifted. The state dict gets TSAM's keys
+    (https://github.com/aav-antonov/TSAM): ``layer1.0.conv1.layer.weight``.
 
     Args:
-        net: a ResNet with stages ``layer1`` to ``layer4`` of blocks with a ``conv1``: those of torchvision and timm.
+        net: a ResNet of torchvision or timm.
         n_segments, n_segment_shifted, f_div, shift_depth, inplace: as in :class:`TemporalShift`.
-        n_insert: every so many blocks of a stage are shifted, all with 1.
-        m_insert: which of them, ``0..n_insert - 1``.
+        n_insert: the distance between shifted blocks, 1 to shift all blocks.
+        m_insert: the first shifted block of each stage, ``0..n_insert - 1``.
 
     Raises:
-        TypeError: ``net`` has no such stages. ValueError: an argument outside its range; a network that was converted
-            already.
+        TypeError: ``net`` is not a ResNet, or a number is not an integer.
+        ValueError: an argument is outside its range, or ``net`` already has temporal shifts.
+
+    Example::
+
+        net = torchvision.models.resnet50()
+        tsm_jit.tsam.make_Shift(net, 9, 8, f_div=8, shift_depth=2, n_insert=1, m_insert=0)
     """
     stages = resnet_stages(net)
     n_segments = integer("n_segments", n_segments, 1)

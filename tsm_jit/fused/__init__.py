@@ -1,1 +1,1 @@
-"""Residual networks whose stream between blocks stays shifted; the public names are in :mod:`tsm_jit.residual`."""
+"""Fused residual networks with shifted activations. The public names are in :mod:`tsm_jit.residual`."""

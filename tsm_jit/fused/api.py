@@ -1,4 +1,4 @@
-"""``fuse`` and ``unfuse``, and the classes of a fused network."""
+"""``fuse``, ``unfuse`` and the classes of fused networks."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from tsm_jit.modules.base import ShiftedModule, has_hooks, unwrapped
 
 
 def fuse(net: nn.Module) -> None:
-    """Runs a converted ResNet without separate passes for the shift, in place on the network.
+    """Fuses the temporal shifts (TSM, arXiv:1811.08383) of a ResNet into its other kernels, in place.
 
-    Outputs and gradients equal those of the unfused network to rounding. Keys of the state dict stay the same. Between
-    blocks the activations are kept shifted; the same kernels apply the batch normalizations at the end of blocks.
+    The kernel that adds the identity and applies the ReLU also applies the batch normalization and writes shifted
+    activations. So the shift needs no separate pass over memory. Outputs and gradients equal the unfused ones up to
+    rounding. State-dict keys do not change.
 
-    Double backward is not supported. Under ``torch.export``, tracing and ``torch.func`` the network runs unfused. In
-    training on a GPU, dispatch modes such as selective checkpointing see a block as one operator and the cast of its
-    weights as another; compiled, they see the parts.
+    Double backward is not supported. Under ``torch.export``, tracing and ``torch.func`` the network runs unfused. When
+    training on a GPU, a block is one operator for dispatch modes such as selective checkpointing. The cast of its
+    weights is another operator. Compiled networks have separate operators for the layers.
 
     Args:
         net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision or timm, converted by
-            :func:`tsm_jit.make_temporal_shift` with ``place="blockres"`` or by :func:`tsm_jit.tsam.make_Shift`. A
-            subclass with its own forward is fused stage by stage: each stage takes and returns unshifted frames.
+            :func:`tsm_jit.make_temporal_shift` with ``place="blockres"`` or by :func:`tsm_jit.tsam.make_Shift`. In a
+            subclass with its own forward, each stage is fused separately and takes and returns unshifted frames.
             :func:`tsm_jit.n_segment` and :func:`tsm_jit.remove_temporal_shift` still work on the network.
 
     Raises:
-        TypeError, ValueError: ``net`` is another network, holds no temporal shift, or has no supported block.
+        TypeError: ``net`` is not a ResNet.
+        ValueError: ``net`` has no temporal shifts or no supported blocks.
 
     Warns:
-        UserWarning: some blocks are not supported, and why. They are called as they are.
+        UserWarning: some blocks are not supported. The message has the reasons. These blocks run unfused.
 
     Example::
 
@@ -47,25 +49,38 @@ def fuse(net: nn.Module) -> None:
     resnet_stages(net)
     stages = {name: _stage(net, name) for name in _STAGES}
     if not any(isinstance(module, ShiftedModule) for module in net.modules()):
-        raise ValueError("net must hold temporal shifts to be fused, got one without: call make_temporal_shift first")
+        raise ValueError(
+            "net must have temporal shifts to be fused, got a network without: call make_temporal_shift first"
+        )
     blocks = {f"{name}.{i}": block for name, stage in stages.items() for i, block in enumerate(stage)}
     unsupported = {name: reason for name, block in blocks.items() if (reason := why_unsupported(block))}
     reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
     if len(unsupported) == len(blocks):
-        raise ValueError(f"net must hold residual blocks that are supported, got none ({reasons})")
+        raise ValueError(f"net must have supported residual blocks, got none ({reasons})")
     if unsupported:
-        warnings.warn(f"tsm_jit.residual.fuse left some blocks as they were ({reasons})", UserWarning, stacklevel=2)
+        warnings.warn(f"tsm_jit.residual.fuse does not fuse some blocks ({reasons})", UserWarning, stacklevel=2)
     for stage in stages.values():
-        stage.__class__ = Stage  # not a new module: hooks, keys and references stay valid
+        stage.__class__ = Stage  # a new module would lose hooks, keys and references
     if class_name(type(net)) in _NETWORKS and not isinstance(net, FusedNetwork):
         net.__class__ = _fused_class(type(net))  # type: ignore[arg-type]
 
 
 def unfuse(net: nn.Module) -> None:
-    """Undoes :func:`fuse`, in place on the network.
+    """Reverts :func:`fuse`, in place.
+
+    Args:
+        net: a fused network.
 
     Raises:
-        TypeError, ValueError: ``net`` is no module, or not fused.
+        TypeError: ``net`` is not a module.
+        ValueError: ``net`` is not fused.
+
+    Example::
+
+        net = torchvision.models.resnet50()
+        tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
+        tsm_jit.residual.fuse(net)
+        tsm_jit.residual.unfuse(net)
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -80,16 +95,24 @@ def unfuse(net: nn.Module) -> None:
 
 
 def _stage(net: nn.Module, name: str) -> nn.Sequential:
-    stage: Any = unwrapped(net.get_submodule(name))  # of a TemporalPool
+    stage: Any = unwrapped(net.get_submodule(name))  # it may be inside a TemporalPool
     if type(stage) not in (nn.Sequential, Stage):
-        raise TypeError(f"net must hold its stages as torch.nn.Sequential, got {type(stage).__name__} for {name}")
+        raise TypeError(f"net must have torch.nn.Sequential stages, got {type(stage).__name__} for {name}")
     return stage
 
 
 class Stage(nn.Sequential):
-    """A stage of a ResNet that keeps the activations between its blocks shifted. Its modules and keys stay the same.
+    """A fused stage of a ResNet. It takes and returns unshifted frames ``[N*T, C, H, W]``.
 
-    It takes and returns unshifted frames ``[N*T, C, H, W]``. Unsupported blocks are called as they are.
+    Between its blocks the activations are shifted. Unsupported blocks run unfused. :func:`fuse` creates it from an
+    ``nn.Sequential`` with the same modules and state-dict keys.
+
+    Example::
+
+        net = torchvision.models.resnet18()
+        tsm_jit.make_temporal_shift(net, n_segment=8)
+        tsm_jit.residual.fuse(net)
+        assert isinstance(net.layer1, tsm_jit.residual.Stage)
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +122,17 @@ class Stage(nn.Sequential):
 
 
 class FusedNetwork(nn.Module):
-    """The base class of fused networks whose forward is known: activations are shifted between stages, too."""
+    """The base class of fused networks that call all stages together, with shifted activations between stages.
+
+    :func:`fuse` makes a ResNet of torchvision or timm an instance of it, unless a subclass has its own forward.
+
+    Example::
+
+        net = torchvision.models.resnet18()
+        tsm_jit.make_temporal_shift(net, n_segment=8)
+        tsm_jit.residual.fuse(net)
+        assert isinstance(net, tsm_jit.residual.FusedNetwork)
+    """
 
     network: type[nn.Module]  # the class of the unfused network
 
@@ -109,7 +142,7 @@ class FusedNetwork(nn.Module):
         return _new_fused, (self.network,), *rest
 
     def _fused_features(self, x: Tensor) -> Tensor | None:
-        """The output of the last stage; None if hooks need the stages to be called one by one."""
+        """Returns the output of the last stage, or None if hooks require separate calls of the stages."""
         stages = [getattr(self, name) for name in _STAGES]
         if not fuses(x) or any(type(stage) is not Stage or has_hooks(stage) for stage in stages):
             return None
@@ -127,8 +160,8 @@ class _FusedTorchvision(FusedNetwork):
         features = self._fused_features(x)
         if features is None:
             return super()._forward_impl(x)  # type: ignore[misc]
-        has_other_reader = why_unsupported(self.layer4[-1]) is not None
-        pooled = self.avgpool(features) if has_other_reader else _global_pool(self.avgpool, features)
+        has_other_consumer = why_unsupported(self.layer4[-1]) is not None
+        pooled = self.avgpool(features) if has_other_consumer else _global_pool(self.avgpool, features)
         return self.fc(torch.flatten(pooled, 1))
 
 
@@ -139,10 +172,10 @@ class _FusedTimm(FusedNetwork):
 
 
 def _global_pool(pool: nn.Module, x: Tensor) -> Tensor:
-    """``pool(x)``. The gradient of a mean over all pixels is expanded from one value per frame and channel.
+    """Returns ``pool(x)``. The gradient of a mean over all pixels is one expanded value for each frame and channel.
 
-    PyTorch's own gradient is as large as x, and is made when memory is at its peak. A hook on x would see it expanded,
-    so x must have no other reader.
+    The gradient of PyTorch's own pooling is as large as x, and exists when memory is at its peak. Other consumers of x
+    might not accept an expanded gradient, so x must have none.
     """
     is_mean = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and not has_hooks(pool)
     if not is_mean or not (torch.is_grad_enabled() and x.requires_grad):
@@ -158,7 +191,7 @@ class _MeanOverPixels(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad / (ctx.sizes[2] * ctx.sizes[3])).expand(ctx.sizes)  # one value for all pixels
+        return (grad / (ctx.sizes[2] * ctx.sizes[3])).expand(ctx.sizes)  # one value for all pixels of a channel
 
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -171,6 +204,6 @@ def _fused_class(network: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new_fused(network: type[nn.Module]) -> nn.Module:
-    """For copies and pickles, which cannot import a class that was made at run time."""
+    """Creates an instance for copies and pickles, which cannot import a class created at run time."""
     kind = _fused_class(network)  # type: ignore[arg-type]
     return kind.__new__(kind)

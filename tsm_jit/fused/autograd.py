@@ -1,6 +1,6 @@
-"""Autograd for the operators of ``ops/residual.py``; each is differentiable once.
+"""Autograd for the operators in ``ops/residual.py``. Double backward is not supported.
 
-Under ``no_grad`` the functions here call the operators directly and may write into their inputs.
+Under ``no_grad`` the functions call the operators directly and may overwrite their inputs.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ def norm_add_relu(
     may_overwrite_z: bool = False,
     may_overwrite_identity: bool = False,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """``x = relu(norm(z) + norm(identity))``, the end of a residual block.
+    """Computes ``x = relu(norm(z) + norm(identity))``.
 
     Args:
         z: ``[N*T, C, H, W]``, floating point.
-        z_norm: its norm, if it has one.
-        identity: as ``z``, in the unshifted layout; in the shifted one if ``boundary`` is given.
-        identity_norm: its norm, if it has one.
+        z_norm: the norm of ``z``, if any.
+        identity: like ``z``. It is in the shifted layout if ``boundary`` is given, otherwise in the unshifted one.
+        identity_norm: the norm of the identity, if any.
         boundary: the boundary frames of a shifted identity, ``[N, K, H, W]``.
-        shift: an encoded :class:`tsm_jit.plans.Shift`, of the identity, of x, or of both.
-        shifted: whether x is returned in the shifted layout.
-        num_consumers: how many operations will read x, 1 or 2.
-        may_overwrite_z: whether x may take the memory of ``z``, under ``no_grad``.
-        may_overwrite_identity: whether it may take that of ``identity``.
+        shift: an encoded :class:`tsm_jit.plans.Shift`, for the identity, x or both.
+        shifted: whether to return x in the shifted layout.
+        num_consumers: the number of operations that read x, 1 or 2.
+        may_overwrite_z: whether x may use the memory of ``z``, under ``no_grad``.
+        may_overwrite_identity: whether x may use the memory of ``identity``, under ``no_grad``.
 
     Returns:
-        x for each consumer, so that one kernel receives both gradients instead of their sum; and its boundary frames,
-        None for an unshifted x.
+        x once for each consumer, and the boundary frames of x, None if x is unshifted. With separate outputs, autograd
+        passes both gradients to the backward, whose kernel adds them.
     """
     z, identity, boundary = _same_format(z, identity, boundary)
     boundary_out: Tensor | None
@@ -81,8 +81,11 @@ def norm_add_relu_both_layouts(
     *,
     may_overwrite_identity: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`norm_add_relu` under ``no_grad`` before a stage: x shifted, and every ``step``-th row and column of it
-    unshifted, which is all that the next block's ``downsample`` reads."""
+    """:func:`norm_add_relu` under ``no_grad``, for a next block with ``downsample``.
+
+    It returns x in the shifted layout, and every ``step``-th row and column of x in the unshifted layout. The strided
+    convolution of ``downsample`` reads only these pixels.
+    """
     z, identity, boundary = _same_format(z, identity, boundary)
     if may_overwrite_identity and boundary is not None:
         out, boundary_out = identity, boundary
@@ -96,10 +99,11 @@ def norm_add_relu_both_layouts(
 
 
 def norm_relu_max_pool(z: Tensor, norm: Norm, shift: str | None, unshifted: bool) -> tuple[Any, Any, Any]:
-    """``x = max_pool2d(relu(norm(z)), 3, 2, 1)`` of ``z`` ``[N*T, C, H, W]`` in channels_last, under ``no_grad``.
+    """Computes ``x = max_pool2d(relu(norm(z)), 3, 2, 1)`` under ``no_grad``, from ``z`` ``[N*T, C, H, W]``.
 
     Returns:
-        x if ``unshifted``, else None; and if ``shift`` is given, x in the shifted layout and its boundary frames.
+        x if ``unshifted``, otherwise None. Then x in the shifted layout and its boundary frames if ``shift`` is given,
+        otherwise None and None.
     """
     shifted = shift is not None
     x, out, boundary = operators.norm_relu_max_pool(z, *norm_args(norm), shift or NO_SHIFT, unshifted, shifted)
@@ -107,23 +111,23 @@ def norm_relu_max_pool(z: Tensor, norm: Norm, shift: str | None, unshifted: bool
 
 
 def norm_relu(z: Tensor, norm: Norm) -> Tensor:
-    """``relu(norm(z))`` of ``z`` ``[N*T, C, H, W]``. The backward needs ``z``, not the result."""
+    """Returns ``relu(norm(z))`` of ``z`` ``[N*T, C, H, W]``. The backward saves ``z``, not the result."""
     return _NormRelu.apply(_same_format(z, None, None)[0], *norm[:4], norm[4:])
 
 
 def norm_relu_(z: Tensor, norm: Norm) -> Tensor:
-    """:func:`norm_relu` into the memory of ``z``, under ``no_grad``."""
+    """:func:`norm_relu` in place of ``z``, under ``no_grad``."""
     operators.norm_add_relu_(z, None, None, 1, z, *norm_args(norm), None, [], 0.0, None, NO_SHIFT, True)
     return z
 
 
 def norm_of(module: nn.BatchNorm2d, tensors: Sequence[Tensor], x: Tensor, requires_grad: bool) -> Norm:
-    """The norm that ``module`` applies to ``x``; updates its running statistics.
+    """Returns the norm that ``module`` applies to ``x``, and updates the running statistics of the module.
 
     Args:
-        module: in eval mode unless ``requires_grad``.
-        tensors: its running mean, running variance, weight and bias.
-        x: its input.
+        module: the batch normalization, in eval mode unless ``requires_grad``.
+        tensors: running mean, running variance, weight and bias of the module.
+        x: the input of the module.
         requires_grad: whether a backward follows.
     """
     mean, variance, weight, bias = tensors
@@ -132,7 +136,7 @@ def norm_of(module: nn.BatchNorm2d, tensors: Sequence[Tensor], x: Tensor, requir
     if module.training:
         batches = module.num_batches_tracked
         mean, variance = operators.batch_norm_stats_(x.detach(), mean, variance, batches, module.momentum)
-    elif not is_compiling():  # running statistics may change before the backward
+    elif not is_compiling():  # copies, since running statistics may change before the backward
         mean, variance = mean.clone(), variance.clone()
     dtype = acc_dtype(x.dtype)
     mean, variance, weight, bias = [
@@ -142,12 +146,12 @@ def norm_of(module: nn.BatchNorm2d, tensors: Sequence[Tensor], x: Tensor, requir
 
 
 def for_consumers(out: Tensor, num_consumers: int) -> list[Tensor]:
-    """``out`` once for each consumer; a compiler would fill the gradient of a missing one with zeros."""
+    """Returns ``out`` once per consumer. For unused outputs, compilers would fill gradients with zeros."""
     return [out, *(out.view_as(out) for _ in range(num_consumers - 1))]
 
 
 def _same_format(z: Tensor, identity: Tensor | None, boundary: Tensor | None) -> tuple[Tensor, Any, Any]:
-    """All in a layout that kernels take, and in the type of ``z``, as in ``z += identity``."""
+    """Converts the tensors to a memory format that kernels support, and to the dtype of ``z``."""
     if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
         z = z.contiguous()
     identity, boundary = (None if each is None else each.to(z.dtype) for each in (identity, boundary))
@@ -157,7 +161,7 @@ def _same_format(z: Tensor, identity: Tensor | None, boundary: Tensor | None) ->
 
 
 def _saved(values: Tensor, norm: Norm | None) -> tuple[Tensor | None, ...]:
-    """A summand without a norm is not needed in the backward; nor is the bias of a norm."""
+    """Returns the tensors to save: none for a summand without a norm, and never the bias of the norm."""
     return (values, *norm[:3]) if norm else (None,) * 4
 
 
@@ -195,15 +199,15 @@ class _NormAddRelu(Function):
         check_gradient(grad_a)
         out, boundary_out, *saved = ctx.saved_tensors
         z_meta, identity_meta, shift, shifted = ctx.meta
-        needed = ctx.needs_input_grad
-        z = _restored(saved[:4], z_meta, needed[0], any(needed[5:7]))
-        identity = _restored(saved[4:], identity_meta, needed[1], any(needed[9:11]))
+        needs_grad = ctx.needs_input_grad
+        z = _restored(saved[:4], z_meta, needs_grad[0], any(needs_grad[5:7]))
+        identity = _restored(saved[4:], identity_meta, needs_grad[1], any(needs_grad[9:11]))
         grads = (grad_a, grad_b, grad_boundary if shifted else None)
-        (grad_z, *z_norm), (grad_identity, *identity_norm), grad_boundary = operators.norm_add_relu_backward(
+        (grad_z, *z_grads), (grad_identity, *identity_grads), grad_boundary = operators.norm_add_relu_backward(
             grads, out, boundary_out, z, identity, shift, ctx.identity_is_shifted
         )
-        norms = (None, None, *z_norm, None, None, *identity_norm)
-        return grad_z, grad_identity, grad_boundary, *norms, None, None
+        grads_norms = (None, None, *z_grads, None, None, *identity_grads)
+        return grad_z, grad_identity, grad_boundary, *grads_norms, None, None
 
 
 class _NormRelu(Function):
@@ -211,7 +215,7 @@ class _NormRelu(Function):
     def forward(ctx, z, *rest):
         *norm_tensors, meta = rest
         ctx.meta = meta
-        # Asked here: a compiler makes gradients contiguous if a backward asks how a tensor lies in memory.
+        # Not in the backward: there, compilers make gradients contiguous if the code reads the memory format.
         ctx.is_channels_last = z.is_contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(z, *norm_tensors)
         return operators.norm_add_relu(z, Norm(*norm_tensors, *meta), None, None, None, NO_SHIFT, False)[0]
@@ -221,9 +225,9 @@ class _NormRelu(Function):
     def backward(ctx, grad):
         check_gradient(grad)
         z, *norm_tensors = ctx.saved_tensors
-        if ctx.is_channels_last:  # hooks that move saved tensors elsewhere may lose their strides
+        if ctx.is_channels_last:  # saved-tensor hooks may change the strides
             z = z.contiguous(memory_format=torch.channels_last)
-        needed = ctx.needs_input_grad
-        z = NormedInput(z, Norm(*norm_tensors, *ctx.meta), needed[0], any(needed[3:5]))
-        grad_z, *norm = operators.norm_relu_backward(grad, z)
-        return grad_z, None, None, *norm, None
+        needs_grad = ctx.needs_input_grad
+        z = NormedInput(z, Norm(*norm_tensors, *ctx.meta), needs_grad[0], any(needs_grad[3:5]))
+        grad_z, *grads_norm = operators.norm_relu_backward(grad, z)
+        return grad_z, None, None, *grads_norm, None

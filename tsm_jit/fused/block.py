@@ -1,12 +1,11 @@
 """A whole residual block as one autograd function.
 
-With small batches PyTorch's overhead per operation exceeds the time on the GPU. So a block is one operator in the
-forward (``residual_block``) and two in the backward: ``norm_add_relu_backward`` for its end, then
-``residual_block_backward`` for its layers. Between the two, memory that only the end needs is freed. The convolution
-of ``downsample`` is differentiated last, for the same reason. Under autocast one ``cast`` converts all weights, another
-one their gradients.
+With small batches, PyTorch's overhead per operation exceeds the time on the GPU. So a block is one operator in the
+forward, ``residual_block``, and two in the backward: ``norm_add_relu_backward``, then ``residual_block_backward`` for
+the layers. Tensors that only the first one needs are freed in between. To save memory, the backward of ``downsample``'s
+convolution comes last. Under autocast, one ``cast`` converts all weights and another one all their gradients.
 
-Compilers get the parts instead (:func:`_in_parts`): their code has no overhead between operations.
+Compilers trace the single layers instead (:func:`_in_parts`), as compiled code has little overhead per operation.
 """
 
 from __future__ import annotations
@@ -43,28 +42,29 @@ class Layer(NamedTuple):
     norm_tensors: tuple[Tensor, ...]  # running mean, running variance, weight, bias
 
     def conv_params(self) -> ConvParams:
-        """The parameters of the convolution."""
+        """Returns the parameters of the convolution."""
         c: Any = self.convolution
         return ConvParams(c.stride, c.padding, c.dilation, c.groups)
 
     def like_output(self, x: Tensor) -> Tensor:
-        """A tensor with the frames, channels and type of this layer's output for ``x``, without values."""
+        """Returns a meta tensor with the frames, channels and dtype of this layer's output for ``x``."""
         return x.new_empty((x.shape[0], self.convolution.out_channels, 1, 1), device="meta")
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What a block does, beside its tensors."""
+    """The configuration of a block, except its tensors."""
 
-    layers: list[Layer]  # of the residual branch; then that of ``downsample``, if there is one
+    layers: list[Layer]  # the layers of the residual branch, then the layer of ``downsample`` if there is one
     has_downsample: bool
-    first_shift: str  # of x before the first layer; empty: none
-    shift: str  # of the identity, of the output, or of both
+    first_shift: str  # the shift of x before the first layer; empty: none
+    shift: str  # the shift of the identity, the output or both
     shifted: bool  # whether the output is in the shifted layout
     num_consumers: int
 
     @property
     def n_branch(self) -> int:
+        """The number of layers of the residual branch."""
         return len(self.layers) - self.has_downsample
 
 
@@ -79,16 +79,19 @@ def residual_block(
     shifted: bool,
     num_consumers: int,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """:func:`tsm_jit.fused.autograd.norm_add_relu` of the output of ``layers``; differentiable once.
+    """Runs a residual block: ``layers``, then :func:`tsm_jit.fused.autograd.norm_add_relu`.
 
     Args:
-        x: ``[N*T, C, H, W]`` in channels_last, in the type in which the layers compute.
-        layers: a ReLU follows each but the last.
-        first_shift: an encoded shift of ``x`` before the first layer. The backward then recomputes the shifted x and
-            the first layer's ReLU: this saves as much memory as all boundary frames of a network take.
+        x: ``[N*T, C, H, W]`` in channels_last, in the dtype in which the layers compute.
+        layers: the layers of the residual branch, with a ReLU after each except the last.
+        first_shift: an encoded shift of ``x`` before the first layer, or None. If given, the backward recomputes the
+            shifted x and the first layer's ReLU. This saves as much memory as all boundary frames of a network need.
         identity: the identity, or the input of ``downsample``.
-        downsample: the layer that makes the identity.
+        downsample: the layer that computes the identity, if any.
         boundary, shift, shifted, num_consumers: as in ``norm_add_relu``.
+
+    Returns:
+        As ``norm_add_relu``.
     """
     if identity.dtype is not x.dtype:
         identity, boundary = identity.to(x.dtype), None if boundary is None else boundary.to(x.dtype)
@@ -106,16 +109,16 @@ def residual_block(
 
 @dataclass
 class _BlockMeta:
-    """What the backward of a block needs beside tensors."""
+    """The values that the backward of a block needs, except tensors."""
 
     n_branch: int
     first_shift: str
     shift: str
     shifted: bool
-    conv_params: list[int]  # as the operators take them
+    conv_params: list[int]  # 8 for each layer, as for the operators
     epsilons: list[float]
     autocast: bool  # whether the weights were cast
-    has_downsample: bool  # and a gradient flows through it
+    has_downsample: bool  # whether a gradient flows through ``downsample``
     identity_is_shifted: bool
 
 
@@ -131,11 +134,12 @@ class _BlockSaved(NamedTuple):
     relus: list[Tensor]
 
     def flat(self) -> tuple[Tensor | None, ...]:
-        """As autograd saves them."""
+        """Returns the tensors for ``save_for_backward``."""
         return (*self[:4], *self.weights, *self.layers, *self.relus)
 
     @classmethod
     def of_flat(cls, saved: Sequence[Any], n_layers: int) -> _BlockSaved:
+        """The inverse of :meth:`flat`."""
         x, downsample_input, out, boundary_out, *rest = saved
         tensors = (x, downsample_input, out, boundary_out)
         return cls(*tensors, rest[:n_layers], rest[n_layers : 6 * n_layers], rest[6 * n_layers :])
@@ -190,13 +194,13 @@ class _Block(Function):
         for k in range(0, 3 * n_branch, 3):
             needs_grad += [needs_parameters[k], needs_parameters[k + 1] or needs_parameters[k + 2]]
 
-        # The end of the block. What only the end needs is freed after it.
+        # norm_add_relu. The tensors that only this part needs are freed after it.
         z = _normed_input(meta, saved, n_branch - 1, any(needs_grad[:-1]), needs_grad[-1])
         identity = NormedInput(needs_grad=needs_identity)
         if meta.has_downsample:
             needs_conv, needs_norm = needs_identity or needs_parameters[-3], any(needs_parameters[-2:])
             identity = _normed_input(meta, saved, n_branch, needs_conv, needs_norm)
-        (grad_z, *z_norm), (grad_identity, *identity_norm), grad_boundary = norm_add_relu_backward(
+        (grad_z, *z_grads), (grad_identity, *identity_grads), grad_boundary = norm_add_relu_backward(
             (grad_a, grad_b, grad_boundary if meta.shifted else None),
             saved.out,
             saved.boundary_out,
@@ -216,7 +220,7 @@ class _Block(Function):
                 block_backward, grad_z, x, meta.first_shift, weights[:n_branch], meta.conv_params[: 8 * n_branch],
                 branch_saved, meta.epsilons[:n_branch], needs_grad,
             )  # fmt: skip
-        grads[-2:] = z_norm
+        grads[-2:] = z_grads
         del grad_z, x, branch_saved
         if meta.has_downsample:
             grad_weight = None
@@ -226,7 +230,7 @@ class _Block(Function):
                 grad_identity, grad_weight = convolve_backward(
                     grad_identity, downsample_input, weights[-1], params, needs
                 )
-            grads += [grad_weight, *identity_norm]
+            grads += [grad_weight, *identity_grads]
         del downsample_input, weights
         if meta.autocast:
             indices = [k for k in range(0, len(grads), 3) if needs_parameters[k]]
@@ -237,10 +241,10 @@ class _Block(Function):
 
 
 def _saved_by_layer(config: BlockConfig, outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs of ``residual_block`` for the backward, as :class:`_BlockSaved` has them."""
+    """Splits the outputs of ``residual_block`` into ``layers`` and ``relus`` of :class:`_BlockSaved`."""
     each: Iterator[Tensor] = iter(outputs)
     layers, relus = [], []
-    # Running statistics may change before the backward.
+    # Copies, since running statistics may change before the backward.
     running = [t for layer in config.layers if not layer.norm.training for t in layer.norm_tensors[:2]]
     copies: Iterator[Tensor] = iter(cast_all(running, running[0].dtype) if running else ())
     for k, layer in enumerate(config.layers):
@@ -253,16 +257,17 @@ def _saved_by_layer(config: BlockConfig, outputs: Sequence[Tensor]) -> tuple[lis
 
 
 def _normed_input(meta: _BlockMeta, saved: _BlockSaved, k: int, needs_grad: bool, norm_needs_grad: bool) -> NormedInput:
-    """The output of the k-th convolution and its norm, for a backward."""
+    """Returns the output of the k-th convolution and its norm."""
     values, mean, variance, weight, _ = saved.layers[5 * k : 5 * k + 5]
     norm = Norm(mean, variance, weight, None, meta.epsilons[k], bool(meta.conv_params[8 * k + 7]))
     return NormedInput(values, norm, needs_grad, norm_needs_grad)
 
 
 def _in_channels_last(saved: Sequence[Any]) -> Sequence[Any]:
-    """Saved tensors as they were: hooks such as ``save_on_cpu(pin_memory=True)`` may lose their strides.
+    """Restores the memory format of saved tensors. Hooks such as ``save_on_cpu(pin_memory=True)`` may change it.
 
-    The first one is the block's input. No other has more pixels.
+    It checks only the first tensor, the block's input, since a tensor of one pixel is contiguous in both formats. No
+    other saved tensor has more pixels.
     """
     if saved[0].is_contiguous(memory_format=torch.channels_last):
         return saved
@@ -278,7 +283,7 @@ def _in_channels_last(saved: Sequence[Any]) -> Sequence[Any]:
 def _in_parts(
     x: Tensor, identity: Tensor, boundary: Tensor | None, config: BlockConfig
 ) -> tuple[list[Tensor], Tensor | None]:
-    """:class:`_Block`, operator by operator."""
+    """Computes the same as :class:`_Block`, with separate operators for the layers."""
     weights = _cast_like(x, [layer.weight for layer in config.layers])
 
     def layer(k: int, x: Tensor, recomputed: tuple[Tensor, Norm] | None = None) -> tuple[Tensor, Norm]:
@@ -325,7 +330,7 @@ class _Cast(Function):
 
 
 class _ConvOfShift(Function):
-    """``conv(shift(x))``. It saves x, and shifts it again in the backward; the adjoint overwrites the gradient."""
+    """``conv(shift(x))``. It saves x and shifts it again in the backward, where the adjoint runs in place."""
 
     @staticmethod
     def forward(ctx, x, shift, weight, params):
@@ -339,7 +344,7 @@ class _ConvOfShift(Function):
         x, weight = ctx.saved_tensors
         shift, params = ctx.meta
         needs_x, _, needs_weight, _ = ctx.needs_input_grad
-        if needs_weight:  # otherwise only the shape of x is needed
+        if needs_weight:  # otherwise the backward needs only the shape of x
             x = torch.ops.tsm_jit.temporal_shift.recompute(x, shift)
         grad_x, grad_weight = convolve_backward(grad, x, weight, params, (needs_x, needs_weight))
         if grad_x is not None:
@@ -348,7 +353,7 @@ class _ConvOfShift(Function):
 
 
 class _ConvOfRelu(Function):
-    """``conv(x)`` for ``x = relu(norm(z))``, which is not saved but computed again from ``z``."""
+    """``conv(x)`` for ``x = relu(norm(z))``. The backward recomputes x from ``z``."""
 
     @staticmethod
     def forward(ctx, x, weight, params, epsilon, z, *norm):
@@ -362,6 +367,6 @@ class _ConvOfRelu(Function):
         weight, x, *norm = ctx.saved_tensors
         params, epsilon = ctx.meta
         needs_x, needs_weight, *rest = ctx.needs_input_grad
-        if needs_weight:  # otherwise only the shape of x is needed
+        if needs_weight:  # otherwise the backward needs only the shape of x
             x, _ = torch.ops.tsm_jit.norm_add_relu.recompute(x, norm, epsilon, None, [], 0.0, None, NO_SHIFT, False)
         return *convolve_backward(grad, x, weight, params, (needs_x, needs_weight)), *[None] * len(rest)

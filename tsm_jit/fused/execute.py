@@ -1,8 +1,8 @@
-"""How activations run through the blocks of a fused network.
+"""Runs the blocks of a fused network.
 
-Between two blocks runs a :class:`Stream`: the same activations for the next block's first convolution, which reads them
-shifted, and for its identity. Under ``no_grad`` it stays shifted from one stage to the next; with gradients it is
-unshifted there, because the first block of a stage saves its unshifted input only.
+A :class:`Stream` passes activations from block to block. The next block's first convolution reads them shifted. Its
+identity may be in either layout. Under ``no_grad`` the activations are also shifted between stages. With gradients they
+are unshifted there, because the first block of a stage then saves only its unshifted input.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from tsm_jit.ops.compat import is_exporting
 from tsm_jit.ops.residual import NO_SHIFT, Norm, acc_dtype, has_channel_sums, has_pixel_index
 from tsm_jit.plans import decode
 
-_MAX_GROUPS = 32  # of a plan, with the channels that do not move: what the kernels take
+_MAX_GROUPS = 32  # the limit of the kernels for a plan, including the group of channels that do not move
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether blocks run fused: not under export, tracing or ``torch.func``, nor with hooks on all modules."""
+    """Whether blocks run fused: not under export, tracing or ``torch.func``, or with global module hooks."""
     compiled = is_dynamo_compiling() and not is_exporting() and not ops.transforms_are_active()
     return isinstance(x, Tensor) and (ops.eager() or compiled) and not has_global_hooks()
 
@@ -54,16 +54,16 @@ class Stream(NamedTuple):
 
     first: Tensor
     identity: Tensor
-    boundary: Tensor | None = None  # of a shifted identity
-    shift: str | None = None  # of `first`; None: it is unshifted
-    step: int = 0  # 0: `identity` has the layout of `first`; otherwise it is unshifted, every step-th row and column
+    boundary: Tensor | None = None  # the boundary frames of a shifted identity
+    shift: str | None = None  # the shift of `first`; None: unshifted
+    step: int = 0  # 0: `identity` has the layout of `first`; else it is unshifted, with every step-th row and column
 
 
 def run_blocks(blocks: list[nn.Module], stream: Stream) -> Tensor:
-    """Runs ``stream`` through the blocks; unsupported ones are called. Returns unshifted activations."""
+    """Runs the blocks, supported ones fused. Returns unshifted activations."""
     supported = [block if why_unsupported(block) is None else None for block in blocks]
-    for block, same, following in zip(blocks, supported, [*supported[1:], None], strict=True):
-        if same is not None:
+    for block, supported_block, following in zip(blocks, supported, [*supported[1:], None], strict=True):
+        if supported_block is not None:
             stream = _run(block, following, stream)
         else:
             x = block(stream.identity)
@@ -74,12 +74,12 @@ def run_blocks(blocks: list[nn.Module], stream: Stream) -> Tensor:
 def run_stem(
     conv: nn.Module, norm: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor, following: nn.Module
 ) -> Stream:
-    """Runs what comes before the first block: norm, ReLU and pooling in one pass if possible."""
+    """Runs the stem of the network. Norm, ReLU and pooling are one kernel if possible."""
     z = conv(x)
     if not is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
         x = pool(relu(norm(z)))
     elif torch.is_grad_enabled():
-        normed = None if is_compiling() else _norm(norm, z)  # Inductor makes one pass of them and of the pooling
+        normed = None if is_compiling() else _norm(norm, z)  # Inductor fuses them with the pooling
         x = pool(relu(norm(z)) if normed is None else norm_relu(z, normed))
     elif not is_pool(pool) or (normed := _norm(norm, z)) is None:
         x = pool(relu(norm(z)))
@@ -92,14 +92,14 @@ def run_stem(
 
 
 def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Stream:
-    """Runs one block; its output gets the layout that the following block reads."""
+    """Runs one block. Its output has the layout that the following block reads."""
     modules = branch_modules(block)
-    recorded = _layers([unshifted_module(modules[0]), *modules[1:]], stream.first)
+    block_layers = _layers([unshifted_module(modules[0]), *modules[1:]], stream.first)
     identity, identity_norm = stream.identity, None
     downsample: nn.Sequential | None = block.downsample  # type: ignore[assignment]
     identity_shift = None if stream.step or downsample is not None else stream.shift
     downsample_layer = None
-    if downsample is not None and recorded is None:
+    if downsample is not None and block_layers is None:
         identity, identity_norm = _downsample(downsample, stream)
     elif downsample is not None:
         identity, downsample_layer = _downsample_but_last_layer(list(downsample), identity)
@@ -107,21 +107,28 @@ def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Strea
     like_output = identity if downsample_layer is None else downsample_layer.like_output(identity)
     next_shift, step = _input_layout(following, like_output)
     if identity_shift is not None and next_shift != identity_shift:
-        next_shift = None  # one pass knows one shift
+        next_shift = None  # a kernel supports one shift
     boundary = None if identity_shift is None else stream.boundary
     shift = next_shift or identity_shift or NO_SHIFT
     num_consumers = 1 if following is None else 2
-    if recorded is not None:
+    if block_layers is not None:
         conv1 = modules[0]
         first_shift = conv1.shift_of(stream.first) if stream.shift is None and is_shifted(conv1) else None
         x, boundary = residual_block(
-            *recorded, first_shift, identity, downsample_layer, boundary, shift, next_shift is not None, num_consumers
+            *block_layers,
+            first_shift,
+            identity,
+            downsample_layer,
+            boundary,
+            shift,
+            next_shift is not None,
+            num_consumers,
         )
         return Stream(x[-1], x[0], boundary, next_shift)
 
     z, z_norm = _branch(modules, stream)
     inputs = (z, z_norm, identity, identity_norm, boundary, shift)
-    # Only the stream itself has a shifted identity, and a convolution does not keep its input under no_grad.
+    # Nothing else uses a shifted identity: under no_grad, a convolution does not keep its input.
     owns_identity = identity_shift is not None and is_convolution(unshifted_module(modules[0]))
     if next_shift is not None and step:
         if has_pixel_index(z):
@@ -139,7 +146,7 @@ def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Strea
 
 
 def _input_layout(following: nn.Module | None, x: Tensor) -> tuple[str | None, int]:
-    """The layout in which the next block, if supported, reads a stream like ``x``: ``(shift, step)`` as in `Stream`."""
+    """Returns ``shift`` and ``step`` of the :class:`Stream` that the following block reads, for a stream like ``x``."""
     if following is None:
         return None, 0
     conv1: nn.Module = following.conv1  # type: ignore[assignment]
@@ -155,10 +162,10 @@ def _input_layout(following: nn.Module | None, x: Tensor) -> tuple[str | None, i
 
 
 def _step(downsample: nn.Sequential, x: Tensor) -> int:
-    """``downsample`` reads every so many-th row and column of the stream ``x``.
+    """Returns the stride with which ``downsample`` reads rows and columns of ``x``.
 
-    1 if its norm has to be called: then results must be equal to the last bit, and a convolution of fewer pixels may
-    add in another order.
+    It is 1 if the norm of ``downsample`` is not fused. Then results must be bit-identical to the unfused network, but a
+    convolution of fewer pixels may add in another order.
     """
     first, last = downsample[0], downsample[-1]
     if not is_convolution(first) or first.kernel_size != (1, 1) or first.padding != (0, 0):
@@ -170,10 +177,10 @@ def _step(downsample: nn.Sequential, x: Tensor) -> int:
 
 
 def _downsample(downsample: nn.Sequential, stream: Stream) -> tuple[Tensor, Norm | None]:
-    """The identity, without the norm that ends ``downsample`` if ``norm_add_relu`` can apply it; and that norm."""
+    """Runs ``downsample``. Returns the identity, and its last norm if ``norm_add_relu`` can apply it."""
     x = stream.identity
     *before, last = downsample
-    if stream.step > 1:  # the stream has only the pixels that this convolution reads
+    if stream.step > 1:  # the stream only has the pixels that this strided convolution reads
         first: Any = before.pop(0)
         x = F.conv2d(x, first.weight, first.bias, groups=first.groups)
     for module in before:
@@ -182,13 +189,13 @@ def _downsample(downsample: nn.Sequential, stream: Stream) -> tuple[Tensor, Norm
 
 
 def _downsample_but_last_layer(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, Layer | None]:
-    """The input of the last layer of ``downsample``, and this layer; or the identity and None if it must be called."""
+    """Returns the input of the last layer of ``downsample`` and this layer, or the identity and None if unsupported."""
     for module in modules[:-2]:
         x = module(x)
     last = modules[-2:]
-    recorded = _layers(last, x)
-    if recorded is not None:
-        x, (layer,) = recorded
+    block_layers = _layers(last, x)
+    if block_layers is not None:
+        x, (layer,) = block_layers
         return x, layer
     for module in last:
         x = module(x)
@@ -199,10 +206,10 @@ def _downsample_but_last_layer(modules: list[nn.Module], x: Tensor) -> tuple[Ten
 
 
 def _layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
-    """The layers of ``modules`` for ``residual_block``, and ``x`` in the type in which they compute.
+    """Returns ``x`` in the dtype in which ``modules`` compute, and the layers for ``residual_block``.
 
-    None if the modules must be called: under ``no_grad``, without kernels for sums per channel, or if they are not
-    convolution, norm and ReLU in turn.
+    Returns None if ``residual_block`` does not support the modules: under ``no_grad``, without kernels for sums per
+    channel, or if they are not an alternation of convolution, norm and ReLU.
     """
     if not torch.is_grad_enabled() or not has_channel_sums(x) or x.shape[0] < 2:
         return None
@@ -228,7 +235,7 @@ def _layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] |
 
 
 def _branch(modules: list[nn.Module], stream: Stream) -> tuple[Tensor, Norm | None]:
-    """Calls the residual branch, without its last norm if ``norm_add_relu`` can apply it; and that norm."""
+    """Runs the residual branch. Returns its output, and its last norm if ``norm_add_relu`` can apply it."""
     conv1, *modules, last = modules
     z = _first(conv1, stream)
     before = unshifted_module(conv1)
@@ -246,17 +253,17 @@ def _branch(modules: list[nn.Module], stream: Stream) -> tuple[Tensor, Norm | No
 
 
 def _first(conv1: nn.Module, stream: Stream) -> Tensor:
-    """Calls the first convolution of a block, shifting its input if the stream is not shifted yet."""
+    """Calls the first convolution of a block. Shifts its input first if the stream is unshifted."""
     if stream.shift is not None:
         return conv1.shifted_module()(stream.first)  # type: ignore[operator]
     if not is_shifted(conv1):
         return conv1(stream.first)
     shift = conv1.shift_of(stream.first)
     if torch.is_grad_enabled() and is_compiling():
-        # A compiler saves the shifted input as well as the input, unless it is told to compute it again.
+        # Without a checkpoint, compilers would save both the input and the shifted input.
         first = checkpoint(ops.temporal_shift, stream.first, shift, use_reentrant=False, preserve_rng_state=False)
         return conv1.shifted_module()(first)
-    inplace = True if torch.is_grad_enabled() else None  # do not save a second activation
+    inplace = True if torch.is_grad_enabled() else None  # saves no second activation
     return conv1.call_shifted(stream.first, shift, inplace=inplace)
 
 
@@ -264,19 +271,19 @@ def _first(conv1: nn.Module, stream: Stream) -> Tensor:
 
 
 def _deferred_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Norm | None]:
-    """``x`` and the norm that ``norm_add_relu`` is to apply; or the normalized ``x`` and None."""
+    """Returns ``x`` and a norm for ``norm_add_relu`` to apply, or the normalized ``x`` and None."""
     deferred = _norm(norm, x)
     return (norm(x), None) if deferred is None else (x, deferred)
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Norm | None:
-    """The batch normalization ``norm`` of ``x``, its running statistics updated; None if it must be called."""
+    """Returns the batch normalization of ``x`` and updates its running statistics; None if kernels lack support."""
     tensors = norm_tensors(norm, x.dtype)
     if tensors is None:
         return None
     requires_grad = torch.is_grad_enabled()
     if requires_grad and not has_channel_sums(x):  # the gradient needs sums per channel
         return None
-    if norm.training and x.numel() == x.shape[1]:  # no statistics of one value: an error when called
+    if norm.training and x.numel() == x.shape[1]:  # PyTorch raises an error for statistics of one value
         return None
     return norm_of(norm, tensors, x, requires_grad)  # type: ignore[arg-type]

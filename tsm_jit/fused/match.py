@@ -1,4 +1,4 @@
-"""Which modules ``fuse`` supports, and why others are called as they are."""
+"""Checks which modules ``fuse`` supports."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _UNSUPPORTED = {"se": "an attention, such as squeeze and excitation", "drop_path
 
 
 def why_unsupported(block: nn.Module) -> str | None:
-    """Why ``block`` must be called as it is; None if it can run fused."""
+    """Returns None if ``block`` can run fused, otherwise the reason why not."""
     kind = class_name(type(block))
     if kind not in RESNET.fusable_blocks:
         return f"{kind} is not a supported block"
     if has_hooks(block):
         return "it has hooks, or its own forward"
-    for name, what in _UNSUPPORTED.items():
-        if block._modules.get(name, block.__dict__.get(name)) is not None:  # getattr is slow if there is none
-            return f"it has {what}"
+    for name, feature in _UNSUPPORTED.items():
+        if block._modules.get(name, block.__dict__.get(name)) is not None:  # getattr is slow for missing attributes
+            return f"it has {feature}"
     activation = getattr(block, RESNET.fusable_blocks[kind].activation)
     if not is_relu(activation):
         return f"it ends in {type(activation).__name__}, not in a ReLU without hooks"
@@ -35,25 +35,25 @@ def why_unsupported(block: nn.Module) -> str | None:
 
 
 def class_name(kind: type) -> str:
-    """As the table of architectures has it: ``"torchvision.models.resnet.BasicBlock"``."""
+    """Returns the name in the table of architectures, such as ``"torchvision.models.resnet.BasicBlock"``."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def branch_modules(block: nn.Module) -> list[nn.Module]:
-    """The modules of a supported block's residual branch, in order."""
+    """Returns the modules of a supported block's residual branch, in forward order."""
     names = RESNET.fusable_blocks[class_name(type(block))].branch
     modules: list[Any] = [block._modules[name] for name in names]
     return [module for module in modules if type(module) is not nn.Identity]
 
 
 def norm_tensors(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
-    """Running mean, running variance, weight and bias of ``norm`` if kernels can apply it to activations of ``dtype``.
+    """Returns running mean, running variance, weight and bias if kernels can apply ``norm`` to ``dtype`` activations.
 
-    None if it must be called: another class, hooks, missing or mixed tensors, training without gradients.
+    Returns None for another class, hooks, missing tensors, mixed dtypes, and for training mode under ``no_grad``.
     """
     if type(norm) is not nn.BatchNorm2d or has_hooks(norm):
         return None
-    # From the dictionaries, as attributes of modules are slow; but replicas of DataParallel have only attributes.
+    # Dictionaries are faster than attributes of modules. But replicas of DataParallel only have attributes.
     buffers, parameters = norm._buffers, norm._parameters
     mean, variance = buffers.get("running_mean"), buffers.get("running_var")
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -61,23 +61,23 @@ def norm_tensors(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...] | No
         weight, bias = norm.weight, norm.bias
     if mean is None or variance is None or weight is None or bias is None:
         return None
-    own = mean.dtype
-    if variance.dtype is not own or weight.dtype is not own or bias.dtype is not own:
+    norm_dtype = mean.dtype
+    if variance.dtype is not norm_dtype or weight.dtype is not norm_dtype or bias.dtype is not norm_dtype:
         return None
-    if own is not dtype and own is not torch.float32:
+    if norm_dtype is not dtype and norm_dtype is not torch.float32:
         return None
     if norm.training:
         batches = buffers.get("num_batches_tracked")
         if batches is None or batches.dtype is not torch.int64 or batches.device != mean.device:
             return None
         tracked = norm.momentum is not None and norm.track_running_stats
-        if not tracked or not torch.is_grad_enabled() or own is not acc_dtype(dtype):
+        if not tracked or not torch.is_grad_enabled() or norm_dtype is not acc_dtype(dtype):
             return None
     return mean, variance, weight, bias
 
 
 def unshifted_module(module: nn.Module) -> nn.Module:
-    """The module inside a temporal shift; any other is itself."""
+    """Returns the module inside a temporal shift, or ``module`` itself if it is not a shift."""
     return module.shifted_module() if is_shifted(module) else module
 
 
@@ -97,8 +97,8 @@ def is_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def is_pool(module: nn.Module) -> bool:
-    """Whether ``module`` is the pooling of a ResNet without hooks: windows of 3x3 pixels, stride 2."""
+    """Whether ``module`` is the max pooling of a ResNet, with 3x3 windows and stride 2, without hooks."""
     if type(module) is not nn.MaxPool2d or has_hooks(module) or module.return_indices or module.ceil_mode:
         return False
     sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
-    return all(own in (size, (size, size)) for own, size in zip(sizes, (3, 2, 1, 1), strict=True))
+    return all(size in (value, (value, value)) for size, value in zip(sizes, (3, 2, 1, 1), strict=True))

@@ -1,1 +1,1 @@
-"""``nn.Module`` classes: drop-ins for TSM and TSAM, non-local blocks, clips and streams."""
+"""``nn.Module`` classes: drop-in modules for TSM and TSAM, non-local blocks, video models, streaming."""

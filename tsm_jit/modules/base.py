@@ -1,4 +1,4 @@
-"""The base classes of all modules here: a module around another one that sees shifted frames or clips."""
+"""The base classes of modules that wrap another module and give it shifted frames or clips."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.nn.modules import module as all_modules
 from tsm_jit import ops
 from tsm_jit.ops.compat import in_backward
 
-# Modules that read their input and neither change nor return it: before these a shift may be made in place and undone.
+# These modules neither change nor return their input. So the input may be shifted in place for them and restored.
 _READ_ONLY_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class ClipModule(nn.Module):
-    """A module around another one that takes its frames for clips of ``n_segment``."""
+    """A wrapper around a module. Its input frames form clips of ``n_segment`` frames."""
 
     n_segment: int
-    halves = False  # the clip, before its module
+    halves_clip = False  # whether it halves the clip length before it calls its module
 
     def checked_n_segment(self) -> int:
         """``n_segment``, for a forward.
@@ -47,59 +47,65 @@ class ClipModule(nn.Module):
 
 
 class ShiftedModule(ClipModule):
-    """One that lets its module see the input shifted; with ``inplace``, without a second activation."""
+    """A wrapper that shifts the input of its module. With ``inplace``, it stores no second activation."""
 
     inplace: bool = False  # also of modules that were made by other code
 
     def shifted_module(self) -> nn.Module:
-        """The one that sees the shifted input. No property: compiled code would look it up in the class each time."""
+        """Returns the wrapped module. Not a property: compiled code would look that up in the class on each call."""
         return next(self.children())
 
     def shift_of(self, x: Tensor) -> str:
-        """The encoded shift of an input like ``x``, of which only shape and type matter."""
+        """Returns the encoded shift for an input with the shape and type of ``x``."""
         raise NotImplementedError
 
-    def call_shifted(self, x: Tensor, shift: str, still: int = 0, *, inplace: bool | None = None) -> Tensor:
-        """The module of the shifted ``x``, which holds the same bits afterwards; its first ``still`` tokens stay."""
+    def call_shifted(self, x: Tensor, shift: str, num_prefix_tokens: int = 0, *, inplace: bool | None = None) -> Tensor:
+        """Calls the wrapped module with the shifted ``x``. Afterwards ``x`` has the same bits as before.
+
+        The first ``num_prefix_tokens`` tokens are not shifted.
+        """
         net = self.shifted_module()
         eager = ops.eager()
-        only_reads = eager and only_reads_its_input(net)
-        temporal_shift = ops.temporal_shift_for_reader if only_reads else ops.temporal_shift
+        only_reads = eager and only_reads_input(net)
+        temporal_shift = ops.temporal_shift_for_single_consumer if only_reads else ops.temporal_shift
 
         def shifted(x: Tensor) -> Tensor:
-            moved = temporal_shift(x[:, still:] if still else x, shift)
-            return torch.cat([x[:, :still], moved], 1) if still else moved
+            moved = temporal_shift(x[:, num_prefix_tokens:] if num_prefix_tokens else x, shift)
+            return torch.cat([x[:, :num_prefix_tokens], moved], 1) if num_prefix_tokens else moved
 
         if not (self.inplace if inplace is None else inplace) or not eager:
             return net(shifted(x))
         if torch.is_grad_enabled():
             with ops.recomputing_shift(x, shifted) as copy:
                 return net(copy)
-        if only_reads and ops.elements_are_apart(x) and not x.is_conj() and not x.is_neg():
-            with ops.shifted_in_place(x[:, still:] if still else x, shift):
+        if only_reads and ops.has_no_overlap(x) and not x.is_conj() and not x.is_neg():
+            with ops.shifted_in_place(x[:, num_prefix_tokens:] if num_prefix_tokens else x, shift):
                 return net(x)
         return net(shifted(x))
 
 
-def only_reads_its_input(net: nn.Module) -> bool:
-    """Nor does anyone see what it reads, or the gradient of that: a hook that keeps either would find it changed."""
+def only_reads_input(net: nn.Module) -> bool:
+    """Whether ``net`` only reads its input, and no hook can keep the input or its gradient.
+
+    A hook that keeps either would see it change.
+    """
     return type(net) in _READ_ONLY_MODULES and not has_hooks(net) and not has_global_hooks()
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Or a ``forward`` set on this one module, as what wraps or offloads modules does."""
-    own = module.__dict__
+    """Whether ``module`` has hooks, or its own ``forward`` as set by libraries that offload modules."""
+    attributes = module.__dict__
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
     )
 
 
 def has_global_hooks() -> bool:
-    """Those of all modules."""
+    """Whether hooks for all modules are registered."""
     return any(
         (
             all_modules._global_forward_hooks,
@@ -111,5 +117,5 @@ def has_global_hooks() -> bool:
 
 
 def unwrapped(module: nn.Module | None) -> nn.Module | None:
-    """The module inside a :class:`ClipModule`; any other is itself."""
+    """Returns the module inside a :class:`ClipModule`, or ``module`` itself if it is not wrapped."""
     return next(module.children()) if isinstance(module, ClipModule) else module

@@ -1,6 +1,6 @@
 """The non-local block of TSM's networks (Wang, Girshick, Gupta, He: Non-local Neural Networks, arXiv:1711.07971).
 
-Names and state-dict keys are those of TSM's ``ops/non_local.py``: ``layer2.0.block.conv1.weight``,
+It has the names and state-dict keys of TSM's ``ops/non_local.py``: ``layer2.0.block.conv1.weight``,
 ``layer2.0.nl.theta.weight``.
 """
 
@@ -20,21 +20,28 @@ MODES = ("embedded_gaussian", "dot_product")
 
 
 class NONLocalBlock3D(nn.Module):
-    """Every position of a clip gets, added, what all positions say to it: ``[N, C, T, H, W]`` to the same.
+    """Self-attention over all positions of a clip, with a residual connection (arXiv:1711.07971).
 
-    With the defaults for a start, nothing: ``W`` ends in a batch normalisation whose weight is 0.
+    Input and output are floating-point clips ``[N, C, T, H, W]``. After initialization the block is the identity: the
+    last layer of ``W`` has weight 0 and bias 0.
 
     Args:
-        in_channels: C.
-        inter_channels: of the embeddings ``theta``, ``phi`` and ``g``; by default ``C // 2``.
-        sub_sample: ``phi`` and ``g`` are halved in height and width.
-        bn_layer: a batch normalisation ends ``W``.
-        mode: how positions are compared: ``"embedded_gaussian"``, the softmax of ``theta . phi``, or
+        in_channels: the number of input channels ``C``.
+        inter_channels: the number of channels of the embeddings ``theta``, ``phi`` and ``g``, by default ``C // 2``.
+        sub_sample: whether max pooling halves the height and width of ``phi`` and ``g``.
+        bn_layer: whether ``W`` ends in a batch normalization.
+        mode: the weight of a pair of positions: ``"embedded_gaussian"``, the softmax of ``theta . phi``, or
             ``"dot_product"``, ``theta . phi`` divided by the number of positions.
 
     Raises:
-        TypeError, ValueError: channels that are no integer from 1 up; an unknown ``mode``; on a call, an input that is
-            not five-dimensional.
+        TypeError: a number of channels is not an integer.
+        ValueError: a number of channels is below 1, or ``mode`` is unknown. In ``forward``: the input is not
+            five-dimensional.
+
+    Example::
+
+        block = tsm_jit.non_local.NONLocalBlock3D(64)
+        y = block(torch.randn(2, 64, 8, 14, 14))  # [2, 64, 8, 14, 14]
     """
 
     def __init__(
@@ -70,20 +77,32 @@ class NONLocalBlock3D(nn.Module):
             raise ValueError(f"x must be clips [N, C, T, H, W], got {list(x.shape)}")
         theta, phi, g = (embed(x).flatten(2).transpose(1, 2) for embed in (self.theta, self.phi, self.g))
         if self.mode == "dot_product":
-            y = theta @ (
-                phi.transpose(1, 2) @ g / phi.shape[1]
-            )  # in this order, of the size of channels, not positions
+            # This order needs a [channels, channels] matrix, the other one [positions, positions].
+            y = theta @ (phi.transpose(1, 2) @ g / phi.shape[1])
         else:
             y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)
         return x + self.W(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class NL3DWrapper(ClipModule):
-    """A residual block, then a :class:`NONLocalBlock3D` on its clips: frames ``[N*T, C, H, W]``, ``T = n_segment``.
+    """A residual block followed by a :class:`NONLocalBlock3D` (arXiv:1711.07971).
+
+    Input and output are frames ``[N*T, C, H, W]``, where ``T = n_segment``.
+
+    Args:
+        block: the residual block. Its last layer must be a batch normalization ``bn3`` or ``bn2``.
+        n_segment: the clip length in frames.
+        sub_sample, mode: as in :class:`NONLocalBlock3D`.
 
     Raises:
-        TypeError, ValueError: ``block`` ends in no batch normalisation, ``bn3`` or ``bn2``; as
-            :class:`NONLocalBlock3D`; on a call, ``n_segment`` does not divide ``N*T``.
+        TypeError: ``block`` does not end in a batch normalization, or ``n_segment`` is not an integer.
+        ValueError: ``n_segment`` is below 1, or ``mode`` is unknown. In ``forward``: ``n_segment`` does not divide
+            ``N*T``.
+
+    Example::
+
+        net = torchvision.models.resnet50()
+        net.layer2[0] = tsm_jit.non_local.NL3DWrapper(net.layer2[0], n_segment=8)
     """
 
     def __init__(self, block: nn.Module, n_segment: int, *, sub_sample: bool = True, mode: Mode = "embedded_gaussian"):
@@ -91,7 +110,7 @@ class NL3DWrapper(ClipModule):
         last = getattr(block, "bn3", getattr(block, "bn2", None))
         if not isinstance(last, _BatchNorm) or last.weight is None:
             raise TypeError(
-                "block must be a residual block that ends in a batch normalisation with weights, bn3 or bn2, "
+                "block must be a residual block that ends in a batch normalization with weights, bn3 or bn2, "
                 f"got {type(block).__name__} with {type(last).__name__}"
             )
         self.block = block

@@ -1,4 +1,4 @@
-"""The modules of a network for streams, which tsm_jit.online.convert makes (TSM's online form, arXiv:1811.08383)."""
+"""The modules of streaming networks, created by :func:`tsm_jit.online.convert` (TSM, arXiv:1811.08383)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ State = list[Tensor]
 
 
 class FrameState:
-    """What the shifts of one network share while it runs a frame: the folds they read and those they leave."""
+    """The state that all shifts of one network share while the network processes one frame."""
 
     def __init__(self, places: list[str]):
-        self.places = places  # of the shifts
-        self.before: Sequence[Tensor | None] | None = None  # None: no frame is being run
-        self.after: list[Tensor | None] = []
-        self.may_differ = False  # is `before` that of no frame at all, so that streams and sizes may be new?
+        self.places = places  # the module names of the shifts
+        self.before: Sequence[Tensor | None] | None = None  # folds of the previous frame; None outside of a call
+        self.after: list[Tensor | None] = []  # folds of this frame
+        self.may_differ = False  # after a reset, the number of streams and the frame size may change
 
 
 class OnlineShift(nn.Module):
-    """``net`` of the frames or tokens of S streams, the first fold taken from the frame before; zero at first."""
+    """Replaces the first fold of each frame by that fold of the previous frame (at first zeros), then calls ``net``."""
 
     def __init__(self, shift: TemporalShift, frame: FrameState, index: int):
         super().__init__()
@@ -40,10 +40,10 @@ class OnlineShift(nn.Module):
         frame, place = self._frame, self._frame.places[self._index]
         if frame.before is None:
             raise RuntimeError(
-                f"the shift at {place!r} must be called by its OnlineNetwork, not again in backward, as checkpoints do"
+                f"the shift at {place!r} must be called by its OnlineNetwork, not again in backward by checkpointing"
             )
         if frame.after[self._index] is not None:
-            raise ValueError(f"model must call each shift once a frame, got a second call at {place!r}")
+            raise ValueError(f"model must call each shift once per frame, got a second call at {place!r}")
         if x.dim() == 5:
             raise ValueError(f"frames must be [S, C, H, W], got {list(x.shape)} at {place!r}")
         moving, channels = x[:, self._num_prefix_tokens :] if self._num_prefix_tokens else x, x.shape[self._channel_dim]
@@ -53,9 +53,9 @@ class OnlineShift(nn.Module):
         if before is not None and (before.shape, before.dtype) != (own.shape, own.dtype):
             if not frame.may_differ:
                 raise ValueError(
-                    f"frames must be of the streams, the size and the dtype that the state is of, got a fold of "
+                    f"frames must match the state in the number of streams, size and dtype, got a fold of "
                     f"{list(own.shape)} {own.dtype} at {place!r}, where the state is {list(before.shape)} "
-                    f"{before.dtype}; reset() begins anew"
+                    f"{before.dtype}: reset() starts new streams"
                 )
             before = None
         if before is None:
@@ -75,19 +75,31 @@ class NoStateError(ValueError, AttributeError):
 
 
 class OnlineNetwork(nn.Module):
-    """A network for streams, made by :func:`convert`; ``net`` is the converted copy, whose keys stayed the same.
+    """A streaming network, created by :func:`convert` (TSM, arXiv:1811.08383, section 4.2).
 
-    Called with the next frame of each of S streams, ``[S, C, H, W]``, it returns the output of ``net`` for them and
-    keeps the state in itself. Called with a ``state`` as well, it keeps nothing and returns ``(output, new_state)``:
-    for export, and for gradients through time, which end at the frame otherwise. One thread at a time.
+    ``net`` is the converted copy of the network, with the same state-dict keys.
 
-    The state is a list of one tensor for each shift, of the dtype of its activations: ``[S, C // n_div, H, W]``, of
-    tokens ``[S, L, C // n_div]``. Once there, it stays where it is, so that a CUDA graph captured after a first frame
-    goes on from it; ``reset`` and ``state = ...`` write into it.
+    ``stream(frames)`` takes the next frame of each of S streams, ``[S, C, H, W]``, and returns the output of ``net``.
+    The module stores the state. Gradients do not flow into earlier frames.
+
+    ``stream(frames, state)`` returns ``(output, new_state)`` and does not change the stored state. Use it for export
+    and for gradients through time. Only one thread may call the module at a time.
+
+    The state is a list with one tensor for each shift, in the dtype of its activations: ``[S, C // n_div, H, W]``, for
+    tokens ``[S, L, C // n_div]``. After the first frame its memory stays in place: ``reset`` and ``state = ...`` write
+    into it. So a CUDA graph captured after the first frame remains valid.
 
     Raises:
-        TypeError, ValueError: frames of another number of streams, size or dtype than the state is of; a ``state`` that
-            is no list of as many tensors; a network that calls a shift not once a frame.
+        TypeError: ``state`` is not a list of tensors.
+        ValueError: the frames differ from the state in the number of streams, size or dtype; ``state`` has another
+            number of tensors; or the network calls a shift not exactly once per frame.
+
+    Example::
+
+        net = torchvision.models.resnet18()
+        tsm_jit.make_temporal_shift(net, n_segment=8, direction="past")
+        stream = tsm_jit.online.convert(net.eval())
+        scores = stream(torch.randn(1, 3, 224, 224))  # [1, 1000]
     """
 
     def __init__(self, net: nn.Module, frame: FrameState):
@@ -102,7 +114,7 @@ class OnlineNetwork(nn.Module):
         if state is not None:
             return self._run(frames, self._checked(state))
         out, after = self._run(frames, self._state, may_differ=self._is_reset)
-        self._keep(after)
+        self._store(after)
         self._is_reset = False
         return out
 
@@ -116,12 +128,12 @@ class OnlineNetwork(nn.Module):
         state = []
         for place, fold in zip(frame.places, after, strict=True):
             if fold is None:
-                raise ValueError(f"model must call each shift once a frame, got no call at {place!r}")
+                raise ValueError(f"model must call each shift once per frame, got no call at {place!r}")
             state.append(fold)
         return out, state
 
-    def _keep(self, state: State) -> None:
-        # Never an inference tensor, which no frame outside of inference_mode could write to.
+    def _store(self, state: State) -> None:
+        # The state must not be an inference tensor: frames outside of inference_mode could not write to it.
         with torch.inference_mode(False), torch.no_grad():
             for i, new in enumerate(state):
                 old = self._state[i]
@@ -131,38 +143,44 @@ class OnlineNetwork(nn.Module):
 
     @property
     def state(self) -> State:
-        """The state, as it is: later calls change these tensors. To set it copies.
+        """The stored state. Later calls change these tensors. Assignment copies the new values.
 
-        Raises ValueError when read before the first frame, TypeError or ValueError when set to what is no state.
+        Raises:
+            TypeError: the assigned value is not a list of tensors.
+            ValueError: it is read before the first frame, or the assigned list has another number of tensors.
         """
         state = [each for each in self._state if each is not None]
         if len(state) < len(self._state):
-            raise NoStateError("state must not be read before the first frame: initial_state() makes one")
+            raise NoStateError("state must not be read before the first frame: initial_state() creates one")
         return state
 
     @state.setter
     def state(self, state: Sequence[Tensor]) -> None:
-        self._keep(self._checked(state))
+        self._store(self._checked(state))
         self._is_reset = False
 
     def initial_state(self, frames: Tensor) -> State:
-        """The state before the first frame of streams like ``frames``: zeros. The network runs once to see them."""
+        """Returns the state before the first frame, zeros, for streams like ``frames``. It runs the network once."""
         with torch.no_grad():
             _, after = self._run(frames, [None] * len(self._state))
         return [torch.zeros_like(each) for each in after]
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """The next frame is the first of its stream; with ``mask``, ``[S]`` of bool, of the streams where it is true.
+        """Starts new streams: sets the state to zeros.
 
-        Without a mask, the next frame may be of other streams and of another size.
+        Args:
+            mask: ``[S]``, bool: the streams to reset. Without a mask all are reset, and the next frame may have another
+                number of streams and another size.
 
-        Raises TypeError or ValueError for a mask of another type, dtype or length, or before the first frame.
+        Raises:
+            TypeError: ``mask`` is not a tensor.
+            ValueError: ``mask`` has another dtype or length, or it is given before the first frame.
         """
         if mask is None:
             self._is_reset = True
-            for kept in self._state:
-                if kept is not None:
-                    kept.zero_()
+            for fold in self._state:
+                if fold is not None:
+                    fold.zero_()
             return
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
@@ -170,9 +188,9 @@ class OnlineNetwork(nn.Module):
         streams = {each.shape[0] for each in state}
         if mask.dtype != torch.bool or mask.dim() != 1 or streams != {len(mask)}:
             got = f"{mask.dtype} of {list(mask.shape)}"
-            raise ValueError(f"mask must be of torch.bool, one for each of {max(streams)} streams, got {got}")
-        for kept in state:
-            kept.masked_fill_(mask.to(kept.device).view(-1, *[1] * (kept.dim() - 1)), 0)
+            raise ValueError(f"mask must be torch.bool with one value for each of {max(streams)} streams, got {got}")
+        for fold in state:
+            fold.masked_fill_(mask.to(fold.device).view(-1, *[1] * (fold.dim() - 1)), 0)
 
     def __getattr__(self, name: str) -> Any:
         if name == "state" and "_state" in self.__dict__:  # the property raised
@@ -181,7 +199,7 @@ class OnlineNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> OnlineNetwork:
         with torch.inference_mode(False):
-            self._state = [None if kept is None else fn(kept) for kept in self._state]
+            self._state = [None if fold is None else fn(fold) for fold in self._state]
         return super()._apply(fn, *args, **kwargs)
 
     def _checked(self, state: Sequence[Tensor]) -> list[Tensor]:

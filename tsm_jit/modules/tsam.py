@@ -1,4 +1,4 @@
-"""The module of TSAM, temporal shift with an audio modality (https://github.com/aav-antonov/TSAM), under its name."""
+"""The module of TSAM, temporal shift with an audio modality (https://github.com/aav-antonov/TSAM)."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from tsm_jit.modules.base import ShiftedModule
 
 
 class TemporalShift(ShiftedModule):
-    """Shift, then ``layer``: the drop-in for TSAM's class of this name (https://github.com/aav-antonov/TSAM).
+    """Shifts its input, then calls ``layer``: drop-in for TSAM's class (https://github.com/aav-antonov/TSAM).
 
-    The input is frames ``[N*T, C, *]``, ``T = n_segment``, of any dtype; the output is that of ``layer``. The shift is
-    :func:`tsm_jit.temporal_shift` with ``padding="keep"``: a frame whose source does not exist keeps its own value.
+    The input is frames ``[N*T, C, *]`` of any dtype, where ``T = n_segment``. The output is the output of ``layer``.
+    The shift is :func:`tsm_jit.temporal_shift` with ``padding="keep"``: a frame without a source frame keeps its value.
 
     Args:
-        layer: the module that receives the shifted frames, typically a block's first convolution.
+        layer: the module that receives the shifted frames, usually the first convolution of a residual block.
         n_segment: the clip length in segments, video and audio together.
-        n_segment_shifted: the leading segments that are shifted.
-        f_div: 2 or more; ``C // f_div`` channels move each way, in ``shift_depth`` folds of equal width.
-        shift_depth: how many frames away the farthest fold reads, 1 to 4 in TSAM.
-        inplace: keep no second activation, as in :class:`tsm_jit.TemporalShift`: the input holds the same bits
-            afterwards, outputs and gradients are exact.
+        n_segment_shifted: the number of leading segments that are shifted.
+        f_div: 2 or more. ``C // f_div`` channels move in each direction, in ``shift_depth`` folds of equal width.
+        shift_depth: the largest distance in frames, 1 to 4 in TSAM.
+        inplace: store no second activation, as in :class:`tsm_jit.TemporalShift`. Outputs, gradients and the input stay
+            bit-identical.
 
     Raises:
-        TypeError, ValueError: an argument is no integer or outside its range; on a call, as
+        TypeError, ValueError: an argument is not an integer or outside its range. In ``forward``: as
             :func:`tsm_jit.temporal_shift`.
 
     Example::
 
-        block.conv1 = TemporalShift(block.conv1, n_segment=9, n_segment_shifted=8, f_div=8, shift_depth=2)
+        block = torchvision.models.resnet50().layer1[0]
+        block.conv1 = tsm_jit.tsam.TemporalShift(
+            block.conv1, n_segment=9, n_segment_shifted=8, f_div=8, shift_depth=2
+        )
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class TemporalShift(ShiftedModule):
         self.layer = layer
         self.n_segment = integer("n_segment", n_segment, 1)
         self.n_segment_shifted = integer("n_segment_shifted", n_segment_shifted, 1)
-        self.f_div = integer("f_div", f_div, 2)  # each way, so that no plan is wider than C
+        self.f_div = integer("f_div", f_div, 2)  # folds in both directions must fit into C channels
         self.shift_depth = integer("shift_depth", shift_depth, 1)
         self.inplace = inplace
 

@@ -1,7 +1,7 @@
-"""The modules of TSM (Lin, Gan, Han: Temporal Shift Module, arXiv:1811.08383), under its names.
+"""The modules of TSM (Lin, Gan, Han: Temporal Shift Module, arXiv:1811.08383).
 
-Names, constructors and state-dict keys are those of https://github.com/mit-han-lab/temporal-shift-module, so that its
-users change an import and keep their checkpoints.
+They have the names, constructors and state-dict keys of https://github.com/mit-han-lab/temporal-shift-module. Its users
+only change an import, and their checkpoints still load.
 """
 
 from __future__ import annotations
@@ -20,31 +20,38 @@ from tsm_jit.plans import Direction
 
 
 class TemporalShift(ShiftedModule):
-    """Shift, then ``net``: the drop-in for TSM's class of this name (arXiv:1811.08383).
+    """Shifts its input, then calls ``net``: drop-in for TSM's class (arXiv:1811.08383).
 
-    The input is frames ``[N*T, C, *]``, ``T = n_segment``, of any dtype; the output is that of ``net``. The shift is
-    :func:`tsm_jit.temporal_shift` with ``fold_div=n_div`` and zero padding.
+    The input is frames ``[N*T, C, *]`` of any dtype, where ``T = n_segment``. The output is the output of ``net``. The
+    shift is :func:`tsm_jit.temporal_shift` with ``fold_div=n_div`` and zero padding.
 
     Args:
-        net: the module that receives the shifted frames, typically a block's first convolution.
+        net: the module that receives the shifted frames, usually the first convolution of a residual block.
         n_segment: the clip length in frames.
-        n_div: a fold is ``C // n_div`` channels.
-        inplace: keep no second activation. Unlike TSM's flag of this name it never changes what any other reader of
-            the input sees, such as the skip branch of a residual block: the input holds the same bits afterwards, and
-            outputs and gradients are exact. While autograd records, ``net`` sees a shifted copy that dies with the
-            call; the backward shifts the input again. Otherwise the input is shifted in place, ``net`` runs, and the
-            shift is undone; until then no other thread or CUDA stream may use the input. A ``net`` that might write
-            into its input or return it (all but ``nn.Conv1d/2d/3d`` and ``nn.Linear`` without hooks) gets a copy.
-        vect: accepted for compatibility and ignored: the vector width follows from the alignment of the tensor.
-        direction: ``"both"``; or ``"past"``, TSM's uni-directional form, where one fold reads the previous frame and
-            none the next one, for streams (:mod:`tsm_jit.online`); or ``"future"``.
+        n_div: a fold has ``C // n_div`` channels.
+        inplace: store no second activation, see below.
+        vect: ignored, for compatibility with TSM. The kernels choose the vector width from the alignment of the tensor.
+        direction: ``"both"``; ``"past"``, TSM's uni-directional form for streaming (:mod:`tsm_jit.online`), where one
+            fold reads the previous frame; or ``"future"``, where one fold reads the next frame.
 
     Raises:
-        TypeError, ValueError: on a call, as :func:`tsm_jit.temporal_shift`.
+        TypeError, ValueError: in ``forward``, as :func:`tsm_jit.temporal_shift`.
+
+    With ``inplace=True`` outputs and gradients are exact, and after the call the input has the same bits as before.
+    TSM's own flag changes the skip branch of a residual block, this one does not.
+
+    - With autograd, ``net`` receives a shifted copy, which is freed after the call. The backward shifts the input
+      again.
+    - Under ``no_grad``, the module shifts the input in place, calls ``net`` and restores the input. During the call no
+      other thread or CUDA stream may use the input.
+    - A ``net`` that might change or return its input always receives a copy. Only ``nn.Conv1d/2d/3d`` and
+      ``nn.Linear`` without hooks are known not to do that.
 
     Example::
 
-        block.conv1 = TemporalShift(block.conv1, n_segment=8, n_div=8, inplace=True)
+        block = torchvision.models.resnet50().layer1[0]
+        block.conv1 = tsm_jit.TemporalShift(block.conv1, n_segment=8, n_div=8, inplace=True)
+        y = block(torch.randn(2 * 8, 64, 56, 56))
     """
 
     direction: Direction = "both"  # also of modules that were made by other code
@@ -76,7 +83,7 @@ class TemporalShift(ShiftedModule):
 
     @staticmethod
     def shift(x: Tensor, n_segment: int, fold_div: int = 3, inplace: bool = False, vect: Any = None) -> Tensor:
-        """:func:`tsm_jit.temporal_shift`. ``inplace`` here is PyTorch's: ``x`` itself is shifted and returned."""
+        """Calls :func:`tsm_jit.temporal_shift`. With ``inplace`` it shifts ``x`` itself and returns it."""
         return temporal_shift(x, n_segment, fold_div, inplace=inplace)
 
     def extra_repr(self) -> str:
@@ -85,19 +92,24 @@ class TemporalShift(ShiftedModule):
 
 
 class TokenShift(TemporalShift):
-    """Shift of the tokens of a vision transformer, then ``net``: TSM (arXiv:1811.08383) along another dimension.
+    """Shifts the tokens of a vision transformer, then calls ``net`` (TSM, arXiv:1811.08383).
 
-    The input is ``[N*T, L, C]``, ``T = n_segment``, of any dtype; the output is that of ``net``. The first
-    ``num_prefix_tokens`` of the L tokens, such as the class token, stay.
+    The input is tokens ``[N*T, L, C]`` of any dtype, where ``T = n_segment``. The output is the output of ``net``.
 
     Args:
-        net: the module that receives the tokens, typically the ``nn.Linear`` before an attention.
-        num_prefix_tokens: 0 or more.
+        net: the module that receives the tokens, usually the ``nn.Linear`` before an attention.
         n_segment, n_div, inplace, direction: as in :class:`TemporalShift`.
+        num_prefix_tokens: the number of leading tokens, such as the class token, that are not shifted.
 
     Raises:
-        TypeError, ValueError: ``num_prefix_tokens`` is no integer from 0 up; on a call, an input that is not
-            three-dimensional; and as :func:`tsm_jit.temporal_shift`.
+        TypeError: ``num_prefix_tokens`` is not an integer.
+        ValueError: ``num_prefix_tokens`` is negative. In ``forward``: the input is not three-dimensional.
+        TypeError, ValueError: in ``forward``, as :func:`tsm_jit.temporal_shift`.
+
+    Example::
+
+        qkv = tsm_jit.TokenShift(torch.nn.Linear(192, 576), n_segment=8)
+        y = qkv(torch.randn(2 * 8, 197, 192))  # [16, 197, 576]
     """
 
     num_prefix_tokens: int = 1
@@ -126,17 +138,28 @@ class TokenShift(TemporalShift):
         shift = encode_temporal(
             x[:, still:], self.checked_n_segment(), self.fold_div, direction=self.direction, channel_dim=-1
         )
-        return self.call_shifted(x, shift, still=still)
+        return self.call_shifted(x, shift, still)
 
 
 class TemporalPool(ClipModule):
-    """Halves the clip length, then ``net``: TSM's temporal pooling (arXiv:1811.08383).
+    """Halves the clip length, then calls ``net``: TSM's temporal pooling (arXiv:1811.08383).
 
-    Max pooling over time with kernel 3, stride 2 and padding 1: ``[N*T, C, H, W]`` to ``[N*(T/2), C, H, W]``, with
-    ``T = n_segment`` even.
+    It max-pools over time with kernel 3, stride 2 and padding 1: ``[N*T, C, H, W]`` to ``[N*(T/2), C, H, W]``.
+
+    Args:
+        net: the module that receives the pooled frames.
+        n_segment: the clip length ``T`` in frames, an even number.
+
+    Raises:
+        TypeError, ValueError: in ``forward``: ``n_segment`` is not an even integer or does not divide ``N*T``.
+
+    Example::
+
+        pool = tsm_jit.TemporalPool(torch.nn.Identity(), n_segment=8)
+        y = pool(torch.randn(2 * 8, 64, 56, 56))  # [2 * 4, 64, 56, 56]
     """
 
-    halves = True
+    halves_clip = True
 
     def __init__(self, net: nn.Module, n_segment: int):
         super().__init__()
@@ -148,7 +171,7 @@ class TemporalPool(ClipModule):
 
     @staticmethod
     def temporal_pool(x: Tensor, n_segment: int) -> Tensor:
-        """The pooling alone. Raises ``ValueError`` if ``n_segment`` is odd or does not divide ``N*T``."""
+        """Pools without calling a module. Raises ValueError if ``n_segment`` is odd or does not divide ``N*T``."""
         return temporal_pool(x, n_segment)
 
     def extra_repr(self) -> str:
@@ -168,7 +191,7 @@ def temporal_pool(x: Tensor, n_segment: int) -> Tensor:
 
 
 def halved(n_segment: Any) -> int:
-    """Half of an even clip length; ``ValueError`` for an odd one."""
+    """Returns half of an even clip length. Raises ValueError for an odd one."""
     n_segment = integer("n_segment", n_segment)
     if n_segment < 2 or n_segment % 2 != 0:
         raise ValueError(f"n_segment must be even to be halved, got {n_segment}")

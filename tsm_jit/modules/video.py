@@ -1,4 +1,4 @@
-"""A network of frames as a network of clips: reshape, backbone, head, the mean over the frames."""
+"""A video classifier from an image network: backbone and head for each frame, then the mean over the frames."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from tsm_jit.modules.base import ClipModule
 
 
 class VideoModel(nn.Module):
-    """Clips ``[N, T, C, H, W]`` in, scores ``[N, K]`` out: the mean of the frames, TSN's consensus (arXiv:1608.00859).
+    """Computes scores ``[N, K]`` of clips ``[N, T, C, H, W]``: the mean of the scores of the frames.
+
+    This mean is the average consensus of TSN (arXiv:1608.00859).
 
     Args:
-        backbone: a network of frames, ``[N*T, C, H, W]`` to ``[N*T, ...]``, or to fewer where it pools over time;
-            converted (:func:`tsm_jit.make_temporal_shift` and others) or not. ``backbone`` in the state dict.
-        head: what follows for each frame, ``[N*T, F]`` to ``[N*T, K]``, typically an ``nn.Linear`` while the backbone
-            ends in ``nn.Identity``; without one, the backbone's output is the scores. ``head`` in the state dict.
-        dropout: the part of the head's input that is dropped in training, 0 to 1.
+        backbone: an image network, ``[N*T, C, H, W]`` to ``[N*T, F]``. It may be converted, for example by
+            :func:`tsm_jit.make_temporal_shift`, and may pool over time. Its state-dict prefix is ``backbone``.
+        head: the layer after the backbone, ``[N*T, F]`` to ``[N*T, K]``, usually an ``nn.Linear``. By default the
+            output of the backbone is the scores. Its state-dict prefix is ``head``.
+        dropout: the dropout probability before the head, 0 to 1.
 
     Raises:
-        TypeError, ValueError: on a call, ``clips`` are no tensor, have no five dimensions, or have another length than
-            the backbone is converted for: ``tsm_jit.n_segment(model, length)`` changes that.
+        TypeError: in ``forward``: ``clips`` is not a tensor.
+        ValueError: in ``forward``: ``clips`` is not five-dimensional, or its length differs from the ``n_segment`` of
+            the backbone. ``tsm_jit.n_segment(model, length)`` changes it.
 
     Example::
 
         net = torchvision.models.resnet50()
-        net.fc = nn.Identity()
+        net.fc = torch.nn.Identity()
         tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
-        model = tsm_jit.VideoModel(net, nn.Linear(2048, 400), dropout=0.5)
+        model = tsm_jit.VideoModel(net, torch.nn.Linear(2048, 400), dropout=0.5)
         scores = model(torch.randn(2, 8, 3, 224, 224))
     """
 
@@ -49,7 +52,7 @@ class VideoModel(nn.Module):
         length = max((each.n_segment for each in self.backbone.modules() if isinstance(each, ClipModule)), default=None)
         if length not in (None, clips.shape[1]):
             raise ValueError(
-                f"clips must be as long as n_segment={length}, which the backbone is converted for, got "
+                f"clips must have n_segment={length} frames, as the backbone is converted for, got "
                 f"{clips.shape[1]} frames: tsm_jit.n_segment(model, {clips.shape[1]}) changes it"
             )
         scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1))))

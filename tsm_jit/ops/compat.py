@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that this package uses. A version of PyTorch that lacks one cannot be supported."""
+"""All private names of PyTorch that this package uses. A PyTorch version without one of them is not supported."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ except (ImportError, AttributeError) as error:
 
 
 def direct(overload: Any) -> Any:
-    """An operator without the Python frame of an ``OpOverload``, which costs a microsecond per call."""
+    """Returns the C++ operator of an ``OpOverload``, whose Python frame costs a microsecond per call."""
     return overload._op
 
 
 def eager() -> bool:
-    """True if no compiler, tracer or transform is watching, and what autograd does may be arranged by hand."""
-    return not (  # every call asks: none of this in functions of its own
+    """Whether no compiler, tracer or ``torch.func`` transform is active. Only then may callers skip the dispatcher."""
+    return not (  # inlined, since every call of the library runs it
         is_compiling() or _tracing_state() is not None or functorch_is_active() or forward_ad._current_level >= 0
     )
 
@@ -38,17 +38,17 @@ def is_tracing() -> bool:
 
 
 def transforms_are_active() -> bool:
-    """Those of ``torch.func``, or forward-mode differentiation."""
+    """Whether ``torch.func`` transforms or forward-mode AD are active."""
     return functorch_is_active() or forward_ad._current_level >= 0
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` is active. ``torch.compiler.is_exporting`` is true of all that PyTorch 2.11 compiles."""
+    """Whether ``torch.export`` is active. PyTorch 2.11's own ``is_exporting`` is also true under ``torch.compile``."""
     return torch.compiler._is_exporting_flag
 
 
 def has_saved_tensor_hooks() -> bool:
-    """Whether default hooks for saved tensors are set, as by checkpointing or offloading."""
+    """Whether default hooks for saved tensors are set, for example by checkpointing or offloading."""
     return _top_saved_tensors_default_hooks(True) is not None
 
 
@@ -63,6 +63,6 @@ def is_batched_gradient(grad: Tensor) -> bool:
 
 
 def undifferentiable_view(x: Tensor) -> str | None:
-    """Why autograd could not rebase the history of the view ``x``, as the name of its creation; None if it can."""
+    """Returns None if autograd can rebase the history of the view ``x``, otherwise the name of its ``CreationMeta``."""
     creation = _get_creation_meta(x)
     return None if creation == CreationMeta.DEFAULT else creation.name

@@ -1,24 +1,27 @@
-"""Operators for residual blocks whose stream of activations is kept shifted.
+"""Operators for residual blocks with shifted activations.
 
-A block ends in ``x = relu(norm(z) + norm(identity))`` and the next one begins with ``shift(x)``. So x has two layouts:
+A residual block ends in ``x = relu(norm(z) + norm(identity))``, and the next block starts with ``shift(x)``. So x has
+two layouts:
 
 - *unshifted*: ``x [N*T, C, H, W]``;
-- *shifted*: ``shift(x)``, and ``boundary [N, K, H, W]``, the frames that the shift drops: of each channel group its
-  first ``|offset|`` frames (``offset > 0``) or its last ones, as channels.
+- *shifted*: ``shift(x)``, and the boundary frames ``boundary [N, K, H, W]``, which the shift drops. For each channel
+  group these are the first ``|offset|`` frames if ``offset > 0``, otherwise the last ones. They are concatenated as
+  channels.
 
-A norm is a batch normalization, ``(v - mean) / sqrt(variance + epsilon) * weight + bias`` with one value of each per
-channel. Operators take it as ``Tensor[]`` of mean, variance, weight and bias, and ``float epsilon``. An empty list
+A norm is a batch normalization, ``(v - mean) / sqrt(variance + epsilon) * weight + bias``, with one value of each per
+channel. Operators take it as a ``Tensor[]`` of mean, variance, weight and bias, and a ``float epsilon``. An empty list
 means no norm. A backward takes mean, variance and weight.
 
-- ``norm_add_relu(_)``: x in either layout, of an identity in either layout; ``norm_relu_max_pool``: a ResNet's stem;
-- ``norm_add_relu_backward``: the gradients of ``z``, of the identity and of both norms; ``add_relu_backward(_)`` is its
-  first part, the gradient of the sum;
-- ``norm_relu_backward``: computes the ReLU mask again instead of loading it;
-- ``batch_norm_stats_``: mean and variance per channel; updates the running ones.
+- ``norm_add_relu(_)``: computes x in either layout, from an identity in either layout.
+- ``norm_relu_max_pool``: the stem of a ResNet.
+- ``norm_add_relu_backward``: the gradients of ``z``, of the identity and of both norms. ``add_relu_backward(_)`` is its
+  first part, the gradient of the sum.
+- ``norm_relu_backward``: recomputes the ReLU mask instead of loading it.
+- ``batch_norm_stats_``: mean and variance per channel. It also updates the running statistics.
 
-The overload ``.recompute`` is for a backward that runs a forward again: a compiler would keep the first result for it.
-The kernels (``kernels/residual``) take precedence over the PyTorch code at the end of this file. Autograd does not know
-these operators; ``tsm_jit/fused/autograd.py`` has its functions.
+The overload ``.recompute`` is for a backward that runs a forward again. With the default overload, compilers would save
+the first result instead. The kernels (``kernels/residual``) take precedence over the PyTorch fallback at the end of
+this file. These operators have no autograd: ``tsm_jit/fused/autograd.py`` has the autograd functions.
 """
 
 from __future__ import annotations
@@ -74,15 +77,15 @@ class Norm(NamedTuple):
     weight: Tensor
     bias: Tensor | None  # None: not needed, in a backward
     epsilon: float
-    uses_batch_stats: bool = False  # mean and variance are those of the values: gradients flow through them, too
+    uses_batch_stats: bool = False  # mean and variance depend on the values, so gradients flow through them
 
     def args(self) -> tuple[list[Tensor], float]:
-        """As operators take it."""
+        """Returns the arguments of an operator."""
         return [part for part in self[:4] if part is not None], self.epsilon
 
 
 class NormedInput(NamedTuple):
-    """One of the two summands at the end of a block, in a backward."""
+    """One of the two summands of ``norm_add_relu``, as its backward needs it."""
 
     values: Tensor | None = None  # needed only under a norm
     norm: Norm | None = None
@@ -90,41 +93,41 @@ class NormedInput(NamedTuple):
     norm_needs_grad: bool = False
 
     def args(self) -> tuple[Tensor | None, list[Tensor], float, list[int]]:
-        """As operators take it; the last ones are the flags uses_batch_stats, needs_grad and norm_needs_grad."""
+        """Returns the arguments of an operator. The last is the flags uses_batch_stats, needs_grad, norm_needs_grad."""
         uses_batch_stats = self.norm is not None and self.norm.uses_batch_stats
         return self.values, *norm_args(self.norm), [uses_batch_stats, self.needs_grad, self.norm_needs_grad]
 
 
 def norm_args(norm: Norm | None) -> tuple[list[Tensor], float]:
-    """A norm or none, as operators take it."""
+    """Returns the arguments of an operator for a norm, or for no norm."""
     return ([], 0.0) if norm is None else norm.args()
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which activations of a type are added and normalized."""
+    """The dtype in which kernels add and normalize activations of ``dtype``."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def has_channel_sums(x: Tensor) -> bool:
-    """Whether kernels sum activations like ``x`` per channel: on a GPU, in channels_last."""
+    """Whether kernels can sum activations like ``x`` per channel: only on a GPU, in channels_last."""
     return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 and x.numel() > 0
 
 
 def has_pixel_index(x: Tensor) -> bool:
-    """Whether kernels know the row and column of activations like ``x``: on a GPU, only in channels_last."""
+    """Whether kernels know the row and column of each value of ``x``: on a GPU only in channels_last."""
     return not x.is_cuda or (x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1)
 
 
-# --- the way to the operators ----------------------------------------------------------------------------------------
+# --- calls of the operators ------------------------------------------------------------------------------------------
 
 
 def _caller(name: str) -> Any:
-    """The operator; for eager mode without the Python frame of an ``OpOverload``."""
+    """Returns a function that calls the operator, in eager mode without the Python frame of an ``OpOverload``."""
     overload = getattr(torch.ops.tsm_jit, name).default
-    quick = direct(overload)
+    eager_op = direct(overload)
 
     def call(*args: Any) -> Any:
-        return overload(*args) if is_compiling() else quick(*args)
+        return overload(*args) if is_compiling() else eager_op(*args)
 
     return call
 
@@ -147,7 +150,7 @@ def norm_add_relu(
     shift: str,
     shifted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``relu(norm(z) + norm(identity))`` as new tensors: x in the layout that ``shifted`` tells, and its boundary."""
+    """Returns ``x = relu(norm(z) + norm(identity))``, shifted if ``shifted``, and the boundary frames of x."""
     return _norm_add_relu(z, *norm_args(z_norm), identity, *norm_args(identity_norm), boundary, shift, shifted)
 
 
@@ -160,27 +163,27 @@ def norm_add_relu_backward(
     shift: str,
     identity_is_shifted: bool,
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], Tensor | None]:
-    """The gradients of :func:`norm_add_relu`, or None for those that are not needed.
+    """The backward of :func:`norm_add_relu`. Gradients that are not needed are None.
 
     Args:
-        grads: of x from its two consumers, and of the boundary frames.
-        out, boundary_out: x as the forward wrote it.
+        grads: the gradients of x from its two consumers, and of the boundary frames.
+        out, boundary_out: the outputs of the forward.
         z, identity: the summands.
-        shift: of ``out`` and of the identity.
-        identity_is_shifted: whether the identity came in the shifted layout.
+        shift: the shift of ``out`` and of the identity.
+        identity_is_shifted: whether the identity is in the shifted layout.
 
     Returns:
-        For ``z`` and for the identity: the gradients of the values, and of the norm's weight and bias. Last, that of
-        the identity's boundary frames.
+        For ``z`` and for the identity: the gradients of the values and of the norm's weight and bias. Then the gradient
+        of the identity's boundary frames.
     """
     if z.norm is None and identity.norm is None:
         grad, grad_shifted, grad_boundary, _ = add_relu_backward(
             *grads, out, boundary_out, None, [], 0.0, None, [], 0.0, shift, identity_is_shifted
         )
-        of_identity = grad_shifted if identity_is_shifted else grad
+        grad_identity = grad_shifted if identity_is_shifted else grad
         return (
             (grad if z.needs_grad else None, None, None),
-            (of_identity if identity.needs_grad else None, None, None),
+            (grad_identity if identity.needs_grad else None, None, None),
             grad_boundary if identity_is_shifted else None,
         )
     grads_out = _norm_add_relu_backward(
@@ -190,7 +193,7 @@ def norm_add_relu_backward(
 
 
 def norm_relu_backward(grad: Tensor, z: NormedInput) -> tuple[Tensor | None, ...]:
-    """Of ``relu(norm(z))``: the gradients of ``z`` and of the norm's weight and bias, None if not needed."""
+    """The backward of ``relu(norm(z))``: gradients of ``z`` and of the norm's weight and bias, None if not needed."""
     return _norm_relu_backward(grad, *z.args())
 
 
@@ -198,13 +201,16 @@ def norm_relu_backward(grad: Tensor, z: NormedInput) -> tuple[Tensor | None, ...
 
 
 def new_boundary(like: Tensor, shift: str) -> Tensor:
-    """Memory for the boundary frames of activations ``like`` these."""
+    """Allocates the boundary frames of activations like ``like``."""
     plan = decode(shift)
     return new_like(like, (like.shape[0] // plan.n_segment, plan.boundary_channels(), *like.shape[2:]))
 
 
 def new_like(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """In the memory format of ``like``. By strides: a compiler would fill what ``torch.empty`` makes."""
+    """Allocates a tensor of ``shape`` in the memory format of ``like``.
+
+    It calls ``torch.empty_strided``, since compiled code would fill the result of ``torch.empty``.
+    """
     channels_last = not like.is_contiguous()
     strides, stride = [0] * len(shape), 1
     for d in (1, *range(len(shape) - 1, 1, -1), 0) if channels_last else range(len(shape) - 1, -1, -1):
@@ -214,12 +220,12 @@ def new_like(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def in_format_of(like: Tensor, x: Tensor | None) -> Tensor | None:
-    """``x`` in the memory format of ``like``."""
+    """Returns ``x`` in the memory format of ``like``."""
     memory_format = torch.contiguous_format if like.is_contiguous() else torch.channels_last
     return None if x is None else x.contiguous(memory_format=memory_format)
 
 
-# --- PyTorch code, for devices without kernels; and fakes ------------------------------------------------------------
+# --- PyTorch fallback and fake implementations -----------------------------------------------------------------------
 
 
 def _norm(values: Tensor, norm: Sequence[Tensor], epsilon: float) -> Tensor:
@@ -231,7 +237,7 @@ def _norm(values: Tensor, norm: Sequence[Tensor], epsilon: float) -> Tensor:
 
 
 def _norm_backward(grad: Tensor, values: Tensor, norm: Sequence[Tensor], epsilon: float, flags: Sequence[int]):
-    """The gradients of values, weight and bias; None if not needed."""
+    """Returns the gradients of values, weight and bias, None if not needed."""
     uses_batch_stats, needs_grad, norm_needs_grad = map(bool, flags)
     mean, variance, weight = norm[:3]
     dtype = acc_dtype(grad.dtype)
@@ -239,7 +245,7 @@ def _norm_backward(grad: Tensor, values: Tensor, norm: Sequence[Tensor], epsilon
         grad.to(dtype), values.to(dtype), weight, mean, variance, mean, torch.rsqrt(variance + epsilon),
         uses_batch_stats, epsilon, [needs_grad, True, True],
     )  # fmt: skip
-    has_norm_grads = uses_batch_stats or norm_needs_grad  # as the kernels, which need them on the way
+    has_norm_grads = uses_batch_stats or norm_needs_grad  # like the kernels, which compute them in any case
     grad_norm = grads[1:] if has_norm_grads else (None, None)
     return in_format_of(values, grads[0].to(values.dtype)) if needs_grad else None, *grad_norm
 
@@ -252,7 +258,7 @@ def _write(out, boundary_out, x, shift) -> None:
         boundary_out.copy_(reference.boundary_frames(x, decode(shift)))
 
 
-def _norm_add_relu_in_place(
+def _reference_norm_add_relu_in_place(
     out, boundary_out, unshifted_out, step, z, z_norm, z_epsilon, identity, identity_norm, identity_epsilon, boundary,
     shift, relu,
 ) -> None:  # fmt: skip
@@ -272,10 +278,10 @@ def _fake_norm_add_relu(z, z_norm, z_epsilon, identity, identity_norm, identity_
     return torch.empty_like(z), new_boundary(z, shift) if shifted else z.new_empty(0)
 
 
-def _new_norm_add_relu(*args):
+def _reference_norm_add_relu(*args):
     *inputs, shift, shifted = args
     out, boundary_out = _fake_norm_add_relu(*args)
-    _norm_add_relu_in_place(out, boundary_out if shifted else None, None, 1, *inputs, shift, True)
+    _reference_norm_add_relu_in_place(out, boundary_out if shifted else None, None, 1, *inputs, shift, True)
     return out, boundary_out
 
 
@@ -285,7 +291,7 @@ def _fake_pool(z, z_norm, z_epsilon, shift, unshifted, shifted):
     return x, out, new_boundary(out, shift) if shifted else z.new_empty(0)
 
 
-def _pool(z, z_norm, z_epsilon, shift, unshifted, shifted):
+def _reference_pool(z, z_norm, z_epsilon, shift, unshifted, shifted):
     x = F.max_pool2d(torch.relu(_norm(z, z_norm, z_epsilon)), 3, 2, 1).to(z.dtype)
     outputs = _fake_pool(z, z_norm, z_epsilon, shift, unshifted, shifted)
     if unshifted:
@@ -295,7 +301,7 @@ def _pool(z, z_norm, z_epsilon, shift, unshifted, shifted):
     return outputs
 
 
-def _add_relu_backward_in_place(
+def _reference_add_relu_backward_in_place(
     grad, grad_shifted, grad_boundary_in, norm_gradients, grad_a, grad_b, grad_boundary, out, boundary_out, *rest
 ) -> None:
     if norm_gradients is not None:
@@ -306,8 +312,8 @@ def _add_relu_backward_in_place(
     if grad is not None:
         grad.copy_(masked)
     if grad_shifted is not None:
-        without_padding = plan if plan.is_circular else plan._replace(padding="zeros")
-        grad_shifted.copy_(reference.temporal_shift(masked, without_padding))
+        zero_padded = plan if plan.is_circular else plan._replace(padding="zeros")
+        grad_shifted.copy_(reference.temporal_shift(masked, zero_padded))
         grad_boundary_in.copy_(reference.boundary_frames(masked, plan))
 
 
@@ -322,21 +328,21 @@ def _fake_add_relu_backward(grad_a, grad_b, grad_boundary, out, boundary_out, *r
     )
 
 
-def _new_add_relu_backward(*args):
+def _reference_add_relu_backward(*args):
     *inputs, shift, shifted = args
     outputs = _fake_add_relu_backward(*args)
     needed = (True, shifted, shifted, outputs[3].numel() > 0)
-    _add_relu_backward_in_place(
+    _reference_add_relu_backward_in_place(
         *(each if need else None for each, need in zip(outputs, needed, strict=True)), *inputs, shift
     )
     return outputs
 
 
-def _end_backward(
+def _reference_norm_add_relu_backward(
     grad_a, grad_b, grad_boundary, out, boundary_out, z, z_norm, z_epsilon, z_flags, identity, identity_norm,
     identity_epsilon, identity_flags, shift, shifted,
 ):  # fmt: skip
-    grad, grad_shifted, grad_boundary_in, _ = _new_add_relu_backward(
+    grad, grad_shifted, grad_boundary_in, _ = _reference_add_relu_backward(
         grad_a, grad_b, grad_boundary, out, boundary_out, None, [], 0.0, None, [], 0.0, shift, shifted
     )
     grads = []
@@ -351,25 +357,25 @@ def _end_backward(
     return *grads, grad_boundary_in if shifted else None
 
 
-def _fake_normed(values_like: Tensor, norm: Sequence[Tensor], flags: Sequence[int]) -> list[Tensor | None]:
+def _fake_norm_backward(values_like: Tensor, norm: Sequence[Tensor], flags: Sequence[int]) -> list[Tensor | None]:
     uses_batch_stats, needs_grad, norm_needs_grad = map(bool, flags)
     has_norm_grads = len(norm) > 0 and (uses_batch_stats or norm_needs_grad)
     norm_grads = [torch.empty_like(norm[0]) if has_norm_grads else None for _ in range(2)]
     return [torch.empty_like(values_like) if needs_grad else None, *norm_grads]
 
 
-def _fake_end_backward(grad_a, grad_b, grad_boundary, out, boundary_out, *rest):
+def _fake_norm_add_relu_backward(grad_a, grad_b, grad_boundary, out, boundary_out, *rest):
     _, z_norm, _, z_flags, _, identity_norm, _, identity_flags, shift, shifted = rest
-    grads = _fake_normed(out, z_norm, z_flags) + _fake_normed(out, identity_norm, identity_flags)
+    grads = _fake_norm_backward(out, z_norm, z_flags) + _fake_norm_backward(out, identity_norm, identity_flags)
     return *grads, new_boundary(out, shift) if shifted else None
 
 
-def _relu_backward(grad, z, norm, epsilon, flags):
+def _reference_norm_relu_backward(grad, z, norm, epsilon, flags):
     x = torch.relu(_norm(z, norm, epsilon)).to(z.dtype)
     return _norm_backward(torch.where(x <= 0, 0, grad), z, norm, epsilon, flags)
 
 
-def _stats(x, running_mean, running_var, num_batches_tracked, momentum) -> tuple[Tensor, Tensor]:
+def _reference_stats(x, running_mean, running_var, num_batches_tracked, momentum) -> tuple[Tensor, Tensor]:
     num_batches_tracked.add_(1)
     count = x.numel() // x.shape[1]
     variance, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), (0, 2, 3), correction=0)
@@ -384,19 +390,19 @@ def _fake_stats(x, running_mean, running_var, *_):
 
 _ops = torch.ops.tsm_jit
 for _operator, _compute, _fake in (
-    (_ops.norm_add_relu_.default, _norm_add_relu_in_place, lambda *_: None),
-    (_ops.norm_add_relu.default, _new_norm_add_relu, _fake_norm_add_relu),
-    (_ops.norm_add_relu.recompute, _new_norm_add_relu, _fake_norm_add_relu),
-    (_ops.norm_relu_max_pool.default, _pool, _fake_pool),
-    (_ops.add_relu_backward_.default, _add_relu_backward_in_place, lambda *_: None),
-    (_ops.add_relu_backward.default, _new_add_relu_backward, _fake_add_relu_backward),
-    (_ops.norm_add_relu_backward.default, _end_backward, _fake_end_backward),
+    (_ops.norm_add_relu_.default, _reference_norm_add_relu_in_place, lambda *_: None),
+    (_ops.norm_add_relu.default, _reference_norm_add_relu, _fake_norm_add_relu),
+    (_ops.norm_add_relu.recompute, _reference_norm_add_relu, _fake_norm_add_relu),
+    (_ops.norm_relu_max_pool.default, _reference_pool, _fake_pool),
+    (_ops.add_relu_backward_.default, _reference_add_relu_backward_in_place, lambda *_: None),
+    (_ops.add_relu_backward.default, _reference_add_relu_backward, _fake_add_relu_backward),
+    (_ops.norm_add_relu_backward.default, _reference_norm_add_relu_backward, _fake_norm_add_relu_backward),
     (
         _ops.norm_relu_backward.default,
-        _relu_backward,
-        lambda grad, z, norm, epsilon, flags: tuple(_fake_normed(z, norm, flags)),
+        _reference_norm_relu_backward,
+        lambda grad, z, norm, epsilon, flags: tuple(_fake_norm_backward(z, norm, flags)),
     ),
-    (_ops.batch_norm_stats_.default, _stats, _fake_stats),
+    (_ops.batch_norm_stats_.default, _reference_stats, _fake_stats),
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")
     _library.impl(_operator, _fake, "Meta")

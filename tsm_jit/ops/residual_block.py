@@ -1,24 +1,28 @@
-"""Operators for a whole residual block: one call forward and two backward instead of one per layer.
+"""Operators for a whole residual block: one call in the forward and two in the backward.
 
-A block is a list of layers ``norm(conv(x))``, with a ReLU between two of them, and ends in ``norm_add_relu``
-(``ops/residual.py``). With ``downsample`` the last layer makes the identity. Arguments are flat, one entry per layer:
+The block consists of layers ``norm(conv(x))`` with a ReLU between them. It ends in ``norm_add_relu``
+(``ops/residual.py``). With ``downsample`` the last layer computes the identity. These arguments are flat lists with the
+same number of entries for each layer:
 
-- ``weights``: of the convolutions, without bias;
+- ``weights``: the weight of the convolution, which has no bias;
 - ``conv_params``: 8 integers: stride, padding and dilation (2 each), groups, whether the norm uses batch statistics;
 - ``norms``: 4 tensors: running mean, running variance (both are updated), weight, bias;
 - ``counters``: ``num_batches_tracked`` of each norm that uses batch statistics;
 - ``norm_params``: 2 numbers: epsilon, momentum.
 
-``residual_block`` also returns tensors for the backward. Of each layer: the output of its convolution, mean and
-variance if they are those of the batch, and the output of its ReLU if it has one.
+``residual_block`` also returns tensors for the backward. For each layer these are the output of the convolution, the
+batch mean and variance if the norm uses them, and the output of the ReLU if there is one.
 
-``residual_block_backward`` takes the gradient of the last convolution's output. Its ``saved`` has 5 tensors for each
-layer but the last (convolution output, mean, variance, weight, bias), then their ReLU outputs. The first ReLU output
-may be missing; it is then recomputed. ``needs_grad`` has a flag for x, and two for each layer: weight and norm. The
-operator returns the gradients of x and, for each layer, of the weight and of the norm's weight and bias (not for the
-last norm).
+``residual_block_backward`` takes the gradient of the last convolution's output:
 
-``cast`` converts many tensors by one launch. The kernels are in ``kernels/bindings``.
+- ``saved``: 5 tensors for each layer except the last (convolution output, mean, variance, weight, bias), then their
+  ReLU outputs. The first ReLU output is optional, as the operator can recompute it.
+- ``needs_grad``: a flag for x, then two for each layer: weight and norm.
+
+It returns the gradient of x and, for each layer, the gradients of the weight and of the norm's weight and bias. The
+gradients of the last norm come from ``norm_add_relu_backward``.
+
+``cast`` converts many tensors in one kernel launch. The kernels are in ``kernels/bindings``.
 """
 
 from __future__ import annotations
@@ -59,24 +63,24 @@ class ConvParams(NamedTuple):
     groups: int
 
     def flat(self) -> list[int]:
-        """As operators take it."""
+        """Returns the first 7 of a layer's ``conv_params``."""
         return [*self.stride, *self.padding, *self.dilation, self.groups]
 
     @classmethod
     def of_flat(cls, flat: Sequence[int]) -> ConvParams:
-        """Of the first 7 of a layer's ``conv_params``."""
+        """The inverse of :meth:`flat`."""
         return cls((flat[0], flat[1]), (flat[2], flat[3]), (flat[4], flat[5]), flat[6])
 
 
 def convolve(x: Tensor, weight: Tensor, params: ConvParams) -> Tensor:
-    """The convolution of ``x`` with ``weight``."""
+    """Returns the convolution of ``x`` with ``weight``."""
     return F.conv2d(x, weight, None, *params)
 
 
 def convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, params: ConvParams, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and of the weight, if they are needed."""
+    """Returns the gradients of x and of the weight, None if not needed."""
     stride, padding, dilation, groups = params
     return torch.ops.aten.convolution_backward.default(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [*needs_grad, False]
@@ -84,7 +88,7 @@ def convolve_backward(
 
 
 def translating_out_of_memory(operator: Callable, *args: Any) -> Any:
-    """Calls ``operator``. PyTorch's C interface reports a lack of memory as ``RuntimeError``."""
+    """Calls ``operator`` and raises OutOfMemoryError instead of the RuntimeError of PyTorch's stable C interface."""
     try:
         return operator(*args)
     except RuntimeError as error:
@@ -93,7 +97,7 @@ def translating_out_of_memory(operator: Callable, *args: Any) -> Any:
         raise
 
 
-# --- PyTorch code: the reference, and for devices without kernels ----------------------------------------------------
+# --- PyTorch fallback ------------------------------------------------------------------------------------------------
 
 
 def reference_block(

@@ -1,21 +1,19 @@
-"""The operators ``torch.ops.tsm_jit.*``: schemas, plain-torch implementation, fakes, autograd; and the way to them.
+"""Operators for the temporal shift, and the functions that call them.
 
-Each takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
+Each operator takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
 
-- ``temporal_shift(x, shift) -> Tensor`` and its adjoint ``temporal_shift_backward(grad, shift) -> Tensor``, which are
-  each other's derivative, so that any order of derivative exists (in forward mode only through the functions below:
-  PyTorch drops the tangent of an operator that Python taught to differentiate);
-- ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, unknown to autograd;
-- ``temporal_shift_save_(x!, shift) -> Tensor`` and ``temporal_shift_restore_(x!, boundary, shift)``: in place for a
-  while; the first returns the frames that nothing reads any more, the second takes them to restore every bit;
-- the overload ``.kernel`` of the first two: unknown to autograd as well. An operator that Python taught to
-  differentiate costs 3 to 8 us more per call even when nothing is recorded, so eager mode records by itself, and what
-  is left of the operator in a compiled graph is this overload;
-- the overload ``.again`` of the first: for a backward that shifts again. Of the same call in the forward, compilers
-  would keep the result for it.
+- ``temporal_shift(x, shift) -> Tensor`` and its adjoint ``temporal_shift_backward(grad, shift) -> Tensor``. Each is the
+  derivative of the other, so reverse mode works to any order. Forward-mode AD needs the functions below, because
+  PyTorch drops the tangent of an operator with a Python autograd kernel.
+- ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, without autograd.
+- ``temporal_shift_save_(x!, shift) -> Tensor`` and ``temporal_shift_restore_(x!, boundary, shift)``: a temporary shift
+  in place. The first returns the boundary frames, the second needs them to restore every bit of ``x``.
+- The overload ``.kernel`` of the first two: without autograd. A Python autograd kernel costs 3 to 8 us per call, even
+  under ``no_grad``. So eager mode calls this overload from an autograd function, and compiled graphs contain it.
+- The overload ``.recompute`` of the first, for a backward that shifts again. With any other overload, compilers would
+  save the result of the forward instead.
 
-The compiled kernels (``kernels/bindings.cpp``) register themselves for CPU and CUDA and take precedence over the
-plain-torch implementation, which serves every device for which none were built.
+The compiled kernels (``kernels/bindings``) register for CPU and CUDA and take precedence over the PyTorch fallback.
 """
 
 from __future__ import annotations
@@ -62,7 +60,7 @@ for _schema in (
 
 
 _forward = torch.ops.tsm_jit.temporal_shift.default
-_forward_kernel = direct(torch.ops.tsm_jit.temporal_shift.kernel)  # _op: without the Python frame of an OpOverload
+_forward_kernel = direct(torch.ops.tsm_jit.temporal_shift.kernel)
 _forward_in_place = direct(torch.ops.tsm_jit.temporal_shift_.default)
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
 _backward_kernel = direct(torch.ops.tsm_jit.temporal_shift_backward.kernel)
@@ -72,10 +70,12 @@ _backward_in_place = direct(torch.ops.tsm_jit.temporal_shift_backward_.default)
 
 
 def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Function]]:
-    """Autograd for a linear map ``forward`` with ``adjoint``: for plain eager mode, and for the transforms of
-    ``torch.func`` and forward-mode AD, whose protocol takes 30 us more per call."""
+    """Returns two autograd functions for a linear map ``forward`` and its ``adjoint``.
 
-    class Recorded(Function):
+    The first is for eager mode. The second supports ``torch.func`` and forward-mode AD and costs 30 us more per call.
+    """
+
+    class Eager(Function):
         @staticmethod
         def forward(ctx, x, shift):
             ctx.shift = shift
@@ -105,11 +105,11 @@ def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Fun
 
         @staticmethod
         def vmap(info, in_dims, x, shift):
-            return _mapped(forward, info, in_dims, x, shift)
+            return _vmapped(forward, info, in_dims, x, shift)
 
-    for function in (Recorded, Transformable):
+    for function in (Eager, Transformable):
         function.__name__ = function.__qualname__ = f"{forward.__name__}.{function.__name__}"
-    return Recorded, Transformable
+    return Eager, Transformable
 
 
 def _mark_clip_length(ctx, x: Tensor, shift: str) -> None:
@@ -123,8 +123,8 @@ def _mark_clip_length(ctx, x: Tensor, shift: str) -> None:
         ctx.save_for_backward(x.new_empty((0, plan.n_segment, plan.n_segment_shifted)))
 
 
-def _mapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, int]:
-    # The mapped dimension joins the clips, the outermost dimension of every layout.
+def _vmapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, int]:
+    # Flatten the mapped dimension into the clips, which are the outermost dimension of every layout.
     x = x.movedim(in_dims[0], 0)
     return function(x.flatten(0, 1), shift).unflatten(0, x.shape[:2]), 0
 
@@ -132,17 +132,17 @@ def _mapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, int
 def _adjoint_kernel(grad: Tensor, shift: str) -> Tensor:
     if grad.layout is not torch.strided:
         grad = grad.to_dense()
-    if grad.dtype not in _ADDED and decode(shift).needs_sum:  # float8: torch converts to add
+    if grad.dtype not in _SUMMABLE_DTYPES and decode(shift).needs_sum:  # float8: the reference adds in float32
         return reference.temporal_shift_backward(grad, decode(shift))
     return _backward_kernel(grad, shift)
 
 
-# The kernels move any type but add only these.
-_ADDED = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+# The kernels copy every dtype but add only these.
+_SUMMABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
-class _ShiftForReader(Function):
-    """Of a copy that a single operation reads, whose gradient nobody else has: the adjoint overwrites it."""
+class _ShiftForSingleConsumer(Function):
+    """A shift whose result has a single consumer, so that the backward may overwrite its gradient."""
 
     @staticmethod
     def forward(ctx, x, shift):
@@ -152,14 +152,9 @@ class _ShiftForReader(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        differentiated = grad.requires_grad and torch.is_grad_enabled()
-        if (
-            differentiated
-            or not eager()
-            or type(grad) is not Tensor
-            or is_batched_gradient(grad)
-            or not elements_are_apart(grad)
-        ):
+        creates_graph = grad.requires_grad and torch.is_grad_enabled()
+        is_own = type(grad) is Tensor and not is_batched_gradient(grad) and has_no_overlap(grad)
+        if creates_graph or not eager() or not is_own:
             return temporal_shift_backward(grad, ctx.shift), None
         temporal_shift_backward_(grad, ctx.shift)
         return grad, None
@@ -179,8 +174,11 @@ class _InPlace(Function):
 
 
 class _InPlaceOnLeaf(Function):
-    """Autograd lets no leaf that requires grad be dirtied. The result is a new tensor on the leaf's storage, sharing
-    its version counter, so that whoever saved the leaf before is told."""
+    """The shift in place of a leaf that requires grad, for which autograd forbids ``mark_dirty``.
+
+    The result is a new tensor with the storage and the version counter of the leaf, so autograd still detects stale
+    saved tensors.
+    """
 
     @staticmethod
     def forward(ctx, x, shift):
@@ -196,44 +194,44 @@ class _InPlaceOnLeaf(Function):
 
 
 def temporal_shift(x: Tensor, shift: str) -> Tensor:
-    """``shift`` applied to ``x``, differentiable by every means PyTorch has."""
+    """Applies ``shift`` to ``x``. Supports autograd, forward-mode AD, ``torch.func``, compilers and tracing."""
     if eager():
         if x.requires_grad and torch.is_grad_enabled():
-            return _RecordedShift.apply(x, shift)
+            return _EagerShift.apply(x, shift)
         return _forward_kernel(x, shift)
     if is_compiling() or is_tracing():
-        # Graphs for ONNX and of torch.jit.trace are to run where no tsm_jit is. And under transforms a compiler would
-        # drop the tangent of an operator that Python taught to differentiate.
-        plainly = torch.onnx.is_in_onnx_export() or is_tracing() or transforms_are_active()
-        return reference.sliced(x, decode(shift)) if plainly else _forward(x, shift)
+        # ONNX and TorchScript graphs must run without tsm_jit. Under transforms, PyTorch would drop the tangent of an
+        # operator with a Python autograd kernel.
+        needs_pytorch_ops = torch.onnx.is_in_onnx_export() or is_tracing() or transforms_are_active()
+        return reference.sliced(x, decode(shift)) if needs_pytorch_ops else _forward(x, shift)
     return _TransformableShift.apply(x, shift)
 
 
-def temporal_shift_for_reader(x: Tensor, shift: str) -> Tensor:
-    """:func:`temporal_shift` for a module that returns a new tensor and is all that reads this one."""
-    if eager() and x.requires_grad and torch.is_grad_enabled() and x.dtype in _ADDED:
-        return _ShiftForReader.apply(x, shift)
+def temporal_shift_for_single_consumer(x: Tensor, shift: str) -> Tensor:
+    """:func:`temporal_shift` for a single consumer, which must return a new tensor."""
+    if eager() and x.requires_grad and torch.is_grad_enabled() and x.dtype in _SUMMABLE_DTYPES:
+        return _ShiftForSingleConsumer.apply(x, shift)
     return temporal_shift(x, shift)
 
 
 def temporal_shift_backward(grad: Tensor, shift: str) -> Tensor:
-    """The adjoint of :func:`temporal_shift`. Never writes into ``grad``: it may be shared with another branch."""
+    """The adjoint of :func:`temporal_shift`. It never writes into ``grad``, which another branch may share."""
     if is_compiling():
         return _backward(grad, shift)
     if transforms_are_active():
         return _TransformableAdjoint.apply(grad, shift)
     if grad.requires_grad and torch.is_grad_enabled():
-        return _RecordedAdjoint.apply(grad, shift)
+        return _EagerAdjoint.apply(grad, shift)
     return _adjoint_kernel(grad, shift)
 
 
 def temporal_shift_backward_(grad: Tensor, shift: str) -> None:
-    """The adjoint in place of ``grad``, a gradient of a type of :data:`_ADDED` that nobody else has."""
+    """The adjoint in place of ``grad``: an unshared gradient with a dtype in ``_SUMMABLE_DTYPES``."""
     _backward_in_place(grad, shift)
 
 
-def elements_are_apart(x: Tensor) -> bool:
-    """True if it is plain from the strides that no two elements of ``x`` share memory."""
+def has_no_overlap(x: Tensor) -> bool:
+    """Whether the strides of ``x`` guarantee that no two elements share memory."""
     if x.is_contiguous():
         return True
     extent = 1
@@ -248,23 +246,23 @@ def elements_are_apart(x: Tensor) -> bool:
 
 
 def temporal_shift_(x: Tensor, shift: str) -> Tensor:
-    """``shift`` applied to ``x`` in place, by PyTorch's rules: see :func:`tsm_jit.temporal_shift`."""
-    # Compiled, the question would mean another graph for another batch size; there copy_ refuses expanded tensors.
-    if not is_compiling() and not elements_are_apart(x):
+    """Applies ``shift`` to ``x`` in place: see :func:`tsm_jit.temporal_shift`."""
+    # Under a compiler this check would add guards on the batch size. There copy_ reports expanded tensors.
+    if not is_compiling() and not has_no_overlap(x):
         raise ValueError(
             "x must not overlap itself to be shifted in place, "
             f"got sizes {[int(size) for size in x.shape]} with strides {x.stride()}"
         )
-    records = x.requires_grad and torch.is_grad_enabled()
+    needs_grad = x.requires_grad and torch.is_grad_enabled()
     if not eager():
-        # copy_ is an in-place operation that compilers and transforms know. mark_dirty is not: released versions of
-        # torch compute wrong gradients when the dirtied tensor is an input of the compiled graph.
-        if records and x.is_leaf:
+        # Compilers and transforms support copy_ but not mark_dirty: released versions of PyTorch compute wrong
+        # gradients if the dirty tensor is an input of the compiled graph.
+        if needs_grad and x.is_leaf:
             shifted = temporal_shift(x, shift)
             x.detach().copy_(shifted.detach())
             return shifted
         return x.copy_(temporal_shift(x, shift))
-    if records:
+    if needs_grad:
         _check_view(x)
         return (_InPlaceOnLeaf if x.is_leaf else _InPlace).apply(x, shift)
     _forward_in_place(x, shift)
@@ -274,7 +272,7 @@ def temporal_shift_(x: Tensor, shift: str) -> Tensor:
 
 
 def _check_view(x: Tensor) -> None:
-    """What autograd would refuse after the kernel has run, refused before."""
+    """Raises the errors of autograd for views before the kernel has changed ``x``."""
     if not x._is_view():
         return
     base: Any = x._base
@@ -282,19 +280,18 @@ def _check_view(x: Tensor) -> None:
         raise RuntimeError("x must not be a view of a leaf Variable that requires grad to be shifted in place")
     if (creation := undifferentiable_view(x)) is not None:
         raise RuntimeError(
-            f"x must be a view whose base autograd can rebase to be shifted in place, got one made in {creation}: "
-            "by a function that returns several views, in a custom function, or without recording; clone it first"
+            f"x must be a view that autograd can rebase to be shifted in place, got a view with {creation}, created by "
+            "a function with several outputs, in a custom function or under no_grad: clone it first"
         )
 
 
 @contextmanager
 def shifted_in_place(x: Tensor, shift: str) -> Iterator[None]:
-    """Within, ``x`` holds its shifted self; after, the bits it held before. Only without autograd.
+    """Context manager: shifts ``x`` in place on entry and restores its bits on exit. Only without autograd.
 
-    Frames that nothing reads any more are kept aside meanwhile: ``|offset|`` of each clip and group. ``x.data`` keeps
-    this from the version counter: for any other reader nothing happened.
+    The boundary frames are saved for the restore: ``|offset|`` frames of each clip and group.
     """
-    x = x.data
+    x = x.data  # does not increase the version counter, since x is unchanged afterwards
     boundary = _save(x, shift)
     try:
         yield
@@ -304,25 +301,26 @@ def shifted_in_place(x: Tensor, shift: str) -> Iterator[None]:
 
 @contextmanager
 def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """Gives ``shift(x)``, a shifted copy of ``x``. What autograd would keep of it within, it computes from ``x`` again.
+    """Context manager that yields ``shift(x)``. If autograd saves this tensor, the backward recomputes it from ``x``.
 
-    Where someone else's saved-tensor hooks are at work (checkpointing, offloading to the CPU), theirs decide.
+    If other saved-tensor hooks are active (checkpointing, offloading to the CPU), it adds no hooks.
     """
     shifted = shift(x)
     storage, dtype = shifted.untyped_storage().data_ptr(), shifted.dtype
-    others_decide = has_saved_tensor_hooks()
-    if others_decide or x.is_inference() or not storage:  # neither versions nor memory to go by
+    has_other_hooks = has_saved_tensor_hooks()
+    if has_other_hooks or x.is_inference() or not storage:  # inference and fake tensors have no version or no storage
         yield shifted
         return
     source, version, shifted_version = x.detach(), x._version, shifted._version
-    watched: Callable[[], Any] = weakref.ref(shifted)  # autograd keeps these functions, which must not keep the copy
+    # Autograd keeps `pack` alive, which must not keep the copy alive.
+    shifted_ref: Callable[[], Any] = weakref.ref(shifted)
 
     def pack(tensor: Tensor) -> Tensor | tuple:
         if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() != storage:
             return tensor
-        if tensor.dtype != dtype or tensor.is_conj() or tensor.is_neg():  # a view that strides do not describe
+        if tensor.dtype != dtype or tensor.is_conj() or tensor.is_neg():  # as_strided cannot recreate such a view
             return tensor
-        if watched()._version != shifted_version:  # `net` wrote into it: that could not be computed again
+        if shifted_ref()._version != shifted_version:  # the module wrote into it
             return tensor
         return tensor.size(), tensor.stride(), tensor.storage_offset()
 
@@ -340,64 +338,64 @@ def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[
         yield shifted
 
 
-_RecordedShift, _TransformableShift = _linear_function(_forward_kernel, temporal_shift, temporal_shift_backward)
-_RecordedAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temporal_shift_backward, temporal_shift)
+_EagerShift, _TransformableShift = _linear_function(_forward_kernel, temporal_shift, temporal_shift_backward)
+_EagerAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temporal_shift_backward, temporal_shift)
 
 
-def _register(differentiable, kernels: tuple, in_place, compute, recorded: type[Function]) -> None:
+def _register(differentiable, kernels: tuple, in_place, compute, function: type[Function]) -> None:
     kernel = direct(kernels[0])
 
-    def plain(x: Tensor, shift: str) -> Tensor:
+    def fallback(x: Tensor, shift: str) -> Tensor:
         return compute(x, decode(shift))
 
-    def plain_in_place(x: Tensor, shift: str) -> None:
+    def fallback_in_place(x: Tensor, shift: str) -> None:
         x.copy_(compute(x, decode(shift)))
 
-    # Fakes are registered as kernels for Meta: torch.library.register_fake looks for its caller in every module there
-    # is, a third of the time that importing tsm_jit takes.
+    # Fake implementations are registered as Meta kernels. torch.library.register_fake inspects every loaded module,
+    # which takes a third of the import time of tsm_jit.
     for op in (differentiable, *kernels):
-        _library.impl(op, plain, "CompositeExplicitAutograd")
+        _library.impl(op, fallback, "CompositeExplicitAutograd")
         _library.impl(op, lambda x, shift: torch.empty_like(x), "Meta")
 
-    def through_a_copy(x: Tensor, shift: str) -> None:
+    def copy_based(x: Tensor, shift: str) -> None:
         x.copy_(kernels[0](x, shift))
 
-    _library.impl(in_place, plain_in_place, "CompositeExplicitAutograd")
+    _library.impl(in_place, fallback_in_place, "CompositeExplicitAutograd")
     _library.impl(in_place, lambda x, shift: None, "Meta")
-    for view_of_other_values in ("Conjugate", "Negative"):  # +0 there is not +0 in memory
-        _library.impl(in_place, through_a_copy, view_of_other_values)
+    for lazy_view in ("Conjugate", "Negative"):  # the kernel writes padding as +0 bits, which such a view negates
+        _library.impl(in_place, copy_based, lazy_view)
 
-    def recording(x: Tensor, shift: str) -> Tensor:
-        return recorded.apply(x, shift) if x.requires_grad and torch.is_grad_enabled() else kernel(x, shift)
+    def autograd_kernel(x: Tensor, shift: str) -> Tensor:
+        return function.apply(x, shift) if x.requires_grad and torch.is_grad_enabled() else kernel(x, shift)
 
-    _library.impl(differentiable, recording, "Autograd")
-    torch.library.register_vmap(differentiable, functools.partial(_mapped, differentiable), lib=_library)
+    _library.impl(differentiable, autograd_kernel, "Autograd")
+    torch.library.register_vmap(differentiable, functools.partial(_vmapped, differentiable), lib=_library)
 
 
-def _plain_save(x: Tensor, shift: str) -> Tensor:
+def _fallback_save(x: Tensor, shift: str) -> Tensor:
     boundary = torch.cat([x.new_empty(0), *(frames.flatten() for frames in reference.boundary_views(x, decode(shift)))])
     _forward_in_place(x, shift)
     return boundary
 
 
 def _fake_save(x: Tensor, shift: str) -> Tensor:
-    there = decode(shift)
-    channels = x.shape[there.channel_dim]
-    return x.new_empty(x.numel() // (there.n_segment * channels) * there.boundary_channels() if x.numel() else 0)
+    plan = decode(shift)
+    channels = x.shape[plan.channel_dim]
+    return x.new_empty(x.numel() // (plan.n_segment * channels) * plan.boundary_channels() if x.numel() else 0)
 
 
-def _plain_restore(x: Tensor, boundary: Tensor, shift: str) -> None:
-    there = decode(shift)
-    _forward_in_place(x, there.inverse().encode())
-    lost = list(reference.boundary_views(x, there))
-    for frames, values in zip(lost, boundary.split([frames.numel() for frames in lost]), strict=True):
+def _fallback_restore(x: Tensor, boundary: Tensor, shift: str) -> None:
+    plan = decode(shift)
+    _forward_in_place(x, plan.inverse().encode())
+    views = list(reference.boundary_views(x, plan))
+    for frames, values in zip(views, boundary.split([frames.numel() for frames in views]), strict=True):
         frames.copy_(values.view(frames.shape))
 
 
 _schemas = torch.ops.tsm_jit
 for _op, _compute, _fake in (
-    (_schemas.temporal_shift_save_.default, _plain_save, _fake_save),
-    (_schemas.temporal_shift_restore_.default, _plain_restore, lambda *_: None),
+    (_schemas.temporal_shift_save_.default, _fallback_save, _fake_save),
+    (_schemas.temporal_shift_restore_.default, _fallback_restore, lambda *_: None),
 ):
     _library.impl(_op, _compute, "CompositeExplicitAutograd")
     _library.impl(_op, _fake, "Meta")
@@ -408,7 +406,7 @@ _register(
     (_schemas.temporal_shift.kernel, _schemas.temporal_shift.recompute),
     _schemas.temporal_shift_.default,
     reference.temporal_shift,
-    _RecordedShift,
+    _EagerShift,
 )
 
 
@@ -417,7 +415,7 @@ _register(
     (_schemas.temporal_shift_backward.kernel,),
     _schemas.temporal_shift_backward_.default,
     reference.temporal_shift_backward,
-    _RecordedAdjoint,
+    _EagerAdjoint,
 )
 for _op in (_schemas.temporal_shift.default, _schemas.temporal_shift.kernel):
     # What exported programs decompose into. Elsewhere the registrations above take precedence.
