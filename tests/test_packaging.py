@@ -17,8 +17,14 @@ pytest.importorskip("hatchling", reason="builds without a network, with hatchlin
 pytest.importorskip("editables", reason="hatchling makes editable installs with it")
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {path.name for path in (ROOT / "kernels").iterdir()}
 CPU_ALONE = Path(__file__).parent / "cpu_alone"
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+SOURCES = files(ROOT / "kernels")
 
 
 def run(*command, **arguments) -> str:
@@ -98,7 +104,7 @@ def test_install(kind, request, source, cache, tmp_path):
     home = source if kind == "editable" else site
     assert Path(package).resolve().is_relative_to(home.resolve())
     assert Path(kernels).resolve().is_relative_to(home.resolve())
-    assert {path.name for path in Path(kernels).iterdir() if path.suffix} == SOURCES
+    assert files(Path(kernels)) == SOURCES
     assert info["devices"]["cpu"] == "compiled kernels"
     # One entry for all three: the key is what is compiled, not where it lies.
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <random>
 
+#include "core/launch.h"
+
 inline std::mt19937_64 generator;
 
 inline int64_t between(int64_t low, int64_t high) { return low + static_cast<int64_t>(generator() % (high - low + 1)); }
@@ -20,4 +22,14 @@ inline int run_cases(char** arguments, bool (*is_right)()) {
   }
   std::printf("%d cases\n", cases);
   return 0;
+}
+
+// Runs a naive kernel, one thread per element.
+template <class... Parameters, class... Arguments>
+void run_naive(void (*kernel)(Parameters...), int64_t elements, const Arguments&... arguments) {
+  gridDim = dim3(static_cast<uint32_t>(elements));
+  blockDim = dim3();
+  threadIdx = {0, 0, 0};
+  blockIdx = {0, 0, 0};
+  for (; blockIdx.x < elements; ++blockIdx.x) kernel(arguments...);
 }

@@ -1,6 +1,7 @@
-// Random shifts by the CUDA kernels, run on the CPU, and by the CPU kernels: the same bytes everywhere, margins
-// included. Arguments: seed, cases.
-#include "temporal_shift.h"
+// Random shifts by the CUDA kernels, run on the CPU, against the CPU kernels and the naive kernels: the same bytes
+// everywhere, margins included. Arguments: seed, cases.
+
+#include "shift/temporal_shift.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "compare.h"
+#include "shift/temporal_shift_naive.cuh"
 
 using namespace tsm_jit;
 
@@ -21,7 +23,6 @@ class Memory {
   }
   uint8_t* at(int64_t offset) { return lines_[0].bytes + offset; }
   bool operator==(Memory& other) { return std::memcmp(at(0), other.at(0), size_) == 0; }
-  // A sum of NaN or of opposite infinities has no defined payload: numbers for each element.
   template <class Fill>
   void fill(int64_t begin, size_t element, Fill number) {
     for (size_t i = begin; i + element <= size_; i += element) number(at(i));
@@ -37,103 +38,192 @@ class Memory {
 
 Strides random_strides(const Shift& s, int64_t element) {
   Strides strides{};
-  strides.outer = s.run + (one_in(3) ? between(0, 3) * element : 0);
-  strides.frame = strides.outer * s.outer + (one_in(3) ? between(0, 5) * element : 0);
+  strides.outer = s.inner_bytes + (one_in(3) ? between(0, 3) * element : 0);
+  strides.frame = strides.outer * s.outer_size + (one_in(3) ? between(0, 5) * element : 0);
   strides.clip = strides.frame * s.frames + (one_in(4) ? between(0, 3) * element : 0);
   return strides;
 }
 
-bool same_bytes() {
-  Shift s{};
-  const int64_t element = 1 << between(0, 4), channels = between(1, one_in(10) ? 70 : 24);
-  const bool channels_last = one_in(2), in_place = one_in(2);
-  const int64_t inner = channels_last ? 1 : between(1, 30);
-  s.clips = between(1, 3);
-  s.frames = between(1, one_in(6) ? (one_in(6) ? 260 : 40) : 9);
-  s.n_segment_shifted = static_cast<int32_t>(between(1, s.frames));
-  s.outer = channels_last ? between(1, 50) : 1;
-  s.run = channels * inner * element;
-  s.padding = static_cast<Padding>(between(0, 3));
-  if ((s.padding == Padding::keep || s.padding == Padding::replicate) && one_in(2)) {
-    if (element == 2) s.sum = one_in(2) ? Sum::float16 : Sum::bfloat16;
-    if (element == 4) s.sum = Sum::float32;
-    if (element == 8) s.sum = one_in(2) ? Sum::float32 : Sum::float64;  // complex64 or float64
-    if (element == 16) s.sum = Sum::float64;
-  }
+// A random shift of [clips, frames, outer_size, channels, inner]; no strides yet.
+struct RandomShift {
+  Shift shift{};
+  std::vector<ChannelGroup> groups;
+  int64_t element, channels, inner;
 
-  std::vector<Group> groups;
-  const int64_t parts = one_in(10) ? 60 : between(1, 5);
-  for (int64_t channel = 0; channel < channels;) {
-    const int64_t width = std::min(between(1, std::max<int64_t>(1, 2 * channels / parts)), channels - channel);
-    const int64_t furthest = one_in(10) ? s.n_segment_shifted : std::min(s.n_segment_shifted, 4);
-    int64_t offset = one_in(4) ? 0 : between(-furthest, furthest);
-    if (s.padding == Padding::circular) offset %= s.n_segment_shifted;
-    const int64_t begin = channel * inner * element, end = (channel += width) * inner * element;
-    groups.push_back({begin, end, static_cast<int32_t>(offset)});
+  RandomShift() : element(1 << between(0, 4)), channels(between(1, one_in(10) ? 70 : 24)) {
+    Shift& s = shift;
+    const bool channels_last = one_in(2);
+    inner = channels_last ? 1 : between(1, 30);
+    s.clips = between(1, 3);
+    s.frames = between(1, one_in(6) ? (one_in(6) ? 260 : 40) : 9);
+    s.n_segment_shifted = static_cast<int32_t>(between(1, s.frames));
+    s.outer_size = channels_last ? between(1, 50) : 1;
+    s.inner_bytes = channels * inner * element;
+    s.padding = static_cast<Padding>(between(0, 3));
+    if ((s.padding == Padding::keep || s.padding == Padding::replicate) && one_in(2)) {
+      if (element == 2) s.sum_dtype = one_in(2) ? DType::float16 : DType::bfloat16;
+      if (element == 4) s.sum_dtype = DType::float32;
+      if (element == 8) s.sum_dtype = one_in(2) ? DType::float32 : DType::float64;  // complex64 or float64
+      if (element == 16) s.sum_dtype = DType::float64;
+    }
+    const int64_t parts = one_in(10) ? 60 : between(1, 5);
+    for (int64_t channel = 0; channel < channels;) {
+      const int64_t width = std::min(between(1, std::max<int64_t>(1, 2 * channels / parts)), channels - channel);
+      const int64_t furthest = one_in(10) ? s.n_segment_shifted : std::min(s.n_segment_shifted, 4);
+      int64_t offset = one_in(4) ? 0 : between(-furthest, furthest);
+      if (s.padding == Padding::circular) offset %= s.n_segment_shifted;
+      const int64_t begin = channel * inner * element, end = (channel += width) * inner * element;
+      groups.push_back({begin, end, static_cast<int32_t>(offset)});
+    }
+    s.groups = groups.data();
+    s.n_groups = static_cast<int32_t>(groups.size());
   }
-  s.groups = groups.data();
-  s.n_groups = static_cast<int32_t>(groups.size());
+  RandomShift(const RandomShift&) = delete;
+
+  bool report(bool is_right, const char* what) const {
+    if (is_right) return true;
+    const Shift& s = shift;
+    std::printf("%s: %lld-byte elements, %lld clips of %lld frames (%d shifted), outer_size %lld, inner_bytes %lld, ",
+                what, (long long)element, (long long)s.clips, (long long)s.frames, s.n_segment_shifted,
+                (long long)s.outer_size, (long long)s.inner_bytes);
+    std::printf("padding %d, sum_dtype %d:", (int)s.padding, (int)s.sum_dtype);
+    for (const ChannelGroup& group : groups)
+      std::printf(" %lld: %d", (long long)(group.end - group.begin), group.offset);
+    std::printf("\n");
+    return false;
+  }
+};
+
+// Replaces random bytes by numbers, where they are added: a sum of NaN or of opposite infinities has no defined
+// payload.
+void make_numbers(const Shift& s, Memory& memory, int64_t offset) {
+  switch (s.sum_dtype) {
+    case DType::none: break;
+    case DType::float16:
+    case DType::bfloat16: memory.fill(offset % 2, 2, [](uint8_t* at) { at[1] &= 0xbf; }); break;
+    case DType::float32:
+      memory.fill(offset % 4, 4, [](uint8_t* at) {
+        const float number = static_cast<float>(between(-1000, 1000)) / 7;
+        std::memcpy(at, &number, 4);
+      });
+      break;
+    case DType::float64:
+      memory.fill(offset % 8, 8, [](uint8_t* at) {
+        const double number = static_cast<double>(between(-1000, 1000)) / 7;
+        std::memcpy(at, &number, 8);
+      });
+  }
+}
+
+// Contiguous and out of place: CUDA against the naive kernels.
+bool agrees_with_naive() {
+  RandomShift random;
+  Shift& s = random.shift;
+  const int64_t frame = s.inner_bytes * s.outer_size, numel = s.clips * s.frames * frame / random.element;
+  s.src = s.dst = {frame * s.frames, frame, s.inner_bytes};
+  std::vector<int32_t> offsets;
+  for (const ChannelGroup& group : random.groups) {
+    offsets.resize(group.end / random.element / random.inner, group.offset);
+  }
+  const NaiveShape shape{s.clips,
+                         s.frames,
+                         s.outer_size,
+                         random.channels,
+                         random.inner,
+                         offsets.data(),
+                         s.n_segment_shifted,
+                         s.padding,
+                         nullptr,
+                         nullptr,
+                         0};
+  const size_t bytes = numel * random.element;
+  Memory src(bytes), expected(bytes), actual(bytes);
+  if (s.sum_dtype != DType::none) {  // integers: the naive kernel adds them in another order
+    dispatch_dtype(s.sum_dtype, [&](auto element) {
+      src.fill(0, sizeof(typename decltype(element)::storage_t), [](uint8_t* at) {
+        const auto number = decltype(element)::from_acc(static_cast<float>(between(-50, 50)));
+        std::memcpy(at, &number, sizeof number);
+      });
+    });
+  }
+  shift_cuda(s, src.at(0), actual.at(0), nullptr);
+  const auto move = [&](auto value) {
+    using T = decltype(value);
+    run_naive(temporal_shift_naive<T>, numel, (T*)expected.at(0), (const T*)src.at(0), shape);
+  };
+  if (s.sum_dtype != DType::none) {
+    dispatch_dtype(s.sum_dtype, [&](auto element) {
+      using Element = decltype(element);
+      using T = typename Element::storage_t;
+      NaiveShape parts = shape;  // of a complex number
+      parts.channel_numel *= random.element / sizeof(T);
+      run_naive(temporal_shift_backward_naive<Element>, parts.numel(), (T*)expected.at(0), (const T*)src.at(0), parts);
+      // A sum of one term keeps its bits, while the naive kernel adds it to 0: -0 becomes 0.
+      for (int64_t i = 0; i < parts.numel(); ++i) {
+        T *a = (T*)actual.at(i * sizeof(T)), *e = (T*)expected.at(i * sizeof(T));
+        if (Element::to_acc(*a) == 0 && Element::to_acc(*e) == 0) *a = *e;
+      }
+    });
+  } else {
+    switch (random.element) {
+      case 1: move(uint8_t{}); break;
+      case 2: move(uint16_t{}); break;
+      case 4: move(uint32_t{}); break;
+      case 8: move(uint64_t{}); break;
+      default: move(uint4{});
+    }
+  }
+  return random.report(actual == expected, "naive");
+}
+
+// Any strides, in place or out of place, with saved boundary frames: CUDA against the CPU.
+bool agrees_with_cpu() {
+  RandomShift random;
+  Shift& s = random.shift;
+  const int64_t element = random.element;
+  const bool in_place = one_in(2);
   s.src = random_strides(s, element);
   s.dst = in_place ? s.src : random_strides(s, element);
 
   const int64_t src_offset = one_in(2) ? 0 : between(0, 7) * element;
   const int64_t dst_offset = in_place ? src_offset : (one_in(2) ? 0 : between(0, 7) * element);
   Memory src(s.src.clip * s.clips + src_offset + 32), expected(s.dst.clip * s.clips + dst_offset + 32);
-  switch (s.sum) {
-    case Sum::none: break;
-    case Sum::float16:
-    case Sum::bfloat16: src.fill(src_offset % 2, 2, [](uint8_t* at) { at[1] &= 0xbf; }); break;
-    case Sum::float32:
-      src.fill(src_offset % 4, 4, [](uint8_t* at) {
-        const float number = static_cast<float>(between(-1000, 1000)) / 7;
-        std::memcpy(at, &number, 4);
-      });
-      break;
-    case Sum::float64:
-      src.fill(src_offset % 8, 8, [](uint8_t* at) {
-        const double number = static_cast<double>(between(-1000, 1000)) / 7;
-        std::memcpy(at, &number, 8);
-      });
-  }
+  make_numbers(s, src, src_offset);
   if (in_place) expected = src;
   Memory actual = expected, untouched = src;
-  const bool keeps = in_place && s.sum == Sum::none && s.padding != Padding::circular && one_in(2);
-  std::vector<int64_t> unread_begin;
-  for (const Group& group : groups) {
-    unread_begin.push_back(s.unread.run);
-    s.unread.run += std::abs(group.offset) * (group.end - group.begin);
+  const bool saves = in_place && s.sum_dtype == DType::none && s.padding != Padding::circular && one_in(2);
+  std::vector<int64_t> boundary_begin;
+  for (const ChannelGroup& group : random.groups) {
+    boundary_begin.push_back(s.boundary.inner_bytes);
+    s.boundary.inner_bytes += std::abs(group.offset) * (group.end - group.begin);
   }
-  s.unread.begin = unread_begin.data();
-  Memory expected_unread(s.clips * s.outer * s.unread.run + 32), actual_unread(s.clips * s.outer * s.unread.run + 32);
-  if (keeps) actual_unread = expected_unread;
-  const int64_t unread_offset = one_in(2) ? 0 : between(0, 7) * element % 32;
-  const auto run = [&](auto kernel, Memory& to, Memory& unread) {
-    s.unread.data = keeps ? reinterpret_cast<char*>(unread.at(unread_offset)) : nullptr;
+  s.boundary.begin = boundary_begin.data();
+  Memory expected_boundary(s.clips * s.outer_size * s.boundary.inner_bytes + 32),
+      actual_boundary(s.clips * s.outer_size * s.boundary.inner_bytes + 32);
+  if (saves) actual_boundary = expected_boundary;
+  const int64_t boundary_offset = one_in(2) ? 0 : between(0, 7) * element % 32;
+  const auto run = [&](auto kernel, Memory& to, Memory& boundary) {
+    s.boundary.data = saves ? reinterpret_cast<char*>(boundary.at(boundary_offset)) : nullptr;
     kernel(in_place ? to.at(src_offset) : src.at(src_offset), to.at(dst_offset));
   };
-  const auto by_cpu = [&](const void* from, void* to) { shift_cpu(s, from, to, 0, cpu_tasks(s)); };
+  const auto by_cpu = [&](const void* from, void* to) { shift_cpu(s, from, to, 0, shift_cpu_tasks(s)); };
   const auto by_cuda = [&](const void* from, void* to) { shift_cuda(s, from, to, nullptr); };
-  run(by_cpu, expected, expected_unread);
-  run(by_cuda, actual, actual_unread);
-  bool right = actual == expected && src == untouched && (!keeps || actual_unread == expected_unread);
-  if (keeps) {
-    for (Group& group : groups) group.offset = -group.offset;
+  run(by_cpu, expected, expected_boundary);
+  run(by_cuda, actual, actual_boundary);
+  bool right = actual == expected && src == untouched && (!saves || actual_boundary == expected_boundary);
+  if (saves) {
+    for (ChannelGroup& group : random.groups) group.offset = -group.offset;
     s.padding = Padding::keep;
-    s.unread.come_back = true;
-    run(by_cpu, expected, actual_unread);
-    run(by_cuda, actual, expected_unread);
+    s.boundary.restore = true;
+    run(by_cpu, expected, actual_boundary);
+    run(by_cuda, actual, expected_boundary);
     right = right && expected == src && actual == src;
   }
-  if (right) return true;
-  std::printf(
-      "%lld-byte elements, %lld clips of %lld frames (%d shifted), outer %lld, run %lld, padding %d, sum %d, %s:",
-      (long long)element, (long long)s.clips, (long long)s.frames, s.n_segment_shifted, (long long)s.outer,
-      (long long)s.run, (int)s.padding, (int)s.sum, in_place ? "in place" : "out of place");
-  for (const Group& group : groups) std::printf(" %lld: %d", (long long)(group.end - group.begin), group.offset);
-  std::printf("\n");
-  return false;
+  return random.report(right, in_place ? "in place" : "out of place");
 }
+
+bool is_right() { return one_in(3) ? agrees_with_naive() : agrees_with_cpu(); }
 
 }  // namespace
 
-int main(int, char** arguments) { return run_cases(arguments, same_bytes); }
+int main(int, char** arguments) { return run_cases(arguments, is_right); }

@@ -138,9 +138,12 @@ def _build_and_load(wanted: BuildSpec, compile: bool) -> bool:
 
         if missing := missing_tool(wanted.backend):
             raise BuildError(missing)  # not remembered
+        entry: cache.Entry | None
         if compile:
             entry = cache.get_or_build(wanted, _with_log(build), log)
-        elif (entry := cache.read(cache.cache_folder() / wanted.key)) is None:
+        else:
+            entry = cache.read(cache.cache_folder() / wanted.key)
+        if entry is None:
             return False
         if entry.error is not None:
             raise BuildError(f"{entry.error} (log: {entry.folder / cache.LOG})")

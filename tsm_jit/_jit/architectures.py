@@ -6,6 +6,7 @@ as the PTX for 8.0. This halves the time: most of it goes into intermediate code
 
 from __future__ import annotations
 
+import itertools
 import re
 
 OLDEST, NEWER = "75", "80"  # what the PTX is for: every supported GPU, or those from 8.0 on
@@ -69,7 +70,9 @@ def gencode(codes: list[str]) -> list[str]:
 
 def capabilities(code: str) -> tuple[int, int]:
     """The first and the last compute capability that runs ``code``, such as ``(90, 99)`` for ``"sm_90"``."""
-    kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", code).groups()
+    match = re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", code)
+    assert match is not None, code
+    kind, number, suffix = match.groups()
     first = int(number)
     if suffix == "a":
         return first, first
@@ -77,4 +80,4 @@ def capabilities(code: str) -> tuple[int, int]:
 
 
 def _number(architecture: str) -> int:
-    return int(re.match(r"\d+", architecture)[0])
+    return int("".join(itertools.takewhile(str.isdigit, architecture)))

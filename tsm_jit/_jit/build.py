@@ -86,7 +86,8 @@ def build(spec: BuildSpec, folder: Path) -> dict[str, Any]:
             if not (folder / RESULT).exists():  # else the worker has ended itself and all that it started
                 end_session(process.pid)
             process.wait()
-            process.stdin.close()
+            if process.stdin is not None:
+                process.stdin.close()
     try:
         result = json.loads((folder / RESULT).read_bytes())
     except FileNotFoundError:

@@ -17,15 +17,23 @@ from tsm_jit._jit import tools
 LIBRARY = "tsm_jit_kernels.so"
 BACKENDS = ("nvcc", "nvrtc", "cpu")  # the best first; each needs a C++ compiler and ninja
 
-_CPU_SOURCES = ("bindings.cpp", "temporal_shift.cpp", "residual_shift.cpp")
-_CUDA_SOURCES = ("residual_shift.cu", "temporal_shift.cu")  # the slowest first
+# Relative to the kernel folder, the slowest first. load names object files by base name, so these are unique.
+_CPU_SOURCES = (
+    "bindings/residual.cpp",
+    "bindings/shift.cpp",
+    "residual/norm_add_relu.cpp",
+    "residual/norm_relu_max_pool.cpp",
+    "residual/add_relu_backward.cpp",
+    "shift/temporal_shift.cpp",
+)
+_CUDA_SOURCES = ("residual/residual.cu", "bindings/block.cpp", "shift/temporal_shift.cu")
 SOURCES = {
     "nvcc": (*_CUDA_SOURCES, *_CPU_SOURCES),
-    "nvrtc": (*_CUDA_SOURCES, *_CPU_SOURCES, "nvrtc.cpp"),
+    "nvrtc": (*_CUDA_SOURCES, *_CPU_SOURCES, "core/nvrtc.cpp"),
     "cpu": _CPU_SOURCES,
 }
 # C++20, load's default, takes 10 s longer. A library for the stable ABI of PyTorch 2.10 runs on every later one.
-_CFLAGS = ("-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+_CFLAGS = ("-O3", "-std=c++17", "-I.", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 CFLAGS = {
     "nvcc": (*_CFLAGS, "-DTSM_JIT_CUDA", "-DUSE_CUDA"),
     "nvrtc": (*_CFLAGS, "-DTSM_JIT_CUDA", "-DUSE_CUDA", "-DTSM_JIT_NVRTC"),
@@ -33,7 +41,7 @@ CFLAGS = {
 }
 # NVRTC reads the host code as well, to learn which kernels it launches: as device code, so that it compiles.
 GPU_FLAGS = {
-    "nvcc": ("-std=c++17", "--threads=2"),
+    "nvcc": ("-std=c++17", "-I.", "--threads=2"),
     "nvrtc": ("--std=c++17", "--device-as-default-execution-space", "-I."),
     "cpu": (),
 }
@@ -62,7 +70,7 @@ class BuildSpec:
 
     backend: str = field(metadata=_PROGRAM)
     sources: tuple[str, ...] = field(metadata=_PROGRAM)  # the files to compile
-    digests: dict[str, str] = field(metadata=_PROGRAM)  # sha256 of each kernel file, and of the code that builds them
+    digests: dict[str, str] = field(metadata=_PROGRAM)  # sha256 of each kernel file and of the code that builds
     cflags: tuple[str, ...] = field(metadata=_PROGRAM)
     gpu_flags: tuple[str, ...] = field(metadata=_PROGRAM)
     ldflags: tuple[str, ...] = field(metadata=_PROGRAM)
@@ -123,6 +131,8 @@ def kernel_folder() -> Path:
 
 @functools.cache
 def _digests() -> dict[str, str]:
-    kernels = sorted(path for path in kernel_folder().iterdir() if path.suffix in (".cpp", ".cu", ".cuh", ".h"))
-    builders = [Path(__file__).with_name(name) for name in ("worker.py", "nvrtc.py", "architectures.py")]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*kernels, *builders)}
+    folder = kernel_folder()
+    kernels = [path for path in folder.rglob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")]
+    files = {path.relative_to(folder).as_posix(): path for path in kernels}
+    files |= {name: Path(__file__).with_name(name) for name in ("worker.py", "nvrtc.py", "architectures.py")}
+    return {name: hashlib.sha256(files[name].read_bytes()).hexdigest() for name in sorted(files)}

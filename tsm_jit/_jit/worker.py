@@ -63,6 +63,7 @@ def _build(spec: dict[str, Any], kernels: str, cxx: list[str], nvcc: str, ninja:
         raise BuildError(f"TSM_JIT_CACHE must be a path without {match[0]!r}, for ninja and nvcc, got {folder}")
     for name in spec["digests"]:  # under plain names, as ninja passes paths to a shell
         if Path(kernels, name).exists():
+            Path(name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(kernels, name), name)
     _set_environment(cxx, ninja)
     sources, gpu_flags = spec["sources"], spec["gpu_flags"]
@@ -178,7 +179,7 @@ def _probe(nvcc: str) -> tuple[Path, str, list[str]]:
 
 def _choose(spec: dict[str, Any], version: str, known: list[str], facts: dict[str, Any]) -> list[str]:
     """The GPU code to compile. Adds notes for the user to ``facts``."""
-    cuda = torch.version.cuda
+    cuda = torch.version.cuda or ""
     if version.partition(".")[0] != cuda.partition(".")[0]:  # it would bring a second CUDA runtime into the process
         remedy = f"set CUDA_HOME to a toolkit of CUDA {cuda}"
         raise BuildError(

@@ -1,9 +1,9 @@
-// What the CUDA sources use of the standard library, for NVRTC, which has none: it takes this for <cstdint> and the
-// others.
+// The parts of the C++ standard library that the CUDA sources use, for NVRTC, which has none. The build gives NVRTC
+// this file for <cstdint>, <algorithm> and the others.
 #ifndef TSM_JIT_NVRTC_STD_H
 #define TSM_JIT_NVRTC_STD_H
 
-// The types that they are on the host, which are part of a kernel's name.
+// The same types as on the host, as they are part of a kernel's mangled name.
 using int8_t = signed char;
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
@@ -26,7 +26,7 @@ struct conditional<false, First, Second> {
 template <bool kFirst, class First, class Second>
 using conditional_t = typename conditional<kFirst, First, Second>::type;
 
-// Of these only host code calls, which is read and not compiled.
+// Called by host code only, which NVRTC reads but does not compile.
 int abs(int);
 template <class T>
 T min(T, T);

@@ -1,7 +1,8 @@
-// In place of kernels/launch.h, which it includes: launches on the CPU, and what the kernels use. Blocks run one after
-// the other, the threads of a block as coroutines. A barrier lets every other thread of the block come as far before
-// any goes on. Between barriers the first thread begins, then the last one, by turns: what lacks a barrier meets an
-// order that it is wrong in.
+// Runs CUDA kernels on the CPU. Replaces kernels/core/launch.h, which it includes.
+//
+// Blocks run one after the other, and the threads of a block as coroutines. At a barrier a thread waits until all
+// others have reached it. Between two barriers threads run from the first to the last one, then from the last to the
+// first, so that a missing barrier gives a wrong result.
 #pragma once
 
 #include <sanitizer/asan_interface.h>
@@ -14,10 +15,10 @@
 #include <functional>
 #include <vector>
 
-#include "../../kernels/launch.h"
+#include "../../../kernels/core/launch.h"
 
 #define __device__
-#define __shared__ thread_local  // static in a function, and may be extern: there is one thread, of many coroutines
+#define __shared__ thread_local  // static within a function, and may be extern; all coroutines are one thread
 #define __launch_bounds__(...)
 
 inline dim3 blockIdx, threadIdx, blockDim, gridDim;
@@ -104,7 +105,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return nullptr;
 }
 
-// So few that blocks have several tasks: what large activations meet.
+// So few that blocks have several tasks, as with large activations on a GPU.
 inline int32_t multiprocessors() { return 2; }
 
 }  // namespace tsm_jit

@@ -1,13 +1,13 @@
-// Kernels that NVRTC compiled: how the host code names, finds and launches them.
+// How host code launches kernels that NVRTC compiled.
 //
 // nvcc turns `kernel<<<...>>>` into a host function that stands for the kernel, and a table that maps it to device
 // code. NVRTC makes device code only, so the build (tsm_jit/_jit/nvrtc.py) generates `images.cpp`, which holds
 //   - one empty host function per kernel, with the kernel's mangled name: its address stands for the kernel;
 //   - `nvrtc_kernels`, which maps that address to the name;
 //   - `nvrtc_images`, the compiled code, one image for each source and GPU architecture.
-// At the first launch on a device, nvrtc.cpp loads the best image of each source with cudaLibraryLoadData. From then on
-// a launch is one hash look-up and one cudaLaunchKernel of the CUDA runtime that PyTorch uses.
-// The headers of the CUDA toolkit are not needed. A kernel that is launched but was not compiled does not link.
+// At the first launch on a device, nvrtc.cpp loads the best image of each source with cudaLibraryLoadData. After that a
+// launch is one hash look-up and one cudaLaunchKernel of the CUDA runtime that PyTorch uses. The headers of the CUDA
+// toolkit are not needed. A kernel that is launched but was not compiled is a link error.
 #pragma once
 
 #include <cstddef>

@@ -1,8 +1,11 @@
-// The one way to launch a kernel. Four compilers read a .cu file:
-//   nvcc                           device and host code
-//   NVRTC                          device code; it reads the host code to learn which kernels are launched
-//   C++, TSM_JIT_NVRTC defined     host code for kernels that NVRTC compiled (nvrtc.h); kernels are only declared
-//   C++                            tests/cuda_on_cpu, which defines `launch` itself
+// launch(): the only way in which this project launches a kernel.
+//
+// Four compilers read the .cu and .cuh files:
+//   nvcc                           compiles device and host code
+//   NVRTC                          compiles device code. It reads the host code to learn which kernels are launched.
+//   C++ with TSM_JIT_NVRTC         compiles the host code for kernels that NVRTC compiled (nvrtc.h). It sees only the
+//                                  declarations of kernels.
+//   C++ otherwise                  compiles everything for tests/cuda_on_cpu, which defines launch() itself
 #pragma once
 
 #if defined(__CUDACC__) && !defined(__CUDACC_RTC__)
@@ -27,13 +30,14 @@ struct dim3 {
 #endif
 
 #if defined(TSM_JIT_NVRTC)
-#include "nvrtc.h"
+#include "core/nvrtc.h"
 #endif
 
 #if defined(__CUDACC__) || defined(TSM_JIT_NVRTC)
 
 namespace tsm_jit {
 
+// Keeps a function parameter from being deduced, so that arguments convert to the parameters of the kernel.
 template <class T>
 struct Same {
   using type = T;
@@ -47,7 +51,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return nullptr;
 #else
   const void* addresses[] = {&arguments...};
-  const void* function = reinterpret_cast<const void*>(kernel);  // CUDA 11 takes nothing else
+  const void* function = reinterpret_cast<const void*>(kernel);
 #if defined(TSM_JIT_NVRTC)
   const char* missing = nullptr;
   function = nvrtc_kernel(function, &missing);

@@ -4,7 +4,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "launch.h"  // includes nvrtc.h
+#include "core/launch.h"  // includes nvrtc.h
 
 namespace tsm_jit {
 namespace {

@@ -1,0 +1,158 @@
+// A whole residual block as one operator, forward and backward. CUDA only.
+//
+// tsm_jit/_residual_block.py has the same in Python, for devices without kernels. There a block takes the host twice as
+// long, as Python runs between the operators.
+//
+//     x -> [first_shift] -> conv -> norm+ReLU -> ... -> conv -> norm_add_relu -> out
+//     identity -> [conv, if `downsample`] ------------------------^
+//
+// A layer is a convolution and the norm after it. Its conv_params are kConvParams numbers: stride, padding and dilation
+// (two each), groups, and whether the norm uses the statistics of the batch.
+#ifdef TSM_JIT_CUDA
+#include "bindings/residual.h"
+
+namespace tsm_jit {
+namespace {
+
+constexpr size_t kConvParams = 8;
+constexpr size_t kSavedPerLayer = 5;  // z, and mean, variance, weight and bias of its norm
+constexpr int64_t kNoOutputPadding[] = {0, 0};
+
+bool uses_batch_stats(const int64_t* conv_params) { return conv_params[7] != 0; }
+
+Tensor convolution(const Tensor& x, const Tensor& weight, const int64_t* params) {
+  AtenTensorHandle out = nullptr;
+  check(aoti_torch_cuda_convolution(x.get(), weight.get(), nullptr, params, 2, params + 2, 2, params + 4, 2, false,
+                                    kNoOutputPadding, 2, params[6], &out),
+        "convolve");
+  return with_layout(Tensor(out), true);
+}
+
+// Returns the gradients of x and of the weight; undefined if not needed.
+std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                               const int64_t* params, bool needs_grad, bool weight_needs_grad) {
+  AtenTensorHandle out[3] = {};
+  const int32_t mask[] = {needs_grad, weight_needs_grad, false};
+  check(aoti_torch_cuda_convolution_backward(grad.get(), x.get(), weight.get(), nullptr, 0, params, 2, params + 2, 2,
+                                             params + 4, 2, false, kNoOutputPadding, 2, params[6], mask, 3, &out[0],
+                                             &out[1], &out[2]),
+        "differentiate a convolution");
+  const Tensor grad_x(out[0]), grad_weight(out[1]), grad_bias(out[2]);
+  return {grad_x, grad_weight};
+}
+
+// Runs the layers. With `downsample` the last layer is that of the identity.
+//
+// norms        of each layer: running mean, running variance, weight and bias
+// num_batches  one per layer that uses the statistics of the batch
+// norm_params  of each layer: epsilon and momentum
+//
+// Returns out, boundary_out and what the backward needs of each layer: z; mean and variance if they are of the batch;
+// the ReLU, if one follows.
+std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
+    const Tensor& input, const std::string& first_shift, const std::vector<Tensor>& weights,
+    const std::vector<int64_t>& conv_params, const std::vector<Tensor>& norms, const std::vector<Tensor>& num_batches,
+    const std::vector<double>& norm_params, const Tensor& input_identity, bool downsample,
+    const OptionalTensor& boundary, const std::string& shift, bool shifted) {
+  const size_t layers = weights.size();
+  if (layers < (downsample ? 2 : 1) || conv_params.size() != kConvParams * layers || norms.size() != 4 * layers ||
+      norm_params.size() != 2 * layers) {
+    fail("each layer must have a convolution and a norm");
+  }
+  std::vector<Tensor> saved;
+  auto next_num_batches = num_batches.begin();
+  // Returns z of layer k, and the parts of its norm.
+  const auto run_layer = [&](size_t k, const Tensor& x) {
+    const int64_t* const params = &conv_params[kConvParams * k];
+    const Tensor z = convolution(x, weights[k], params);
+    saved.push_back(z);
+    std::vector<Tensor> norm(&norms[4 * k], &norms[4 * k] + 4);
+    if (uses_batch_stats(params)) {
+      if (next_num_batches == num_batches.end()) fail("each norm of the batch must have a number of batches");
+      std::tie(norm[0], norm[1]) = batch_norm_stats_(z, norm[0], norm[1], *next_num_batches++, norm_params[2 * k + 1]);
+      saved.insert(saved.end(), {norm[0], norm[1]});
+    }
+    return std::pair(z, norm);
+  };
+  const size_t last = layers - 1 - (downsample ? 1 : 0);
+  Tensor x = first_shift.empty() ? input : temporal_shift(input, first_shift);
+  for (size_t k = 0; k < last; ++k) {
+    const auto [z, norm] = run_layer(k, x);
+    x = norm_relu({&z, norm, norm_params[2 * k]});
+    saved.push_back(x);
+  }
+  const auto [z, norm] = run_layer(last, x);
+  Tensor identity = input_identity;
+  std::vector<Tensor> identity_norm;
+  if (downsample) std::tie(identity, identity_norm) = run_layer(last + 1, identity);
+  auto [out, boundary_out] = norm_add_relu(z, norm, norm_params[2 * last], identity, identity_norm,
+                                           downsample ? norm_params[2 * last + 2] : 0, boundary, shift, shifted);
+  return {out, boundary_out, saved};
+}
+
+// The backward of the layers of the residual branch, from the gradient of the last z on.
+//
+// saved        of each layer but the last: z, mean, variance, weight and bias; then the ReLUs of these layers. The ReLU
+//              of layer 0 may be missing: then it is recomputed.
+// needs_grad   of x; of each layer: of its weight, and of its norm
+//
+// Returns the gradients of x and, for each layer, of the weight, and of weight and bias of its norm (not of the last).
+std::vector<Tensor> residual_block_backward(const Tensor& grad, const Tensor& input, const std::string& first_shift,
+                                            const std::vector<Tensor>& weights, const std::vector<int64_t>& conv_params,
+                                            const std::vector<Tensor>& saved, const std::vector<double>& epsilons,
+                                            const std::vector<int64_t>& needs_grad) {
+  const size_t layers = weights.size(), n_saved = kSavedPerLayer * (layers - 1), relus = saved.size() - n_saved;
+  if (layers == 0 || conv_params.size() != kConvParams * layers || saved.size() < n_saved ||
+      (relus != layers - 1 && relus + 1 != layers - 1) || epsilons.size() != layers ||
+      needs_grad.size() != 1 + 2 * layers) {
+    fail("each layer must have a convolution, a norm and what they were given");
+  }
+  const auto any_needs_grad = [&](size_t count) {  // of the first `count` flags
+    return std::any_of(needs_grad.begin(), needs_grad.begin() + count, [](int64_t flag) { return flag != 0; });
+  };
+  // The norm of layer k: mean, variance, weight, bias.
+  const auto norm_of = [&](size_t k) {
+    const Tensor* const z = &saved[kSavedPerLayer * k];
+    return std::vector<Tensor>{z + 1, z + kSavedPerLayer};
+  };
+  // The input of the convolution of layer k. Only the gradient of the weight reads its values.
+  const auto input_of = [&](size_t k, bool reads_values) -> Tensor {
+    if (k == 0) return !first_shift.empty() && reads_values ? temporal_shift(input, first_shift) : input;
+    const Tensor& z = saved[kSavedPerLayer * (k - 1)];
+    if (!reads_values) return z;
+    if (layers - k <= relus) return saved[saved.size() - (layers - k)];
+    return norm_relu({&z, norm_of(k - 1), epsilons[k - 1]});
+  };
+  std::vector<Tensor> grads(1 + 3 * layers);
+  Tensor grad_z = grad;
+  for (size_t k = layers; k-- > 0;) {
+    const int64_t* const params = &conv_params[kConvParams * k];
+    const bool before_needs_grad = any_needs_grad(1 + 2 * k), weight_needs_grad = needs_grad[1 + 2 * k] != 0;
+    Tensor grad_x;
+    std::tie(grad_x, grads[1 + 3 * k]) = convolution_backward(grad_z, input_of(k, weight_needs_grad), weights[k],
+                                                              params, before_needs_grad, weight_needs_grad);
+    if (!before_needs_grad) break;
+    if (k == 0) {
+      if (!first_shift.empty()) temporal_shift_backward_(grad_x, first_shift);
+      grads[0] = grad_x;
+      break;
+    }
+    const Operand z{saved[kSavedPerLayer * (k - 1)],        norm_of(k - 1),        epsilons[k - 1],
+                    uses_batch_stats(params - kConvParams), any_needs_grad(2 * k), needs_grad[2 * k] != 0};
+    const OperandGrads z_grads = norm_relu_grads(grad_x, z, true);
+    grads[3 * k - 1] = z_grads.weight;
+    grads[3 * k] = z_grads.bias;
+    if (!z.needs_grad) break;
+    grad_z = z_grads.values;
+  }
+  return grads;
+}
+
+}  // namespace
+}  // namespace tsm_jit
+
+STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CUDA, m) {
+  m.impl("residual_block", TORCH_BOX(&tsm_jit::residual_block));
+  m.impl("residual_block_backward", TORCH_BOX(&tsm_jit::residual_block_backward));
+}
+#endif

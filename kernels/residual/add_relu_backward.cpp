@@ -1,0 +1,65 @@
+// The backward of the end of a residual block on the CPU, without the sums per channel.
+//
+//     grad = (grad_a + grad_b) where out > 0, else 0    as in add_relu_backward.cuh
+#include "residual/add_relu_backward.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "residual/stream_cpu.h"
+
+namespace tsm_jit {
+namespace {
+
+constexpr int64_t kTile = 256;  // elements that are added in acc_t before they are rounded
+
+template <class Element>
+void add_relu_backward(const ResidualStream& r, const AddReluBackward& b, int64_t first_task, int64_t last_task) {
+  using T = typename Element::storage_t;
+  using acc_t = typename Element::acc_t;
+  for_each_group<T>(r, first_task, last_task, [&](const GroupFrame<T>& frame) {
+    const ShiftedIndex from = frame.index(b.out_is_shifted), to = frame.index(true);
+    const auto out_rows = frame.rows_at(from, b.out, b.boundary_out);
+    const auto grad_shifted_rows = frame.rows_at(to, b.grad_shifted, b.grad_boundary_in);
+    const auto grad_rows = b.grad == nullptr ? grad_shifted_rows : frame.rows(b.grad, frame.s);
+    // Consumers of a shifted `out` also read the frames that it pads. The gradient of zeros is dropped.
+    const void* const no_boundary = nullptr;
+    std::vector<GroupRows<const T>> terms{frame.rows_at(from, b.grad_a, b.grad_boundary),
+                                          frame.rows_at(from, b.grad_b, no_boundary)};
+    const FrameRange padded = r.shift.padding == Padding::zeros ? FrameRange{0, 0} : from.pads;
+    for (int32_t t = padded.begin; t < padded.end; ++t) {
+      for (const void* grad : {b.grad_a, b.grad_b}) terms.push_back(frame.rows(grad, t));
+    }
+    const int64_t count = frame.numel();
+    for (int64_t row = 0; row < r.shift.outer_size; ++row) {
+      const T* const out = out_rows[row];
+      T* const grad = grad_rows[row];
+      for (int64_t begin = 0; begin < count; begin += kTile) {
+        const int64_t end = std::min(begin + kTile, count);
+        acc_t sum[kTile] = {};
+        for (const auto& term : terms) {  // term by term: loops that a compiler can vectorise
+          const T* const x = term[row];
+          for (int64_t i = begin; x != nullptr && i < end; ++i) sum[i - begin] += Element::to_acc(x[i]);
+        }
+        for (int64_t i = begin; i < end; ++i) {
+          grad[i] = Element::to_acc(out[i]) <= 0 ? T{} : Element::from_acc(sum[i - begin]);
+        }
+      }
+      T* const grad_shifted = grad_shifted_rows[row];
+      if (grad_shifted == nullptr) continue;
+      if (grad_shifted != grad) std::copy(grad, grad + count, grad_shifted);
+      for (int32_t t = to.pads.begin; t < to.pads.end; ++t) {  // padding passes no gradient to the identity
+        T* const padding = frame.rows(b.grad_shifted, t)[row];
+        std::fill(padding, padding + count, T{});
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void add_relu_backward_cpu(const ResidualStream& r, const AddReluBackward& b, int64_t first_task, int64_t last_task) {
+  dispatch_dtype(r.dtype, [&](auto element) { add_relu_backward<decltype(element)>(r, b, first_task, last_task); });
+}
+
+}  // namespace tsm_jit
