@@ -5,7 +5,7 @@
 //   NVRTC                          compiles device code. It reads the host code to learn which kernels are launched.
 //   C++ with TSM_JIT_NVRTC         compiles the host code for kernels that NVRTC compiled (nvrtc.h). It sees only the
 //                                  declarations of kernels.
-//   C++ otherwise                  compiles everything for tests/cuda_on_cpu, which defines launch() itself
+//   C++ otherwise                  compiles everything for tests/kernels/cuda_on_cpu, which defines launch() itself
 #pragma once
 
 #if defined(__CUDACC__) && !defined(__CUDACC_RTC__)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU_SOURCES = {
     "temporal_shift": ["shift/temporal_shift.cpp"],
     "residual": [f"residual/{name}.cpp" for name in ("add_relu_backward", "norm_add_relu", "norm_relu_max_pool")],
@@ -16,7 +16,7 @@ CPU_SOURCES = {
 
 
 def compare(folder: Path, name: str, cuda_source: str, cases: int, **constants: int) -> None:
-    """Runs the program ``tests/cuda_on_cpu/{name}.cpp`` with these constants of the CUDA kernels replaced."""
+    """Runs the program ``tests/kernels/cuda_on_cpu/{name}.cpp`` with these constants of the CUDA kernels replaced."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     kernels = Path(shutil.copytree(ROOT / "kernels", folder / "kernels"))
@@ -32,8 +32,8 @@ def compare(folder: Path, name: str, cuda_source: str, cases: int, **constants: 
     # Without contraction the same formula computes the same numbers in all kernels.
     options = ["-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off"]
     options += ["-g1", "-Wno-unknown-pragmas", "-Wno-attributes"]
-    folders = [f"-I{ROOT / 'tests/cuda_on_cpu'}", f"-I{kernels}"]  # the first has another core/launch.h
-    files = [cuda, ROOT / f"tests/cuda_on_cpu/{name}.cpp", *(kernels / source for source in CPU_SOURCES[name])]
+    folders = [f"-I{ROOT / 'tests/kernels/cuda_on_cpu'}", f"-I{kernels}"]  # the first has another core/launch.h
+    files = [cuda, ROOT / f"tests/kernels/cuda_on_cpu/{name}.cpp", *(kernels / source for source in CPU_SOURCES[name])]
     subprocess.run(["g++", *options, *folders, *files, "-o", folder / "compare"], check=True)
     seed = str(random.SystemRandom().randrange(2**32))
     run = subprocess.run([folder / "compare", seed, str(cases)], capture_output=True, text=True)

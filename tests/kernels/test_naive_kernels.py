@@ -1,7 +1,7 @@
 """The operators against the naive kernels (``kernels/*/*_naive.cuh``), which say in ten lines what each one computes.
 
-On a GPU nvcc compiles ``tests/naive/naive.cu``, and the operators are the CUDA kernels. On the CPU g++ compiles it with
-the launch of ``tests/cuda_on_cpu``, and the operators are the CPU kernels.
+On a GPU nvcc compiles ``tests/kernels/naive/naive.cu``, and the operators are the CUDA kernels. On the CPU g++ compiles it with
+the launch of ``tests/kernels/cuda_on_cpu``, and the operators are the CPU kernels.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ import tsm_jit
 import tsm_jit.residual  # defines its operators
 from tsm_jit.plans import PADDINGS, Shift
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPS = torch.ops.tsm_jit
 DTYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3, torch.float64: 4}  # as DType in core/dtype.h
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -52,7 +52,7 @@ class Norm(Structure):
 
 @functools.cache
 def library(device: str) -> ctypes.CDLL:
-    folder, source = tempfile.mkdtemp(prefix="tsm_jit_naive_"), ROOT / "tests/naive/naive.cu"
+    folder, source = tempfile.mkdtemp(prefix="tsm_jit_naive_"), ROOT / "tests/kernels/naive/naive.cu"
     if device == "cuda":
         from torch.utils.cpp_extension import load
 
@@ -61,7 +61,7 @@ def library(device: str) -> ctypes.CDLL:
              extra_cuda_cflags=["-std=c++17"], is_python_module=False)  # fmt: skip
     else:
         path = f"{folder}/libnaive.so"
-        folders = [f"-I{ROOT / name}" for name in ("tests/cuda_on_cpu", "kernels")]
+        folders = [f"-I{ROOT / name}" for name in ("tests/kernels/cuda_on_cpu", "kernels")]
         options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-w", "-x", "c++"]
         subprocess.run(["g++", *options, *folders, str(source), "-o", path], check=True)
     return ctypes.CDLL(path)
@@ -69,7 +69,7 @@ def library(device: str) -> ctypes.CDLL:
 
 @pytest.fixture
 def naive(device):
-    """Calls a function of ``tests/naive/naive.cu``."""
+    """Calls a function of ``tests/kernels/naive/naive.cu``."""
     if tsm_jit.info()["devices"][device.type] != "compiled kernels":
         pytest.skip(f"no kernels were compiled for {device.type}")
     if shutil.which("nvcc" if device.type == "cuda" else "g++") is None:

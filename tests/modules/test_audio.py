@@ -277,7 +277,7 @@ def write_video(path: Path, sound: bool, samples: int = 0) -> Path:
 
 def test_the_example_refuses_what_it_cannot_use(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs the demo extra")
-    script = Path(__file__).parent.parent / "examples" / "tsam_audio_video.py"
+    script = Path(__file__).parents[2] / "examples" / "tsam_audio_video.py"
     spec = importlib.util.spec_from_file_location("tsam_audio_video", script)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

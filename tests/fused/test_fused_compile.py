@@ -1,0 +1,252 @@
+"""Fused networks under compilers, exporters and tracers."""
+
+import collections
+import copy
+import itertools
+import random
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from fused_networks import (
+    DTYPES,
+    NETWORKS,
+    OF_STAGES,
+    OtherNorm,
+    assert_same_gradients_to_rounding,
+    assert_same_step,
+    pair,
+    random_norm,
+    small,
+    step,
+    tsm,
+    without_shift_and_fused,
+)
+from support import assert_same_bits, random_values
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from tsm_jit.fused import execute
+from tsm_jit.fused.autograd import norm_add_relu_both_layouts
+from tsm_jit.ops import residual as residual_ops
+from tsm_jit.plans import Shift
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["ResNet, basic blocks", "ResNet, bottlenecks"])
+def test_one_graph(device, merged, name, training):
+    net, fused, x = pair(NETWORKS[name], device)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused.train(training), backend="aot_eager", fullgraph=True)
+    assert_same_step(net.train(training), compiled, x)
+    with torch.no_grad():
+        expected = net.eval()(x)
+        fused.eval()
+        assert (compiled(x) - expected).norm() <= 1e-11 * expected.norm()
+
+
+@pytest.mark.parametrize("merged", [True], indirect=True)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_one_graph_of_blocks_in_parts(device, merged, training):
+    """Under autocast: the weights of a block are cast together, and norms are ours."""
+    _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device, dtype=torch.float32)
+    fused.conv1._forward_hooks.clear()
+    for frozen in (fused.layer1, fused.layer2[1].conv2):
+        frozen.requires_grad_(False)
+    twin, graphs = copy.deepcopy(fused.train(training)), []
+
+    def keep(graph, _):
+        graphs.append(collections.Counter(node.target for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        (_, actual, _), (_, expected, _) = (step(each, F.interpolate(x, scale_factor=3)) for each in (compiled, twin))
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype is torch.float32
+        # Roundings to bfloat16 that differ; in training statistics of few values make them as large as some gradients.
+        assert training or (ours - theirs).norm() <= 0.5 * theirs.norm()
+    forward, backward = graphs
+    ops, blocks = torch.ops.tsm_jit, 9
+    assert forward[ops.cast.default] == backward[ops.cast.default] == blocks - 2
+    assert forward[ops.norm_add_relu.default] == 3 * blocks
+    assert forward[ops.temporal_shift.kernel] == 4  # at the start of each stage
+    assert backward[ops.temporal_shift.recompute] == 3  # for weights that are not frozen
+    assert forward[torch.ops.aten._native_batch_norm_legit_functional.default] == training  # before the first block
+    assert backward[ops.norm_add_relu.recompute] == 3
+    assert backward[ops.norm_add_relu_backward.default] == blocks
+    assert backward[ops.norm_relu_backward.default] == 2 * blocks
+
+
+def as_on_a_gpu(monkeypatch, device) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(execute, "has_channel_sums", lambda x: x.shape[1] > 1)
+
+
+@pytest.mark.parametrize("normed", [(True, False), (True, True), (False, True)], ids=str)
+def test_what_compilers_are_told_of_the_gradients_of_an_end(device, normed):
+    """Which results there are and how they lie in memory; where they are given the operator, apart and aligned."""
+    dtype, t, channels = random.choice(DTYPES[1:]), random.randint(1, 5), random.randint(2, 36)
+    shift = Shift(t, t, 1, "zeros", ((1, 1), (1, -1))).canonical().encode()
+    shifted = not normed[1] and random.random() < 0.5  # a norm's values are plain
+
+    def values() -> Tensor:
+        return random_values((2 * t, channels, 3, 5), dtype, device).contiguous(memory_format=torch.channels_last)
+
+    def operand(norm: bool) -> tuple:
+        parts = random_norm(channels, residual_ops.acc_dtype(dtype), device)[:3]
+        how = [random.randint(0, 1) for _ in range(3)]
+        return (values(), parts, 1e-5, how) if norm else (None, [], 0.0, [0, how[1], 0])
+
+    for _ in range(8):
+        given = values(), None, None, values(), None, *operand(normed[0]), *operand(normed[1]), shift, shifted
+        assert_as_told(torch.ops.tsm_jit.norm_add_relu_backward.default, given)
+
+
+def test_what_compilers_are_told_of_the_gradients_of_a_relu(device):
+    dtype, shape = random.choice(DTYPES[1:]), (random.randint(1, 5), random.randint(2, 36), 3, 5)
+    grad, z = (random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    norm = random_norm(shape[1], residual_ops.acc_dtype(dtype), device)
+    for how in itertools.product((0, 1), repeat=3):
+        assert_as_told(torch.ops.tsm_jit.norm_relu_backward.default, (grad, z, norm, 1e-5, list(how)))
+
+
+def assert_as_told(operator, given: tuple) -> None:
+    made = operator(*given)
+    with FakeTensorMode() as mode:
+        told = operator(*tree_map_only(Tensor, mode.from_tensor, given))
+    assert [each is None for each in made] == [each is None for each in told]
+    there = [(ours, fake) for ours, fake in zip(made, told, strict=True) if ours is not None and ours.numel()]
+    for ours, fake in there:
+        assert (ours.shape, ours.stride(), ours.dtype) == (fake.shape, fake.stride(), fake.dtype)
+        assert ours.data_ptr() % 16 == 0
+    assert len({ours.data_ptr() for ours, _ in there}) == len(there)
+
+
+def test_inductor_trains_what_has_other_norms(device, monkeypatch):
+    """They are called, and so the end of a block has one gradient for both that it adds."""
+    as_on_a_gpu(monkeypatch, device)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    net, fused, x = pair(lambda: tsm(small(BasicBlock, norm_layer=OtherNorm)), device, dtype=torch.float32)
+    torch._dynamo.reset()
+    assert_same_gradients_to_rounding(net, torch.compile(fused, fullgraph=True), F.interpolate(x, scale_factor=2))
+
+
+def test_inductor_trains_in_place(cuda, monkeypatch):
+    """It copies nothing of what our operators write into: the statistics of norms, and the gradients of shifts."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], cuda, dtype=torch.float32)
+    x = F.interpolate(x, scale_factor=3)
+    torch._dynamo.reset()
+    _, codes = run_and_get_code(assert_same_gradients_to_rounding, net, torch.compile(fused, fullgraph=True), x)
+    for (name, ours), theirs in zip(fused.named_buffers(), net.buffers(), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name
+    written = re.findall(r"batch_norm_stats_\.default\(\w+, (\w+), (\w+), (\w+), ", "".join(codes))
+    assert len(written) == 3 * 9 + 4
+    assert all(name.startswith("primals") for names in written for name in names)
+    assert len(re.findall(r"temporal_shift_backward_\.default\(buf", "".join(codes))) == 4
+    assert "clone" not in "".join(codes)
+
+
+def test_one_graph_for_every_batch_size(device):
+    net, fused, _ = pair(NETWORKS["ResNet, basic blocks"], device)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    for frames, stance in ((8, "default"), (12, "default"), (20, "fail_on_recompile")):
+        x = torch.randn(frames, 3, 32, 32, dtype=torch.float64, device=device)
+        with torch.compiler.set_stance(stance):
+            assert_same_step(net, compiled, x.contiguous(memory_format=torch.channels_last))
+
+
+def test_compilers_write_nothing_before_we_do():
+    """What they fill is written twice."""
+    shift = Shift(4, 4, 1, "zeros", ((4, 1), (4, -1))).encode()
+
+    def both(z: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
+        return norm_add_relu_both_layouts(z, None, identity, None, None, shift, 2, may_overwrite_identity=False)
+
+    torch._dynamo.reset()
+    z, identity = (torch.randn(8, 16, 6, 6).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    with torch.inference_mode():
+        made, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), z, identity)
+        for ours, expected in zip(made, both(z, identity), strict=True):
+            assert_same_bits(ours, expected)
+    assert "norm_add_relu_" in code
+    assert "cpp_fused" not in code
+
+
+def test_compiled_inference_norms_in_place(device, monkeypatch):
+    """Where nothing is recorded, norms and ReLUs are ours in compiled networks as well; nothing is copied for them."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which would be off by a thousandth
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device, dtype=torch.float32)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        made, (code,) = run_and_get_code(torch.compile(fused.eval(), fullgraph=True), x)
+        expected = net.eval()(x)
+    assert (made - expected).norm() <= 1e-3 * expected.norm()
+    in_place = re.findall(r"norm_add_relu_\.default\((\w+), None, None, 1, \1, \[[^]]*\], [^,]*, None, ", code)
+    assert len(in_place) == 2 * sum(isinstance(module, Bottleneck) for module in fused.modules())
+    assert not re.findall(r"fused\w*(?:batch_norm|copy)|\.copy_\(", code)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_parts):
+    """A graph saves for the backward what the network without shift saves, and the boundary frames."""
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: in_parts)
+    kept = {}
+
+    def keeps(name: str):
+        def count(graph, _):
+            (results,) = next(node for node in graph.graph.nodes if node.op == "output").args
+            made = [node.meta["val"] for node in results if node is not None and node.op != "placeholder"]
+            kept[name] = sum(each.nbytes for each in made if isinstance(each, Tensor))
+            assert ("norm_add_relu" in graph.code) == (name == "fused")
+            return make_boxed_func(graph)
+
+        return aot_autograd(
+            fw_compiler=count,
+            bw_compiler=lambda graph, _: make_boxed_func(graph),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+
+    net, fused, x = without_shift_and_fused(torch.device("cpu"))
+    for name, each in (("without shift", net), ("fused", fused)):
+        torch._dynamo.reset()
+        torch.compile(each, backend=keeps(name), fullgraph=True)(x).sum().backward()
+    # The second block of each stage gets a shifted stream: the boundary has 1 of 4 frames of a quarter of its channels.
+    # And the ReLU of each first block, as large as what the block returns, is made again.
+    assert kept["fused"] <= kept["without shift"] + OF_STAGES // 16 - in_parts * OF_STAGES
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_export_holds_the_network_before(strict, training):
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"), dtype=torch.float32)
+    exported = torch.export.export(fused.train(training), (x,), strict=strict)
+    assert "norm_add_relu" not in str(exported.graph)
+    torch.testing.assert_close(exported.module()(x), net.train(training)(x))
+
+
+def test_traces_hold_the_network_before():
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"), dtype=torch.float32)
+    expected = net.eval()(x)
+    fused.eval()
+    traced = torch.jit.trace(fused, (x,))
+    assert "tsm_jit::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), expected)
+
+
+def test_under_transforms_it_is_the_network_before():
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], torch.device("cpu"))
+
+    def tangent(net: nn.Module) -> Tensor:
+        return torch.func.jvp(net.eval(), (x,), (torch.ones_like(x),))[1]
+
+    torch.testing.assert_close(tangent(fused), tangent(net))

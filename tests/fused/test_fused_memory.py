@@ -1,0 +1,154 @@
+"""What training of fused networks saves, and how it may be recomputed or offloaded."""
+
+import copy
+import functools
+import re
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fused_networks import (
+    NETWORKS,
+    OF_STAGES,
+    assert_same_step,
+    counted,
+    graph_bytes,
+    pair,
+    step,
+    without_shift_and_fused,
+)
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import tsm_jit
+from tsm_jit.fused import block, execute
+from tsm_jit.ops import residual as residual_ops
+
+
+@pytest.mark.parametrize("frozen", ["nothing", r"conv1|bn1|layer1|.*\.downsample"])
+@pytest.mark.parametrize("name", ["ResNet, bottlenecks", "timm ResNet-D"])
+def test_no_more_is_saved_than_without_shift(device, merged, name, frozen):
+    """But for the boundary frames: 1/T of the channels that move, of the blocks within a stage."""
+    net, fused, x = pair(NETWORKS[name], device)
+    for key, parameter in (*net.named_parameters(), *fused.named_parameters()):
+        parameter.requires_grad_(re.match(frozen, key) is None)
+    plain = copy.deepcopy(net)
+    tsm_jit.remove_temporal_shift(plain)
+
+    held = {}
+    for name, each in (("plain", plain), ("fused", fused)):
+        held[name] = graph_bytes(each.train()(x)) - sum(p.numel() * p.element_size() for p in each.parameters())
+    assert held["fused"] <= 1.05 * held["plain"]
+
+
+def test_a_block_frees_its_activations_before_downsample_is_differentiated(device, monkeypatch):
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: True)
+    kept, alive = [], []
+    of_branch, of_convolution = block.block_backward, block.convolve_backward
+
+    def branch_backward(*args):
+        kept[:] = [None]  # convolutions within are not meant
+        found = of_branch(*args)
+        kept[:] = [weakref.ref(each) for each in args[5]]
+        return found
+
+    def convolved_backward(*args):
+        if kept[0] is not None:
+            alive.append(sum(of_block() is not None for of_block in kept[::5]))  # what each layer convolved
+        return of_convolution(*args)
+
+    monkeypatch.setattr(block, "block_backward", branch_backward)
+    monkeypatch.setattr(block, "convolve_backward", convolved_backward)
+    _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    fused.train()(x).sum().backward()
+    assert alive == [0] * 4
+
+
+def test_the_gradient_of_the_mean_over_pixels_is_one_value_for_all(device, merged, monkeypatch):
+    ends = counted(monkeypatch, block if merged else residual_ops, "norm_add_relu_backward")
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    assert_same_step(net, fused, F.interpolate(x, scale_factor=3))
+    of_last = ends[0][0][0]
+    assert of_last.shape[2:].numel() > 1
+    assert of_last.untyped_storage().nbytes() == of_last[:, :, 0, 0].numel() * of_last.element_size()
+
+
+def test_recorded_blocks_keep_less_than_those_without_shift(monkeypatch, device):
+    """But for the boundary frames; and the ReLU of each first block is made again."""
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: True)
+    *networks, x = without_shift_and_fused(device)
+
+    def is_activation(saved: Tensor) -> bool:
+        return saved.dim() == 4 and saved.shape[0] <= len(x)
+
+    kept = []
+    for each in networks:
+        loss = each(x).sum()
+        kept.append(graph_bytes(loss, is_activation))
+        loss.backward()
+    assert kept[1] == kept[0] + OF_STAGES // 16 - OF_STAGES
+
+
+def test_that_memory_is_short_is_an_error_as_before(device, monkeypatch):
+    def forward(*_):
+        raise RuntimeError("tsm_jit: PyTorch could not convolve: CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: True)
+    monkeypatch.setattr(block, "block_forward", forward)
+    _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        fused(x)
+
+
+def test_checkpointing(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for name in ("layer1", "layer2"):
+        stage = getattr(fused, name)
+        stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False)
+    assert_same_step(net.eval(), fused.eval(), x)
+
+
+@pytest.mark.parametrize("saved", ["cast copy", "empty", "convolution residual"])
+def test_selective_checkpointing(device, merged, saved):
+    """Whatever a policy saves or computes again."""
+
+    def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+        chosen = any(name in str(operator) for name in saved.split())
+        return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
+
+    _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device, dtype=torch.float32)
+    found = []
+    for more in ({}, {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}):
+        each = copy.deepcopy(fused).train()
+        for stage in (each.layer1, each.layer2):
+            stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False, **more)
+        with torch.autocast(device.type, torch.bfloat16), torch.backends.cudnn.flags(deterministic=True):
+            found.append(step(each, x)[1])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()  # the stem's pooling adds in any order on a GPU
+
+
+@pytest.mark.parametrize("hooks", ["save_on_cpu", "save_on_cpu, pinned", "in NCHW"])
+def test_offloading(device, merged, hooks, monkeypatch):
+    if hooks == "save_on_cpu, pinned" and device.type == "cpu":
+        pytest.skip("needs a CUDA GPU to pin memory for")
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    if hooks == "in NCHW":
+        offloading = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.contiguous(), lambda saved: saved)
+    else:
+        offloading = torch.autograd.graph.save_on_cpu(pin_memory="pinned" in hooks)
+    backwards = counted(monkeypatch, block, "block_backward")
+    with offloading:
+        actual = step(fused.train(), F.interpolate(x, scale_factor=2))
+    assert len(backwards) == (9 if merged else 0)
+    assert all(args[1].is_contiguous(memory_format=torch.channels_last) for args in backwards)
+    for a, b in zip(actual[1], step(net.train(), F.interpolate(x, scale_factor=2))[1], strict=True):
+        assert (a - b).norm() <= 1e-9 * b.norm() + 1e-12
+
+
+def test_a_second_derivative_is_refused(device):
+    _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+    (gradient,) = torch.autograd.grad(fused(x).square().sum(), fused.conv1.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
