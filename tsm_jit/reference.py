@@ -68,8 +68,11 @@ def temporal_shift_backward(grad: Tensor, shift: Shift) -> Tensor:
     return out
 
 
-def sliced(x: Tensor, shift: Shift) -> Tensor:
-    """:func:`temporal_shift` by slicing and concatenation only, without in-place writes, for ONNX and TorchScript."""
+def sliced(x: Tensor, shift: Shift, has_unflatten: bool = True) -> Tensor:
+    """:func:`temporal_shift` by slicing and concatenation only, without in-place writes, for ONNX and TorchScript.
+
+    ``has_unflatten=False`` is for ONNX before opset 13, which has no operator for ``unflatten``.
+    """
     shift = shift.canonical()
     frames_dim = 2 if has_clip_dim(x.dim(), shift.channel_dim) else 1
     order = list(range(x.dim()))
@@ -77,8 +80,11 @@ def sliced(x: Tensor, shift: Shift) -> Tensor:
         order[frames_dim:] = sorted(order[frames_dim:], key=x.stride, reverse=True)
     clips, channel_dim = x.permute(order), order.index(shift.channel_dim)
     if frames_dim == 1:
-        # reshape, as ONNX has no Unflatten before opset 13
-        clips, channel_dim = clips.reshape(-1, shift.n_segment, *clips.shape[1:]), channel_dim + 1
+        if has_unflatten:
+            clips = clips.unflatten(0, (-1, shift.n_segment))
+        else:
+            clips = clips.reshape(-1, shift.n_segment, *clips.shape[1:])
+        channel_dim += 1
     parts, begin = [], 0
     for width, offset in shift.plan:
         if width > 0:

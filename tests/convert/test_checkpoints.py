@@ -358,6 +358,27 @@ def test_files(tmp_path):
         checkpoints.load(tmp_path / "none")
 
 
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel, tsm_jit.VideoModel])
+def test_versions_of_modules(wrap, tmp_path):
+    """``load_state_dict`` of MNASNet raises without its version; a batch normalisation accepts older files by its."""
+    net = wrap(torchvision.models.mnasnet0_5(num_classes=5))
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "weights.pth")
+    weights = checkpoints.load(tmp_path / "weights.pth")
+    net.load_state_dict(weights)
+    mine = torchvision.models.mnasnet0_5(num_classes=5)
+    tsm_jit.make_temporal_shift(mine, SEGMENTS)
+    for target in (mine, tsm_jit.VideoModel(mine)):
+        target.load_state_dict(checkpoints.convert(weights, target=target).state_dict)
+    bare = torchvision.models.mnasnet0_5(num_classes=5)
+    bare.load_state_dict(checkpoints.convert(weights, target="torchvision").state_dict)
+    old = tsm().state_dict()
+    for name in [name for name in old if name.endswith("num_batches_tracked")]:
+        del old[name]
+    for version in old._metadata.values():
+        version.pop("version", None)
+    ours().load_state_dict(checkpoints.convert(old, target=ours()).state_dict)
+
+
 WEIGHTS, AVERAGED = {"fc.weight": torch.ones(2, 2)}, {"fc.weight": torch.zeros(2, 2)}
 
 
@@ -544,7 +565,7 @@ def test_parts_of_a_network_are_no_network(name):
 
 def test_unknown_networks_and_layouts_as_targets():
     """Only known prefixes of a whole network are removed."""
-    weights = on_meta(torchvision.models.alexnet).state_dict()
+    weights = on_meta(torchvision.models.densenet121).state_dict()
     for prefix in ("model.", "module.net._orig_mod.", "ema_model.module.", "backbone."):
         assert list(checkpoints.convert(prefixed(prefix, weights), target="torchvision").state_dict) == list(weights)
     unknown = prefixed("foo.", weights)

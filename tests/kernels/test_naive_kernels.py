@@ -1,6 +1,6 @@
 """The operators against the naive kernels (``kernels/*/*_naive.cuh``), which say in ten lines what each one computes.
 
-On a GPU nvcc compiles ``tests/kernels/naive/naive.cu``, and the operators are the CUDA kernels. On the CPU g++ compiles it with
+On a GPU nvcc compiles ``naive.cu``, and the operators are the CUDA kernels. On the CPU g++ compiles it with
 the launch of ``tests/kernels/cuda_on_cpu``, and the operators are the CPU kernels.
 """
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.export import Dim, export
+from torch.export import Dim, default_decompositions, export
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import tsm_jit
@@ -86,6 +86,12 @@ def test_feature_extractors():
     torch.testing.assert_close(features, stages(x), rtol=0, atol=0)
 
 
+def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    table = default_decompositions()
+    table.update(tsm_jit.decompositions())
+    return program.run_decompositions(table)
+
+
 @pytest.mark.parametrize("padding", ["zeros", "keep", "replicate", "circular"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_exported_programs_decompose_to_aten(padding, dynamic):
@@ -97,7 +103,7 @@ def test_exported_programs_decompose_to_aten(padding, dynamic):
     shapes = ({0: 4 * Dim("clips", min=2, max=9)},) if dynamic else None
     program = export(Shift(), (x,), dynamic_shapes=shapes)
     assert any("tsm_jit" in str(node.target) for node in program.graph.nodes)  # for AOTInductor
-    decomposed = program.run_decompositions()
+    decomposed = decompose(program)
     assert not any("tsm_jit" in str(node.target) for node in decomposed.graph.nodes)
     for clips in (2, 5) if dynamic else (2,):
         x = torch.randn(4 * clips, 7, 2, 3)
@@ -108,7 +114,7 @@ def test_onnx_of_an_exported_program():
     onnxruntime = pytest.importorskip("onnxruntime")
     net = resnet(inplace=True)
     x = torch.randn(8, 3, 32, 32)
-    program = torch.onnx.export(export(net, (x,)), (), dynamo=True)
+    program = torch.onnx.export(decompose(export(net, (x,))), (), dynamo=True)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     (scores,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(scores), net(x), rtol=1e-4, atol=1e-4)

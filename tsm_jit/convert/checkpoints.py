@@ -21,7 +21,7 @@ import argparse
 import difflib
 import os
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -196,13 +196,14 @@ def convert(
     one_of("target", target, tuple(_LAYOUTS))
     names = _split_names(state_dict, source)
     weights = _parse(names, _own_prefix(names), state_dict, source)
-    result, unplaced = _place(state_dict, _keys_in_layout(weights, target), {}, weights)
+    keys = _keys_in_layout(weights, target)
+    result, unplaced = _place(state_dict, keys, {}, weights)
     if not result:
         raise ValueError(
             f"state_dict must hold weights for target={target!r}, but none match: {_first(unplaced)} (source layout: "
             f"{weights.layout!r})"
         )
-    return Conversion(result, weights.layout, unplaced, [])
+    return Conversion(_with_versions(result, _renamed_versions(state_dict, keys)), weights.layout, unplaced, [])
 
 
 def _check_state_dict(state_dict: Any) -> None:
@@ -267,7 +268,7 @@ def _read_safetensors(path: str) -> Any:
 def _find_weights(saved: Any, depth: int = 2) -> dict[str, Tensor] | None:
     """The state dict in a file, at most ``depth`` keys deep; None if there is none."""
     if _is_state_dict(saved):
-        return dict(saved)
+        return _with_versions(saved, getattr(saved, "_metadata", None))
     if not isinstance(saved, Mapping) or not depth:
         return None
     for key in _WEIGHT_KEYS:
@@ -278,7 +279,7 @@ def _find_weights(saved: Any, depth: int = 2) -> dict[str, Tensor] | None:
         return None  # a state dict with entries that are no tensors; parts of it would not be the whole
     parts = {key: value for key, value in saved.items() if _is_state_dict(value)}
     if len(parts) == 1:
-        return dict(next(iter(parts.values())))
+        return _find_weights(next(iter(parts.values())))
     return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()} or None
 
 
@@ -293,6 +294,14 @@ def _is_state_dict(value: Any) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False
     return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+
+
+def _with_versions(weights: Mapping[str, Tensor], versions: dict[str, Any] | None) -> dict[str, Tensor]:
+    """A copy with the versions of the modules, which ``load_state_dict`` of some modules reads."""
+    copy = OrderedDict(weights)
+    if versions is not None:
+        copy._metadata = versions  # type: ignore[attr-defined]
+    return copy
 
 
 # ---- Names
@@ -701,7 +710,8 @@ def _convert_for_network(state_dict: Mapping[str, Tensor], source: Layout | None
     prefix, target_prefix = _matching_prefixes(names, state_dict, target_names, there)
     weights = _parse(names, prefix, state_dict, source)
     target = _parse(target_names, target_prefix, there, None)
-    result, unplaced = _place(state_dict, _keys_in_network(weights, target), there, weights)
+    keys = _keys_in_network(weights, target)
+    result, unplaced = _place(state_dict, keys, there, weights)
     missing = [key for key in there if key not in result]
     buffers = dict(network.named_buffers(remove_duplicate=False))
     needed = [key for key in there if key not in buffers and not target.plain.get(key, "").startswith(_HEAD)]
@@ -712,7 +722,23 @@ def _convert_for_network(state_dict: Mapping[str, Tensor], source: Layout | None
             f"got {placed} (source layout: {weights.layout!r}). Unplaced: {_first(unplaced, there)}. Missing: "
             f"{_first(dict.fromkeys(missing), state_dict)}"
         )
-    return Conversion(result, weights.layout, unplaced, missing)
+    return Conversion(_with_versions(result, _renamed_versions(state_dict, keys)), weights.layout, unplaced, missing)
+
+
+def _renamed_versions(state_dict: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Any] | None:
+    """The versions of the modules under their new names, if ``state_dict`` has them."""
+    versions = getattr(state_dict, "_metadata", None)
+    if versions is None:
+        return None
+    renamed: dict[str, Any] = {}
+    for key, place in keys.items():
+        old, new = key.split("."), place.split(".")
+        while old and new and old[-1] == new[-1]:  # the module, and modules around both
+            old, new = old[:-1], new[:-1]
+            version = versions.get(".".join(old))
+            if version is not None:
+                renamed.setdefault(".".join(new), version)
+    return renamed
 
 
 def _keys_in_network(weights: _Weights, target: _Weights) -> dict[str, str]:

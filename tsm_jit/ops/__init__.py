@@ -2,6 +2,7 @@
 
 from tsm_jit.ops.compat import eager, transforms_are_active
 from tsm_jit.ops.temporal_shift import (
+    decompositions,
     has_no_overlap,
     recomputing_shift,
     shifted_in_place,
@@ -13,6 +14,7 @@ from tsm_jit.ops.temporal_shift import (
 )
 
 __all__ = [
+    "decompositions",
     "eager",
     "has_no_overlap",
     "recomputing_shift",

@@ -13,6 +13,8 @@ try:
     from torch._C import _are_functorch_transforms_active as functorch_is_active
     from torch._C import _get_tracing_state as _tracing_state
     from torch._C._autograd import CreationMeta, _get_creation_meta, _top_saved_tensors_default_hooks
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_are_allowed
+    from torch.onnx._internal.torchscript_exporter._globals import GLOBALS as _onnx
 
     _needed: tuple = (forward_ad._current_level, torch.compiler._is_exporting_flag)
     _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor)
@@ -37,6 +39,11 @@ def is_tracing() -> bool:
     return _tracing_state() is not None
 
 
+def onnx_has_unflatten() -> bool:
+    """Whether ``unflatten`` can be exported: opset 13 and later have an operator for it."""
+    return not torch.onnx.is_in_onnx_export() or _onnx.export_onnx_opset_version >= 13
+
+
 def transforms_are_active() -> bool:
     """Whether ``torch.func`` transforms or forward-mode AD are active."""
     return functorch_is_active() or forward_ad._current_level >= 0
@@ -48,8 +55,8 @@ def is_exporting() -> bool:
 
 
 def has_saved_tensor_hooks() -> bool:
-    """Whether default hooks for saved tensors are set, for example by checkpointing or offloading."""
-    return _top_saved_tensors_default_hooks(True) is not None
+    """Whether default hooks for saved tensors are set, for example by checkpointing or offloading, or are forbidden."""
+    return _top_saved_tensors_default_hooks(True) is not None or not _hooks_are_allowed()
 
 
 def in_backward() -> bool:

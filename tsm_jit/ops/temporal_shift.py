@@ -37,6 +37,7 @@ from tsm_jit.ops.compat import (
     has_saved_tensor_hooks,
     is_batched_gradient,
     is_tracing,
+    onnx_has_unflatten,
     transforms_are_active,
     undifferentiable_view,
 )
@@ -203,7 +204,7 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
         # ONNX and TorchScript graphs must run without tsm_jit. Under transforms, PyTorch would drop the tangent of an
         # operator with a Python autograd kernel.
         needs_pytorch_ops = torch.onnx.is_in_onnx_export() or is_tracing() or transforms_are_active()
-        return reference.sliced(x, decode(shift)) if needs_pytorch_ops else _forward(x, shift)
+        return reference.sliced(x, decode(shift), onnx_has_unflatten()) if needs_pytorch_ops else _forward(x, shift)
     return _TransformableShift.apply(x, shift)
 
 
@@ -315,18 +316,27 @@ def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[
     # Autograd keeps `pack` alive, which must not keep the copy alive.
     shifted_ref: Callable[[], Any] = weakref.ref(shifted)
 
-    def pack(tensor: Tensor) -> Tensor | tuple:
-        if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() != storage:
-            return tensor
-        if tensor.dtype != dtype or tensor.is_conj() or tensor.is_neg():  # as_strided cannot recreate such a view
-            return tensor
-        if shifted_ref()._version != shifted_version:  # the module wrote into it
-            return tensor
-        return tensor.size(), tensor.stride(), tensor.storage_offset()
+    def pack(tensor: Tensor) -> tuple:
+        is_shifted = (
+            tensor.layout is torch.strided
+            and tensor.untyped_storage().data_ptr() == storage
+            and tensor.dtype == dtype  # as_strided cannot recreate such a view
+            and not (tensor.is_conj() or tensor.is_neg())
+            and shifted_ref()._version == shifted_version  # the module did not write into it
+        )
+        if is_shifted:
+            return tensor.size(), tensor.stride(), tensor.storage_offset()
+        return tensor.detach(), tensor._version  # an output that is not detached would keep its own graph alive
 
-    def unpack(packed: Tensor | tuple) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+    def unpack(packed: tuple) -> Tensor:
+        if len(packed) == 2:  # autograd does not check the version of what hooks return
+            tensor, saved_version = packed
+            if tensor._version != saved_version:
+                raise RuntimeError(
+                    f"a tensor needed to compute gradients, {tensor.dtype} {list(tensor.shape)}, was modified by an "
+                    f"in-place operation: it is at version {tensor._version}, expected version {saved_version}"
+                )
+            return tensor
         if source._version != version:
             raise RuntimeError(
                 "the input of a temporal shift, needed to compute gradients, was modified by an in-place operation: "
@@ -417,6 +427,23 @@ _register(
     reference.temporal_shift_backward,
     _EagerAdjoint,
 )
-for _op in (_schemas.temporal_shift.default, _schemas.temporal_shift.kernel):
-    # What exported programs decompose into. Elsewhere the registrations above take precedence.
-    _library.impl(_op, lambda x, shift: reference.sliced(x, decode(shift)), "CompositeImplicitAutograd")
+
+
+def decompositions() -> dict[Any, Callable]:
+    """Returns how an exported program can do without operators of this package, for ``run_decompositions``.
+
+    Each temporal shift becomes slices and concatenations of core ATen operators. The exporters of ONNX and ExecuTorch
+    need that if they start from an exported program.
+
+    Example::
+
+        program = torch.export.export(net, (x,))
+        table = torch.export.default_decompositions()
+        table.update(tsm_jit.decompositions())
+        program = program.run_decompositions(table)
+    """
+
+    def decomposed(x: Tensor, shift: str) -> Tensor:
+        return reference.sliced(x, decode(shift))
+
+    return dict.fromkeys((_schemas.temporal_shift.default, _schemas.temporal_shift.kernel), decomposed)
