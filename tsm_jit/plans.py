@@ -9,8 +9,6 @@ Example::
     y = tsm_jit.shift_groups(torch.randn(16, 64, 56, 56), 8, plan)
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import struct

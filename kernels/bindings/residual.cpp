@@ -1,5 +1,4 @@
-// The operators of torch.ops.tsm_jit for parts of residual blocks: their end forward and backward, the stem,
-// statistics.
+// The operators of torch.ops.tsm_jit for residual blocks: the end of a block, its backward, the stem, statistics.
 #include "bindings/residual.h"
 
 #include <limits>
@@ -10,6 +9,9 @@
 #include "residual/norm_grads.h"
 #include "residual/norm_relu_backward.h"
 #include "residual/norm_relu_max_pool.h"
+#ifdef TSM_JIT_CUDA
+#include "bindings/block.h"
+#endif
 
 namespace tsm_jit {
 
@@ -201,14 +203,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_max_pool(const Tensor& z, const std
 // --- the end of a block, backward ------------------------------------------------------------------------------------
 
 // What the forward wrote, and its gradients, which may be null.
-struct EndTensors {
+struct AddReluTensors {
   const OptionalTensor &grad_a, &grad_b, &grad_boundary;
   const Tensor& out;
   const OptionalTensor& boundary_out;
 };
 
 // Null: not needed.
-struct EndGrads {
+struct AddReluGrads {
   OptionalTensor grad, grad_shifted, grad_boundary_in, norm_grads;
 };
 
@@ -238,8 +240,8 @@ const char* run_with_sums(const Tensor& x, const ResidualStream& r, Args& b, Nor
 #endif
 
 // Writes the gradients that `grads` has tensors for.
-void write_add_relu_backward(const EndGrads& grads, const EndTensors& in, const Normed& z, const Normed& identity,
-                             const std::string& shift) {
+void write_add_relu_backward(const AddReluGrads& grads, const AddReluTensors& in, const Normed& z,
+                             const Normed& identity, const std::string& shift) {
   const Tensor& out = in.out;
   if (out.numel() == 0) return;
   StreamDescriptor descriptor;
@@ -295,16 +297,16 @@ void write_add_relu_backward(const EndGrads& grads, const EndTensors& in, const 
 }
 
 // The same into new tensors.
-EndGrads new_add_relu_backward(const EndTensors& in, const Normed& z, const Normed& identity, const std::string& shift,
-                               bool unshifted, bool shifted) {
+AddReluGrads new_add_relu_backward(const AddReluTensors& in, const Normed& z, const Normed& identity,
+                                   const std::string& shift, bool unshifted, bool shifted) {
   const Tensor& out = in.out;
   const OptionalTensor grad_a = with_layout_of(out, in.grad_a), grad_b = with_layout_of(out, in.grad_b);
   const OptionalTensor grad_boundary = with_layout_of(out, in.grad_boundary);
   const OptionalTensor identity_values =
       identity.values == nullptr ? OptionalTensor() : with_layout(*identity.values, !out.is_contiguous());
-  // A gradient that was copied, as that of a mean over pixels (one value), may be overwritten.
+  // A copy of a gradient may be overwritten. The gradient of a mean over pixels is one value, so it was copied.
   const bool is_own_copy = grad_a && grad_a->get() != in.grad_a->get() && !in.boundary_out;
-  EndGrads grads;
+  AddReluGrads grads;
   if (unshifted) grads.grad = is_own_copy ? *grad_a : new_like(out);
   if (shifted) {
     grads.grad_shifted = new_like(out);
@@ -335,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_relu_backward(
     const OptionalTensor& boundary_out, const OptionalTensor& z, const std::vector<Tensor>& z_norm, double z_epsilon,
     const OptionalTensor& identity, const std::vector<Tensor>& identity_norm, double identity_epsilon,
     const std::string& shift, bool shifted) {
-  const EndGrads grads =
+  const AddReluGrads grads =
       new_add_relu_backward({grad_a, grad_b, grad_boundary, out, boundary_out}, {pointer(z), z_norm, z_epsilon},
                             {pointer(identity), identity_norm, identity_epsilon}, shift, true, shifted);
   const auto or_empty = [&](const OptionalTensor& x) { return x ? *x : new_empty(out); };
@@ -441,7 +443,7 @@ namespace {
 //
 // That is norm_add_relu without ReLU. `zero`: [channels] zeros, the mean and bias of the first term. `batch_norm`:
 // batch_weight and batch_bias, [2, channels]. `overwrite`: may write into grads.grad.
-Tensor grad_through_norm(const EndGrads& grads, const Operand& x, const void* zero, const void* batch_norm,
+Tensor grad_through_norm(const AddReluGrads& grads, const Operand& x, const void* zero, const void* batch_norm,
                          bool overwrite, const std::string& shift) {
   const Tensor& grad = grads.grad ? *grads.grad : *grads.grad_shifted;
   const OptionalTensor values = x.of_batch ? with_layout_of(grad, x.values) : std::nullopt;
@@ -494,8 +496,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_add_relu
   };
   // Where the identity was shifted, grad_through_norm of z can read the shifted gradient, but only beside values.
   const bool unshifted = !identity_is_shifted || (z.needs_grad && (z.norm.empty() || !z.of_batch));
-  const EndGrads grads = new_add_relu_backward({grad_a, grad_b, grad_boundary, out, boundary_out}, summed(z),
-                                               summed(identity), shift, unshifted, identity_is_shifted);
+  const AddReluGrads grads = new_add_relu_backward({grad_a, grad_b, grad_boundary, out, boundary_out}, summed(z),
+                                                   summed(identity), shift, unshifted, identity_is_shifted);
   OptionalTensor rows = grads.norm_grads;  // see NormGrads; row 0 is zeros
   OperandGrads of[kNorms];
   for (int64_t k = 0; k < kNorms; ++k) {
@@ -558,5 +560,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CUDA, m) {
   m.impl("batch_norm_stats_", TORCH_BOX(&batch_norm_stats_));
   m.impl("norm_add_relu_backward", TORCH_BOX(&norm_add_relu_backward));
   m.impl("norm_relu_backward", TORCH_BOX(&norm_relu_backward));
+  m.impl("residual_block", TORCH_BOX(&residual_block));
+  m.impl("residual_block_backward", TORCH_BOX(&residual_block_backward));
 }
 #endif

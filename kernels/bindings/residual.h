@@ -1,5 +1,5 @@
-// What the bindings of residual blocks share: from tensors to the descriptors of kernels/residual, and the operators
-// that the whole block (block.cpp) is made of.
+// Shared by residual.cpp and block.h: from tensors to the descriptors of kernels/residual, and the operators that a
+// whole block consists of.
 #pragma once
 
 #include "bindings/common.h"

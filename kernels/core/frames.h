@@ -58,7 +58,7 @@ TSM_HOST_DEVICE inline FrameRange boundary_frames(int32_t offset, int32_t n) {
 struct ShiftedIndex {
   int32_t t;         // as frame t of the shifted tensor; kNoFrame: as a boundary frame
   int32_t boundary;  // which of the group's boundary frames, if t is kNoFrame
-  FrameRange pads;   // the frames of the shifted tensor that whoever writes s fills: with s, or with 0 under `zeros`
+  FrameRange pads;   // frames of the shifted tensor that are padding because of s: copies of s, or zeros
 };
 
 TSM_HOST_DEVICE inline ShiftedIndex shifted_index(int32_t s, int32_t offset, int32_t n, Padding padding) {

@@ -13,10 +13,26 @@ namespace {
 
 constexpr int64_t kTile = 256;  // elements that are added in acc_t before they are rounded
 
+// Writes one row: grad[i] = sum of terms[k][row][i] where out[i] > 0, else 0.
+template <class Element, class T = typename Element::storage_t>
+void add_and_mask(T* grad, const T* out, const std::vector<GroupRows<const T>>& terms, int64_t row, int64_t count) {
+  for (int64_t begin = 0; begin < count; begin += kTile) {
+    const int64_t size = std::min(kTile, count - begin);
+    typename Element::acc_t sum[kTile] = {};
+    for (const auto& term : terms) {  // term by term: loops that a compiler can vectorise
+      const T* const x = term[row];
+      if (x == nullptr) continue;
+      for (int64_t i = 0; i < size; ++i) sum[i] += Element::to_acc(x[begin + i]);
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      grad[begin + i] = Element::to_acc(out[begin + i]) <= 0 ? T{} : Element::from_acc(sum[i]);
+    }
+  }
+}
+
 template <class Element>
 void add_relu_backward(const ResidualStream& r, const AddReluBackward& b, int64_t first_task, int64_t last_task) {
   using T = typename Element::storage_t;
-  using acc_t = typename Element::acc_t;
   for_each_group<T>(r, first_task, last_task, [&](const GroupFrame<T>& frame) {
     const ShiftedIndex from = frame.index(b.out_is_shifted), to = frame.index(true);
     const auto out_rows = frame.rows_at(from, b.out, b.boundary_out);
@@ -34,17 +50,7 @@ void add_relu_backward(const ResidualStream& r, const AddReluBackward& b, int64_
     for (int64_t row = 0; row < r.shift.outer_size; ++row) {
       const T* const out = out_rows[row];
       T* const grad = grad_rows[row];
-      for (int64_t begin = 0; begin < count; begin += kTile) {
-        const int64_t end = std::min(begin + kTile, count);
-        acc_t sum[kTile] = {};
-        for (const auto& term : terms) {  // term by term: loops that a compiler can vectorise
-          const T* const x = term[row];
-          for (int64_t i = begin; x != nullptr && i < end; ++i) sum[i - begin] += Element::to_acc(x[i]);
-        }
-        for (int64_t i = begin; i < end; ++i) {
-          grad[i] = Element::to_acc(out[i]) <= 0 ? T{} : Element::from_acc(sum[i - begin]);
-        }
-      }
+      add_and_mask<Element>(grad, out, terms, row, count);
       T* const grad_shifted = grad_shifted_rows[row];
       if (grad_shifted == nullptr) continue;
       if (grad_shifted != grad) std::copy(grad, grad + count, grad_shifted);

@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksBackward)
         const auto out_rows = slice.rows_at(from, b.out, b.boundary_out, clip, row);
         const auto grad_a_rows = slice.rows_at(from, b.grad_a, b.grad_boundary, clip, row);
         const auto grad_b_rows = slice.rows_at(from, b.grad_b, nullptr, clip, row);
+        // Load all rows before the first one is used.
         Vec out[kBatch], grad_a[kBatch], grad_b[kBatch], normed[kReadNorms][kBatch];
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
@@ -64,6 +65,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksBackward)
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           if (!rows.has(k)) continue;
+          // The gradient of this frame, and of the copies of it that padding made.
           acc_t grad[kLanes];
 #pragma unroll
           for (int lane = 0; lane < kLanes; ++lane) grad[lane] = grad_a[k][lane] + grad_b[k][lane];
@@ -74,6 +76,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksBackward)
 #pragma unroll
             for (int lane = 0; lane < kLanes; ++lane) grad[lane] += more_a[lane] + more_b[lane];
           }
+          // The ReLU mask, and the sums per channel.
 #pragma unroll
           for (int lane = 0; lane < kLanes; ++lane) {
             if (out[k][lane] <= 0) grad[lane] = 0;
@@ -83,13 +86,15 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksBackward)
               sums.of[1 + n][lane] += grad[lane] * (normed[n][k][lane] - mean[n][lane]);
             }
           }
+          // Store in one or both layouts. Padding passes no gradient to the identity.
           const Vec rounded = Vec::of(grad);
           grad_rows.store(k, rounded);
           if (b.grad_shifted != nullptr) {
             grad_shifted_rows.store(k, rounded);
 #pragma unroll 1
-            for (int32_t t = to.pads.begin; t < to.pads.end; ++t)
+            for (int32_t t = to.pads.begin; t < to.pads.end; ++t) {
               slice.rows(b.grad_shifted, clip, t, row).store(k, Vec{});
+            }
           }
         }
       }

@@ -23,8 +23,9 @@ struct LaunchPlan {
   dim3 grid, block;
 };
 
-// May vectors be 16 bytes wide? `activations` and groups must be aligned to 16 bytes, and a vector must hold one
-// element per channel or at most two channels. `per_channel` are arrays of numbers of `number_bytes`, read as vectors.
+// May vectors be 16 bytes wide? `activations` and groups must be aligned to 16 bytes. A vector must hold one element
+// per channel, or elements of at most two channels. `per_channel` arrays hold numbers of `number_bytes`, read as
+// vectors.
 inline bool uses_vectors(const ResidualStream& r, std::initializer_list<const void*> activations,
                          int64_t number_bytes = 1, std::initializer_list<const void*> per_channel = {}) {
   if (r.dtype == DType::float64) return false;  // only used to check exactness
@@ -46,8 +47,8 @@ inline const char* make_plan(const ResidualStream& r, bool vectors, const WorkSp
   while (x > 1 && x / 2 >= vecs) x /= 2;
   plan.block = dim3(x, kResidualThreads / x);
   StreamArgs& a = plan.args;
-  // Rows of several frames or clips may count as rows of one frame, so that a thread has several rows: all frames if
-  // nothing shifts; the same frame of all clips if a frame is one row.
+  // A thread should have several rows. So the rows of all frames count as those of one frame if nothing shifts. If a
+  // frame is one row, the same frame of all clips counts as one.
   const bool is_unshifted = !split.rows_are_pixels && s.n_groups == 1 && s.groups[0].offset == 0;
   const bool frames_in_order = split.frames_in_order && !is_unshifted;
   const bool one_row = !split.rows_are_pixels && s.outer_size == 1;

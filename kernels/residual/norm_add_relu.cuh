@@ -17,7 +17,7 @@
 
 namespace tsm_jit {
 
-// Blocks per multiprocessor. They bound the registers of a thread, most of which hold loads in flight.
+// Blocks per multiprocessor. They limit the registers of a thread, and most registers hold loads in flight.
 constexpr int kBlocksAdd = 2, kBlocksNoAdd = 4, kBlocksInOrder = 3;
 
 template <class Element, int kLanes, bool kAdds>
@@ -66,8 +66,7 @@ __device__ void store_unshifted(const NormAddRelu& f, const ChannelSlice<Vec>& s
   slice.consecutive_rows(f.unshifted, pixel).store(0, x);
 }
 
-// kAdds: is there an identity? Tasks are visited from the last one on. The kernel before wrote the last rows last, so
-// they may still be in L2; and the next kernel begins with the first rows.
+// kAdds: is there an identity?
 template <class Element, int kLanes, bool kAdds>
 __global__ void __launch_bounds__(kResidualThreads, kAdds ? kBlocksAdd : kBlocksNoAdd)
     norm_add_relu_kernel(const __grid_constant__ StreamArgs a, const __grid_constant__ NormAddRelu f) {
@@ -82,6 +81,7 @@ __global__ void __launch_bounds__(kResidualThreads, kAdds ? kBlocksAdd : kBlocks
     const auto identity_rows = slice.rows_at(from, f.identity, f.boundary, task.clip, row);
     const auto out_rows = slice.rows_at(to, f.out, f.boundary_out, task.clip, row);
     const ThreadRows rows{row, static_cast<int32_t>(blockDim.y), task.end_row};
+    // Load all rows before the first one is used.
     Vec z[kRowsPerThread], identity[kRowsPerThread];
 #pragma unroll
     for (int k = 0; k < kRowsPerThread; ++k) {

@@ -16,8 +16,7 @@ struct NormAddRelu {
   void* boundary_out;  // if out is shifted
   bool identity_is_shifted, out_is_shifted;
   bool relu;  // else out is the sum itself
-  // Every step-th row and column of pixels of out in the unshifted layout, besides a shifted `out` that is not z. May
-  // be null.
+  // May be null. Else, besides a shifted `out` that is not z: every step-th row and column of pixels, unshifted.
   void* unshifted;
   int32_t width, step;  // width: of `out` in pixels
 };

@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksPool)
     for (int32_t row = task.begin_row + threadIdx.y; row < task.end_row; row += blockDim.y) {
       const int32_t top = row / columns * kStride - 1, left = row % columns * kStride - 1;
       const auto is_inside = [&](int32_t h, int32_t w) { return 0 <= h && h < p.height && 0 <= w && w < p.width; };
+      // Load the whole window before its first pixel is used.
       Vec z[kWindow][kWindow];
 #pragma unroll
       for (int h = 0; h < kWindow; ++h) {

@@ -33,9 +33,9 @@ struct ResidualStream {
   int64_t boundary_inner_bytes;
 };
 
-// A backward sums over all elements of a channel: of the gradient, and for each of up to kNorms norms (of z and of the
-// identity) of gradient * (value - mean). Blocks write partial sums [slices, 1 + kNorms, channels] of the type acc_t;
-// norm_grads adds the slices up.
+// A backward sums two kinds of values over all elements of a channel: the gradient; and gradient * (value - mean) for
+// each norm. There are up to kNorms norms, that of z and that of the identity. Blocks write partial sums [slices, 1 +
+// kNorms, channels] of the type acc_t; norm_grads adds the slices up.
 constexpr int32_t kNorms = 2;
 
 // Returns the number of slices for norm_relu_grad_sums and add_relu_backward.

@@ -117,8 +117,9 @@ struct ChannelSlice {
   __device__ bool exists() const { return begin < a.inner_bytes; }
   __device__ int32_t first_element() const { return begin / static_cast<int32_t>(sizeof(typename Vec::storage_t)); }
 
-  // Calls visit(task) for the tasks of this block. By default the last task comes first: the kernel before wrote or
-  // read the last rows last, so they may still be in L2; and the next kernel begins with the first rows.
+  // Calls visit(task) for the tasks of this block. By default the last task comes first. The kernel before wrote or
+  // read the last rows last, so they may still be in L2. This kernel ends with the first rows, where the next one
+  // begins.
   template <bool kLastFirst = true, class Visit>
   __device__ void for_each_task(Visit visit) const {
     const int32_t parts = (a.frames + a.frames_per_task - 1) / a.frames_per_task;  // of a clip
@@ -156,8 +157,8 @@ struct ChannelSlice {
   }
 };
 
-// Reads values per channel for the elements of a vector. A vector has one channel per element if channel_numel is 1,
-// else at most two channels, of which the first has `rest` elements.
+// Reads values per channel for the elements of a vector. If channel_numel is 1, a vector has one channel per element.
+// Else it has at most two channels, and the first one has `rest` elements.
 template <int kLanes>
 struct ChannelReader {
   int32_t first, second, rest;
@@ -167,8 +168,8 @@ struct ChannelReader {
     rest = a.channel_numel - (first_element - first * a.channel_numel);
     second = first + (rest < kLanes);
   }
-  // Reads kCount arrays of [channels] into `to`. All loads start before the first is used: every thread does this
-  // first, and one after the other takes as long as the rows of a small frame.
+  // Reads kCount arrays of [channels] into `to`. All loads start before the first one is used. Every thread does this
+  // first, and loads that wait for each other take as long as the rows of a small frame.
   template <class Element, int kCount, class acc_t>
   __device__ void read(const StreamArgs& a, const void* const (&data)[kCount], acc_t* const (&to)[kCount]) const {
     using Vec = Packed<Element, kLanes>;

@@ -62,14 +62,15 @@ void zero(Rows<char> dst, int64_t rows, int64_t width) {
 template <class Element>
 void add(Rows<char> dst, const std::vector<Rows<const char>>& terms, int64_t rows, int64_t width) {
   using storage_t = typename Element::storage_t;
+  const auto load = [](const char* from) {
+    storage_t x;
+    std::memcpy(&x, from, sizeof x);
+    return Element::to_acc(x);
+  };
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t at = 0; at < width; at += sizeof(storage_t)) {
-      typename Element::acc_t sum{};
-      for (size_t k = 0; k < terms.size(); ++k) {
-        storage_t x;
-        std::memcpy(&x, terms[k].data + i * terms[k].stride + at, sizeof x);
-        sum = k == 0 ? Element::to_acc(x) : sum + Element::to_acc(x);
-      }
+      typename Element::acc_t sum = load(terms[0].data + i * terms[0].stride + at);
+      for (size_t k = 1; k < terms.size(); ++k) sum += load(terms[k].data + i * terms[k].stride + at);
       const storage_t rounded = Element::from_acc(sum);
       std::memcpy(dst.data + i * dst.stride + at, &rounded, sizeof rounded);
     }

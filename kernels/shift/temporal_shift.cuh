@@ -43,8 +43,8 @@ struct ShiftArgs {
   int32_t n_groups;
   int32_t group_end[kMaxGroups];  // in bytes of inner_bytes; the last one is inner_bytes
   int32_t group_offset[kMaxGroups];
-  // BoundaryBuffer of an in-place shift, or null: distances from clip to clip, from outer index to outer index and, for
-  // each group, from frame to frame; and where the boundary frames of each group begin.
+  // The BoundaryBuffer of an in-place shift, or null. Distances in bytes from clip to clip and from outer index to
+  // outer index. Of each group: the distance from frame to frame, and where its boundary frames begin.
   char* boundary;
   bool restore;
   int64_t boundary_clip, boundary_outer;
@@ -321,7 +321,7 @@ __device__ void rotate_in_place(const Column<Vec>& column, int32_t n, int32_t of
 }
 
 // Grid: x covers frame_bytes, y shares the frames (1 block in place), z the clips. Every Vec belongs to one group.
-// Loops are not unrolled: a store might change what is loaded next, so loads could not overlap anyway.
+// Loops are not unrolled: a store might change the next value to load, so loads could not overlap anyway.
 template <class Vec, class ShiftOp>
 __global__ void __launch_bounds__(kThreads) shift_stream(const __grid_constant__ ShiftArgs a) {
   Column<Vec> column;

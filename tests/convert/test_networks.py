@@ -312,7 +312,7 @@ def test_some_stages_and_blocks():
         ({"stages": [0]}, ValueError, r"stages must be from 1 to 4 for this network, got \[0\]"),
         ({"stages": [5]}, ValueError, r"stages must be from 1 to 4 for this network, got \[5\]"),
         ({"blocks": [2]}, ValueError, r"blocks must be from 0 to 1 for this network, got \[2\]"),
-        ({"stages": []}, ValueError, r"must choose a block that can be shifted, got \[\] and \[0, 1\]"),
+        ({"stages": []}, ValueError, r"must select a block that can be shifted, got \[\] and \[0, 1\]"),
         ({"net": "mobilenet_v2", "blocks": [0]}, ValueError, r"a block that can be shifted, got .* and \[0\]"),
         ({"stages": 3}, TypeError, "stages must be a collection of integers, got 3"),
         ({"stages": "3"}, TypeError, "stages must be a collection of integers, got '3'"),

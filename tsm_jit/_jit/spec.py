@@ -26,7 +26,7 @@ _CPU_SOURCES = (
     "residual/add_relu_backward.cpp",
     "shift/temporal_shift.cpp",
 )
-_CUDA_SOURCES = ("residual/residual.cu", "bindings/block.cpp", "shift/temporal_shift.cu")
+_CUDA_SOURCES = ("residual/residual.cu", "shift/temporal_shift.cu")
 SOURCES = {
     "nvcc": (*_CUDA_SOURCES, *_CPU_SOURCES),
     "nvrtc": (*_CUDA_SOURCES, *_CPU_SOURCES, "core/nvrtc.cpp"),

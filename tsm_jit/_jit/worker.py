@@ -63,7 +63,7 @@ def _build(spec: dict[str, Any], kernels: str, cxx: list[str], nvcc: str, ninja:
         raise BuildError(f"TSM_JIT_CACHE must be a path without {match[0]!r}, for ninja and nvcc, got {folder}")
     for name in spec["digests"]:  # under plain names, as ninja passes paths to a shell
         if Path(kernels, name).exists():
-            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(kernels, name), name)
     _set_environment(cxx, ninja)
     sources, gpu_flags = spec["sources"], spec["gpu_flags"]

@@ -93,7 +93,8 @@ _WEIGHT_KEYS = (
 )
 
 
-class Conversion(NamedTuple):
+@dataclass(frozen=True)
+class Conversion:
     """The result of :func:`convert`."""
 
     state_dict: dict[str, Tensor]  # the weights under their new names; the tensors are not copied

@@ -188,6 +188,7 @@ class _NormAddRelu(Function):
         out, boundary_out = operators.norm_add_relu(z, z_norm, identity, identity_norm, boundary, shift, shifted)
         ctx.meta = meta
         ctx.identity_is_shifted = boundary is not None
+        ctx.in_kernel = operators.has_norm_kernels(z)
         saved = (*_saved(z, z_norm), *_saved(identity, identity_norm))
         ctx.save_for_backward(out, boundary_out if shifted else None, *saved)
         ctx.set_materialize_grads(False)
@@ -204,7 +205,7 @@ class _NormAddRelu(Function):
         identity = _restored(saved[4:], identity_meta, needs_grad[1], any(needs_grad[9:11]))
         grads = (grad_a, grad_b, grad_boundary if shifted else None)
         (grad_z, *z_grads), (grad_identity, *identity_grads), grad_boundary = operators.norm_add_relu_backward(
-            grads, out, boundary_out, z, identity, shift, ctx.identity_is_shifted
+            grads, out, boundary_out, z, identity, shift, ctx.identity_is_shifted, ctx.in_kernel
         )
         grads_norms = (None, None, *z_grads, None, None, *identity_grads)
         return grad_z, grad_identity, grad_boundary, *grads_norms, None, None
@@ -215,7 +216,7 @@ class _NormRelu(Function):
     def forward(ctx, z, *rest):
         *norm_tensors, meta = rest
         ctx.meta = meta
-        # Not in the backward: there, compilers make gradients contiguous if the code reads the memory format.
+        ctx.in_kernel = operators.has_norm_kernels(z)
         ctx.is_channels_last = z.is_contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(z, *norm_tensors)
         return operators.norm_add_relu(z, Norm(*norm_tensors, *meta), None, None, None, NO_SHIFT, False)[0]
@@ -229,5 +230,5 @@ class _NormRelu(Function):
             z = z.contiguous(memory_format=torch.channels_last)
         needs_grad = ctx.needs_input_grad
         z = NormedInput(z, Norm(*norm_tensors, *ctx.meta), needs_grad[0], any(needs_grad[3:5]))
-        grad_z, *grads_norm = operators.norm_relu_backward(grad, z)
+        grad_z, *grads_norm = operators.norm_relu_backward(grad, z, ctx.in_kernel)
         return grad_z, None, None, *grads_norm, None

@@ -208,6 +208,7 @@ class _Block(Function):
             identity,
             meta.shift,
             meta.identity_is_shifted,
+            in_kernel=True,
         )
         x, downsample_input, weights = saved.x, saved.downsample_input, saved.weights
         branch_saved = saved.layers[: 5 * (n_branch - 1)] + saved.relus

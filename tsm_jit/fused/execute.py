@@ -179,13 +179,14 @@ def _step(downsample: nn.Sequential, x: Tensor) -> int:
 def _downsample(downsample: nn.Sequential, stream: Stream) -> tuple[Tensor, Norm | None]:
     """Runs ``downsample``. Returns the identity, and its last norm if ``norm_add_relu`` can apply it."""
     x = stream.identity
-    *before, last = downsample
+    modules = list(downsample)
     if stream.step > 1:  # the stream only has the pixels that this strided convolution reads
-        first: Any = before.pop(0)
+        first: Any = modules[0]
         x = F.conv2d(x, first.weight, first.bias, groups=first.groups)
-    for module in before:
+        modules = modules[1:]
+    for module in modules[:-1]:
         x = module(x)
-    return _deferred_norm(last, x)
+    return _deferred_norm(modules[-1], x)
 
 
 def _downsample_but_last_layer(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, Layer | None]:

@@ -13,9 +13,9 @@ try:
     from torch._C import _are_functorch_transforms_active as functorch_is_active
     from torch._C import _get_tracing_state as _tracing_state
     from torch._C._autograd import CreationMeta, _get_creation_meta, _top_saved_tensors_default_hooks
-    from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_are_allowed
     from torch.onnx._internal.torchscript_exporter._globals import GLOBALS as _onnx
 
+    _hooks_are_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     _needed: tuple = (forward_ad._current_level, torch.compiler._is_exporting_flag)
     _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor)
 except (ImportError, AttributeError) as error:

@@ -113,6 +113,14 @@ def has_channel_sums(x: Tensor) -> bool:
     return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 and x.numel() > 0
 
 
+def has_norm_kernels(x: Tensor) -> bool:
+    """Whether operators compute gradients of norms of ``x``.
+
+    Forwards ask. In a backward, compilers would make gradients contiguous, as the answer reads the memory format.
+    """
+    return not x.is_cuda or has_channel_sums(x)
+
+
 def has_pixel_index(x: Tensor) -> bool:
     """Whether kernels know the row and column of each value of ``x``: on a GPU only in channels_last."""
     return not x.is_cuda or (x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1)
@@ -162,6 +170,7 @@ def norm_add_relu_backward(
     identity: NormedInput,
     shift: str,
     identity_is_shifted: bool,
+    in_kernel: bool,
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], Tensor | None]:
     """The backward of :func:`norm_add_relu`. Gradients that are not needed are None.
 
@@ -171,6 +180,7 @@ def norm_add_relu_backward(
         z, identity: the summands.
         shift: the shift of ``out`` and of the identity.
         identity_is_shifted: whether the identity is in the shifted layout.
+        in_kernel: :func:`has_norm_kernels` of ``z`` in the forward.
 
     Returns:
         For ``z`` and for the identity: the gradients of the values and of the norm's weight and bias. Then the gradient
@@ -186,15 +196,18 @@ def norm_add_relu_backward(
             (grad_identity if identity.needs_grad else None, None, None),
             grad_boundary if identity_is_shifted else None,
         )
-    grads_out = _norm_add_relu_backward(
-        *grads, out, boundary_out, *z.args(), *identity.args(), shift, identity_is_shifted
-    )
+    backward = _norm_add_relu_backward if in_kernel else _reference_norm_add_relu_backward
+    grads_out = backward(*grads, out, boundary_out, *z.args(), *identity.args(), shift, identity_is_shifted)
     return grads_out[:3], grads_out[3:6], grads_out[6]
 
 
-def norm_relu_backward(grad: Tensor, z: NormedInput) -> tuple[Tensor | None, ...]:
-    """The backward of ``relu(norm(z))``: gradients of ``z`` and of the norm's weight and bias, None if not needed."""
-    return _norm_relu_backward(grad, *z.args())
+def norm_relu_backward(grad: Tensor, z: NormedInput, in_kernel: bool) -> tuple[Tensor | None, ...]:
+    """The backward of ``relu(norm(z))``: gradients of ``z`` and of the norm's weight and bias, None if not needed.
+
+    ``in_kernel`` is :func:`has_norm_kernels` of ``z`` in the forward.
+    """
+    backward = _norm_relu_backward if in_kernel else _reference_norm_relu_backward
+    return backward(grad, *z.args())
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -342,7 +355,7 @@ def _reference_norm_add_relu_backward(
     grad_a, grad_b, grad_boundary, out, boundary_out, z, z_norm, z_epsilon, z_flags, identity, identity_norm,
     identity_epsilon, identity_flags, shift, shifted,
 ):  # fmt: skip
-    grad, grad_shifted, grad_boundary_in, _ = _reference_add_relu_backward(
+    grad, grad_shifted, grad_boundary_in, _ = add_relu_backward(
         grad_a, grad_b, grad_boundary, out, boundary_out, None, [], 0.0, None, [], 0.0, shift, shifted
     )
     grads = []

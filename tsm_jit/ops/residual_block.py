@@ -158,7 +158,7 @@ def reference_block_backward(
         if k == 0:
             grads[0] = temporal_shift_backward(grad, first_shift) if first_shift else grad
             break
-        grad, *norm_grads = norm_relu_backward(grad, norm_input)
+        grad, *norm_grads = norm_relu_backward(grad, norm_input, in_kernel=False)
         if norm_grads[0] is not None:
             grads[3 * k - 1 : 3 * k + 1] = norm_grads
         if grad is None:

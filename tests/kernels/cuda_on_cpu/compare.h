@@ -13,7 +13,7 @@ inline std::mt19937_64 generator;
 inline int64_t between(int64_t low, int64_t high) { return low + static_cast<int64_t>(generator() % (high - low + 1)); }
 inline bool one_in(int64_t n) { return between(1, n) == 1; }
 
-// What `main` returns. Arguments: seed, cases. A case that is wrong prints what it was.
+// What `main` returns. Arguments: seed, cases. A failing case prints its parameters.
 inline int run_cases(char** arguments, bool (*is_right)()) {
   generator.seed(std::strtoull(arguments[1], nullptr, 10));
   const int cases = std::atoi(arguments[2]);

@@ -26,14 +26,15 @@ using namespace tsm_jit;
 
 namespace {
 
-// Numbers that every sum here is exact of, in any order and in every type: integers of which at most 2 * 21 are added
-// to a gradient, less than the 256 that bfloat16 counts to.
+// Integers up to kLargest make every sum in these tests exact, in any order and in every dtype. A gradient is a sum of
+// at most 2 * 21 of them, and bfloat16 holds integers up to 256.
 constexpr int64_t kLargest = 5, kMaxFrames = 20;
 
-// What an output holds before a kernel writes it: by each of them. What they do not write is not the same.
+// What an output holds before a kernel writes it: by each of them. So an element that a kernel does
+// not write differs.
 constexpr int kCpuPoison = 0x5a, kCudaPoison = 0xa5, kNaivePoison = 0x99;
 
-// Both NaN is the same, and so are both zeros: the backward on the CPU adds to 0, which makes 0 of -0 and -0.
+// Two NaN are the same, and so are 0 and -0: the backward on the CPU adds to 0, so that -0 becomes 0.
 bool same(double a, double b) { return a == b || (a != a && b != b); }
 
 template <class Element>
@@ -41,7 +42,7 @@ class Case {
   using storage_t = typename Element::storage_t;
   using acc_t = typename Element::acc_t;
 
-  // On the heap at the exact size, so that AddressSanitizer finds what is touched beside it. Empty: null.
+  // On the heap with the exact size, so that AddressSanitizer finds every access outside of it. Empty: null.
   struct Tensor {
     std::vector<storage_t> numbers;
     int64_t skipped = 0;  // before the first one, which then does not lie at 16 bytes
@@ -138,7 +139,7 @@ class Case {
 
   using Parts = std::vector<std::vector<uint8_t>>;
 
-  // A norm, or none; it points to what is returned.
+  // Sets `norm` to a random norm, or to none. `norm` points into the returned arrays.
   Parts random_norm(Norm& norm) const {
     if (one_in(2)) return {};
     norm.is_float32 = one_in(2);
@@ -298,8 +299,8 @@ class Case {
     AddReluBackward b{};
     b.out_is_shifted = one_in(2);
     const bool special = one_in(4), to_shifted = one_in(2), sums = r_.channel_numel == 1 && one_in(2);
-    // CUDA adds both gradients of a frame that padding read before it adds them to the others; and sums by channel are
-    // of what has not been rounded yet.
+    // CUDA adds grad_a and grad_b of a padding frame first, then adds their sum to the rest. Sums per channel are of
+    // gradients before they are rounded. With integers neither matters.
     const bool integers = sums || (b.out_is_shifted && r_.shift.padding != Padding::zeros);
     const bool has_normed[kNorms] = {sums && one_in(2), sums && one_in(2)};
     enum { kOut, kBoundaryOut, kA, kB, kBoundary, kNormed, kInputs = kNormed + kNorms };
@@ -402,7 +403,7 @@ class Case {
     b.norm = norm(parts[0], parts[2], parts[3]);
     if (adds) b.batch_norm = norm(parts[0], parts[4], parts[5]);
 
-    // The ReLU, what it masks, and of that and z the sum that ends a block.
+    // On the CPU: the ReLU, the masked gradient, and the sum of both terms as a norm_add_relu without ReLU.
     const int64_t frames = r_.shift.clips * r_.shift.frames;
     Tensor relu = activations(), masked = grad, expected = activations();
     NormAddRelu f{};

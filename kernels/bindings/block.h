@@ -8,7 +8,10 @@
 //
 // A layer is a convolution and the norm after it. Its conv_params are kConvParams numbers: stride, padding and dilation
 // (two each), groups, and whether the norm uses the statistics of the batch.
-#ifdef TSM_JIT_CUDA
+//
+// A header, as a translation unit of its own would add 1 s of compile time to the first import.
+#pragma once
+
 #include "bindings/residual.h"
 
 namespace tsm_jit {
@@ -150,9 +153,3 @@ std::vector<Tensor> residual_block_backward(const Tensor& grad, const Tensor& in
 
 }  // namespace
 }  // namespace tsm_jit
-
-STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CUDA, m) {
-  m.impl("residual_block", TORCH_BOX(&tsm_jit::residual_block));
-  m.impl("residual_block_backward", TORCH_BOX(&tsm_jit::residual_block_backward));
-}
-#endif
