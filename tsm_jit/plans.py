@@ -106,7 +106,7 @@ class Shift(NamedTuple):
     padding: Padding
     plan: Plan
 
-    def inverse(self) -> Shift:
+    def inverse(self) -> "Shift":
         """The shift that moves every value back to its source frame. Frames that were not read keep their value."""
         padding: Padding = "circular" if self.is_circular else "keep"
         return self._replace(padding=padding, plan=tuple((width, -offset) for width, offset in self.plan))
@@ -121,7 +121,7 @@ class Shift(NamedTuple):
         """Whether the padding is circular: every frame is then read exactly once."""
         return self.padding == "circular"
 
-    def canonical(self) -> Shift:
+    def canonical(self) -> "Shift":
         """The same shift, with offsets limited to the clip length: larger ones have the same effect."""
         n, circular = self.n_segment_shifted, self.is_circular
         plan = []
@@ -145,7 +145,7 @@ class Shift(NamedTuple):
         )
 
     @staticmethod
-    def decode(encoded: str) -> Shift:
+    def decode(encoded: str) -> "Shift":
         """Parses the result of :meth:`encode`. Raises ValueError for any other string."""
         match = _ENCODED.fullmatch(encoded)
         if match is None:
@@ -156,7 +156,7 @@ class Shift(NamedTuple):
         return Shift(int(n_segment), int(n_segment_shifted), int(channel_dim), padding, plan)
 
 
-def decode(encoded: str) -> Shift:
+def decode(encoded: str) -> "Shift":
     """:meth:`Shift.decode` with a cache, since a network repeats its shifts.
 
     Example::

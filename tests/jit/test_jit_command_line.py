@@ -3,8 +3,11 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
+
+from tsm_jit._jit import spec
 
 COMMAND = ("-m", "tsm_jit")
 
@@ -15,7 +18,7 @@ def test_info_shows_devices_and_the_command_lines_that_were_run_as_text_and_as_j
     facts = json.loads(told.stdout)
     assert facts["devices"]["cpu"] == "compiled kernels"
     assert facts["cache"]["entry"] == built.name
-    assert any("bindings.cpp" in command for command in facts["cache"]["commands"])
+    assert any("bindings/shift.cpp" in command for command in facts["cache"]["commands"])
     lines = human.stdout.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == list(facts)
     assert {f"    {command}" for command in facts["cache"]["commands"]} <= set(lines)
@@ -48,6 +51,8 @@ def test_help_and_wrong_options_compile_nothing(importer, arguments):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be another user")
 def test_what_root_builds_for_an_image_serves_every_user_with_any_compilers_before_all_else(importer, shared, cxx):
+    if any(not parent.stat().st_mode & stat.S_IXOTH for parent in Path(spec.__file__).parents):
+        pytest.skip("tsm_jit lies in a folder that only its owner can read")
     importer.cache = shared / "new" / "cache"
     told = importer.run(*COMMAND, "build", cuda=True, CUDA_HOME=importer.toolkit(), CXX=cxx)
     (entry,) = importer.entries()

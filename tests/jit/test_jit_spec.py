@@ -57,7 +57,7 @@ def test_every_file_that_is_compiled_or_builds_is_in_the_key(tmp_path, monkeypat
     before = key()
     assert before == spec.here("nvrtc").part(0), "the place of the files does not matter"
     builders = [package / f"{name}.py" for name in ("worker", "nvrtc", "architectures")]
-    for path in (*builders, *(path for path in kernels.iterdir() if path.suffix != ".md")):
+    for path in (*builders, *(path for path in kernels.rglob("*") if path.is_file() and path.suffix != ".md")):
         text = path.read_text()
         path.write_text(text + "\n")
         assert key() != before, path

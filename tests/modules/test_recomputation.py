@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -131,3 +133,40 @@ def test_modules_without_attributes_of_later_versions_take_their_defaults():
     del tokens.__dict__["num_prefix_tokens"]
     x = torch.randn(8, 5, 8)
     assert torch.equal(tokens(x), expected(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_weight_that_changed_before_the_backward_is_an_error(device, inplace):
+    module = tsm_jit.TemporalShift(nn.Conv2d(16, 8, 1), 4, inplace=inplace).to(device)
+    scores = module(torch.randn(8, 16, 6, 5, device=device, requires_grad=True))
+    with torch.no_grad():
+        module.net.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
+        scores.sum().backward()
+
+
+def test_forwards_without_backward_keep_no_tensors(device):
+    module = tsm_jit.TemporalShift(nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU()), 4, inplace=True).to(device)
+    x = torch.randn(8, 16, 7, 5, device=device, requires_grad=True)
+    outputs = []
+    hook = module.net[1].register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out)))
+    for _ in range(3):
+        module(x)
+    hook.remove()
+    gc.collect()
+    assert [output() for output in outputs] == [None] * 3
+
+
+def test_hooks_for_saved_tensors_may_be_forbidden(device):
+    module = tsm_jit.TemporalShift(nn.Conv2d(16, 8, 1), 4, inplace=True).to(device)
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks"):
+        module(torch.randn(8, 16, 6, 5, device=device)).sum().backward()
+
+
+def test_a_trace_of_one_clip_takes_any_number():
+    net = torchvision.models.resnet18(num_classes=3)
+    tsm_jit.make_temporal_shift(net, 4)
+    model = tsm_jit.VideoModel(net).eval()
+    traced = torch.jit.trace(model, torch.randn(1, 4, 3, 32, 32), check_trace=False)
+    clips = torch.randn(3, 4, 3, 32, 32)
+    torch.testing.assert_close(traced(clips), model(clips))

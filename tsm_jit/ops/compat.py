@@ -13,7 +13,6 @@ try:
     from torch._C import _are_functorch_transforms_active as functorch_is_active
     from torch._C import _get_tracing_state as _tracing_state
     from torch._C._autograd import CreationMeta, _get_creation_meta, _top_saved_tensors_default_hooks
-    from torch.onnx._internal.torchscript_exporter._globals import GLOBALS as _onnx
 
     _hooks_are_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     _needed: tuple = (forward_ad._current_level, torch.compiler._is_exporting_flag)
@@ -41,7 +40,11 @@ def is_tracing() -> bool:
 
 def onnx_has_unflatten() -> bool:
     """Whether ``unflatten`` can be exported: opset 13 and later have an operator for it."""
-    return not torch.onnx.is_in_onnx_export() or _onnx.export_onnx_opset_version >= 13
+    if not torch.onnx.is_in_onnx_export():
+        return True
+    from torch.onnx._internal.torchscript_exporter._globals import GLOBALS  # takes 15 ms
+
+    return GLOBALS.export_onnx_opset_version >= 13
 
 
 def transforms_are_active() -> bool:
