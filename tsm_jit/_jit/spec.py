@@ -98,8 +98,6 @@ class BuildSpec:
 def here(backend: str, build_for: str | None = None) -> BuildSpec:
     """The spec of ``backend`` on this machine; a portable one if ``build_for`` lists GPU architectures."""
     on_gpu = backend != "cpu"
-    nvcc, nvrtc = tools.find_nvcc(), tools.find_nvrtc()
-    compilers = {"nvcc": [nvcc] if nvcc else [], "nvrtc": [nvrtc, *tools.nvrtc_libraries()] if nvrtc else [], "cpu": []}
     cxx = tools.find_cxx()
     return BuildSpec(
         backend=backend,
@@ -115,9 +113,18 @@ def here(backend: str, build_for: str | None = None) -> BuildSpec:
         gpus=tuple(tools.gpu_models()) if on_gpu and build_for is None else (),
         portable=build_for is not None,
         cxx=(*cxx, tools.identity(cxx[0])) if cxx else (),
-        gpu_compiler=tuple(map(tools.identity, compilers[backend])),
+        gpu_compiler=tuple(map(tools.identity, _gpu_compiler(backend))),
         variables=tuple(map(tools.variable, VARIABLES)) if backend == "nvcc" else (),
     )
+
+
+def _gpu_compiler(backend: str) -> list[Path]:
+    """The files of the GPU compiler of ``backend``, if there is one. Looks for no other, as every import asks."""
+    if backend == "nvcc" and (nvcc := tools.find_nvcc()):
+        return [nvcc]
+    if backend == "nvrtc" and (nvrtc := tools.find_nvrtc()):
+        return [nvrtc, *tools.nvrtc_libraries()]
+    return []
 
 
 def kernel_folder() -> Path:
