@@ -174,7 +174,7 @@ def add_relu_backward(
     grads: list[Tensor], grad_boundary: Tensor | None, out: Tensor, boundary_out: Tensor | None, shift: Shift
 ) -> Tensor:
     """The gradient of ``z + identity`` in :func:`add_relu`, unshifted: the sum of ``grads``, masked by ``out > 0``."""
-    acc_dtype = torch.float32 if out.element_size() <= 2 else out.dtype
+    acc_dtype = _acc_dtype(out)
     grad = sum([each.to(acc_dtype) for each in grads], torch.zeros_like(out, dtype=acc_dtype))
     if boundary_out is not None:
         grad = temporal_shift_backward(grad, shift)
@@ -198,12 +198,17 @@ def groups(x: Tensor, out: Tensor, shift: Shift) -> Iterator[tuple[Tensor, Tenso
         begin += width
 
 
+def _acc_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which values like ``x`` are added."""
+    return torch.float32 if x.is_floating_point() and x.element_size() <= 2 else x.dtype
+
+
 def _sum(terms: list[Tensor], like: Tensor) -> Tensor:
     if not terms:
         return torch.zeros_like(like)
     if len(terms) == 1:
         return terms[0]
-    acc_dtype = torch.float32 if like.is_floating_point() and like.element_size() <= 2 else like.dtype
+    acc_dtype = _acc_dtype(like)
     total = terms[0].to(acc_dtype)
     for term in terms[1:]:
         total = total + term.to(acc_dtype)
