@@ -3,8 +3,11 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import weakref
 
+import numpy
 import pytest
 import torch
 import torchvision
@@ -132,6 +135,39 @@ def test_in_place_keeps_no_second_activation(device):
     assert shifted[0]() is None
     y.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(0, 8)], ids=["whole", "a view of larger memory"])
+def test_in_place_keeps_no_more_memory_than_out_of_place(part):
+    """Neither a float32 input beside its copy in bfloat16, nor the memory of which the input is a small view."""
+    conv = nn.Conv2d(16, 4, 1)
+    values = numpy.random.default_rng().standard_normal((32, 16, 3, 3), dtype=numpy.float32)
+    memory = weakref.ref(values)
+    x = torch.from_numpy(values)[part]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=part == slice(None)):
+        PlainShift(conv, 4, 8)(x).sum().backward()
+        gradient, conv.weight.grad = conv.weight.grad, None
+        y = TemporalShift(conv, 4, 8, inplace=True)(x)
+    del x, values
+    assert memory() is None
+    y.sum().backward()
+    assert_same_bits(conv.weight.grad, gradient)
+
+
+def test_in_place_reads_memory_that_nobody_may_write(tmp_path):
+    script = """
+import mmap, sys, torch, tsm_jit
+with open(sys.argv[1], "rb") as file:
+    x = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.float32).view(8, 16, 7)
+conv = torch.nn.Conv1d(16, 8, 1)
+for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+    with context():
+        outputs = [tsm_jit.TemporalShift(conv, 4, inplace=inplace)(x) for inplace in (True, False)]
+        assert torch.equal(*outputs)
+"""
+    numpy.random.default_rng().standard_normal(8 * 16 * 7, dtype=numpy.float32).tofile(tmp_path / "frames")
+    run = subprocess.run([sys.executable, "-c", script, tmp_path / "frames"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_in_place_leaves_no_trace_for_autograd(device):

@@ -78,7 +78,8 @@ class ShiftedModule(ClipModule):
         if torch.is_grad_enabled():
             with ops.recomputing_shift(x, shifted) as copy:
                 return net(copy)
-        if only_reads and ops.has_no_overlap(x) and not x.is_conj() and not x.is_neg():
+        # Memory of the CPU may be a read-only file, or other threads may read it.
+        if x.is_cuda and only_reads and ops.has_no_overlap(x) and not x.is_conj() and not x.is_neg():
             with ops.shifted_in_place(x[:, num_prefix_tokens:] if num_prefix_tokens else x, shift):
                 return net(x)
         return net(shifted(x))

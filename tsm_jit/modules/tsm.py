@@ -40,10 +40,10 @@ class TemporalShift(ShiftedModule):
     With ``inplace=True`` outputs and gradients are exact, and after the call the input has the same bits as before.
     TSM's own flag changes the skip branch of a residual block, this one does not.
 
-    - With autograd, ``net`` receives a shifted copy, which is freed after the call. The backward shifts the input
-      again.
-    - Under ``no_grad``, the module shifts the input in place, calls ``net`` and restores the input. During the call no
-      other thread or CUDA stream may use the input.
+    - With autograd and on the CPU, ``net`` receives a shifted copy, which is freed after the call. The backward shifts
+      the input again. The input is never written.
+    - Under ``no_grad`` on a GPU, the module shifts the input in place, calls ``net`` and restores the input. During the
+      call no other thread or CUDA stream may use the input.
     - A ``net`` that might change or return its input always receives a copy. Only ``nn.Conv1d/2d/3d`` and
       ``nn.Linear`` without hooks are known not to do that.
 

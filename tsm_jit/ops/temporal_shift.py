@@ -304,45 +304,43 @@ def shifted_in_place(x: Tensor, shift: str) -> Iterator[None]:
 def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """Context manager that yields ``shift(x)``. If autograd saves this tensor, the backward recomputes it from ``x``.
 
-    If other saved-tensor hooks are active (checkpointing, offloading to the CPU), it adds no hooks.
+    If other saved-tensor hooks are active (checkpointing, offloading to the CPU), it adds no hooks. Nor does it if
+    ``x`` is a view of a larger storage, which would keep more memory than the shifted copy.
     """
     shifted = shift(x)
-    storage, dtype = shifted.untyped_storage().data_ptr(), shifted.dtype
-    has_other_hooks = has_saved_tensor_hooks()
-    if has_other_hooks or x.is_inference() or not storage:  # inference and fake tensors have no version or no storage
+    copy_storage, dtype = shifted.untyped_storage(), shifted.dtype
+    address = copy_storage.data_ptr()
+    has_version_and_storage = not x.is_inference() and address != 0  # not so for inference tensors and fake tensors
+    if has_saved_tensor_hooks() or not has_version_and_storage or x.untyped_storage().nbytes() > copy_storage.nbytes():
         yield shifted
         return
-    source, version, shifted_version = x.detach(), x._version, shifted._version
-    # Autograd keeps `pack` alive, which must not keep the copy alive.
+    del copy_storage
+    version, shifted_version = x._version, shifted._version
+    # Autograd keeps `pack` alive, which must keep neither alive: autocast may save another copy, of smaller numbers.
+    source_ref: Callable[[], Any] = weakref.ref(x)
     shifted_ref: Callable[[], Any] = weakref.ref(shifted)
 
-    def pack(tensor: Tensor) -> tuple:
+    def pack(tensor: Tensor) -> tuple[Tensor, int, tuple | None]:
         is_shifted = (
             tensor.layout is torch.strided
-            and tensor.untyped_storage().data_ptr() == storage
+            and tensor.untyped_storage().data_ptr() == address
             and tensor.dtype == dtype  # as_strided cannot recreate such a view
             and not (tensor.is_conj() or tensor.is_neg())
             and shifted_ref()._version == shifted_version  # the module did not write into it
         )
         if is_shifted:
-            return tensor.size(), tensor.stride(), tensor.storage_offset()
-        return tensor.detach(), tensor._version  # an output that is not detached would keep its own graph alive
+            return source_ref().detach(), version, (tensor.size(), tensor.stride(), tensor.storage_offset())
+        return tensor.detach(), tensor._version, None  # an output that is not detached would keep its own graph alive
 
-    def unpack(packed: tuple) -> Tensor:
-        if len(packed) == 2:  # autograd does not check the version of what hooks return
-            tensor, saved_version = packed
-            if tensor._version != saved_version:
-                raise RuntimeError(
-                    f"a tensor needed to compute gradients, {tensor.dtype} {list(tensor.shape)}, was modified by an "
-                    f"in-place operation: it is at version {tensor._version}, expected version {saved_version}"
-                )
-            return tensor
-        if source._version != version:
+    def unpack(packed: tuple[Tensor, int, tuple | None]) -> Tensor:
+        tensor, saved_version, strided_view = packed
+        if tensor._version != saved_version:  # autograd does not check the version of what hooks return
+            name = "a tensor" if strided_view is None else "the input of a temporal shift"
             raise RuntimeError(
-                "the input of a temporal shift, needed to compute gradients, was modified by an in-place operation: "
-                f"it is at version {source._version}, expected version {version}"
+                f"{name} needed to compute gradients, {tensor.dtype} {list(tensor.shape)}, was modified by an in-place "
+                f"operation: it is at version {tensor._version}, expected version {saved_version}"
             )
-        return shift(source).as_strided(*packed)
+        return tensor if strided_view is None else shift(tensor).as_strided(*strided_view)
 
     with saved_tensors_hooks(pack, unpack):
         yield shifted
