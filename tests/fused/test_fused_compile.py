@@ -145,12 +145,10 @@ def operator_calls(function) -> collections.Counter:
     return collections.Counter({event.key: event.count for event in profile.key_averages()})
 
 
-@pytest.mark.slow
-def test_inductor_trains_in_place(device, monkeypatch):
+def test_inductor_trains_in_place(cuda, monkeypatch):
     """Compiled code copies nothing that our operators write: neither norm statistics nor gradients of shifts."""
-    as_on_a_gpu(monkeypatch, device)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device, dtype=torch.float32)
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], cuda, dtype=torch.float32)
     x = F.interpolate(x, scale_factor=3)
     torch._dynamo.reset()
     metrics.reset()
