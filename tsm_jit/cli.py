@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,17 @@ from tsm_jit._jit.info import info
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0 for success, 1 for failure, 2 for wrong input."""
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be handled, and not when Python exits
+    except BrokenPipeError:  # the reader of the output has ended, as in `info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tsm_jit", description="Temporal shift for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,build,clean,demo,bench}")
 

@@ -183,7 +183,8 @@ def run(video: Path | None = None, output: Path = Path("tsm_jit_demo.png")) -> i
     nets = {name: net.to(device).train() for name, net in networks().items()}
     repeats = 20 if cuda else 3
 
-    with tqdm(total=len(nets) * (repeats + 1), desc=f"TSM-ResNet-50 on {path.name}", unit="step", leave=False) as bar:
+    title, total = f"TSM-ResNet-50 on {path.name}", len(nets) * (repeats + 1)
+    with tqdm(total=total, desc=title, unit="step", leave=False, disable=None) as bar:  # None: only on a terminal
         scores = {}
         for name, net in nets.items():  # also the warm-up
             scores[name] = step(net, x, label)
@@ -199,7 +200,7 @@ def run(video: Path | None = None, output: Path = Path("tsm_jit_demo.png")) -> i
     agree = max(forward, backward) <= _TOLERANCE
     report = [
         f"{path.name}: {N_SEGMENT} frames of {frames.shape[-1]}x{frames.shape[-2]}, TSM-ResNet-50, float32, on {where}",
-        f"tensors of {device.type} take {tsm_jit.info()['devices'][device.type]}",
+        f"{device.type.upper()} tensors are shifted by: {tsm_jit.info()['devices'][device.type]}",
         "",
         table(costs),
         "",

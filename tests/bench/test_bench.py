@@ -1,7 +1,10 @@
 """The benchmark: its peers compute what they should, its counts are right, and the command leaves what it promises."""
 
+import io
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,8 +46,20 @@ def test_every_peer_is_checked_and_a_wrong_one_is_not_timed(monkeypatch, tmp_pat
     assert "forward of split and cat differs from the reference" in capsys.readouterr().err
 
 
-def test_quick(tmp_path):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_quick(tmp_path, capsys):
     assert cli.main(["bench", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "\r" not in out + err  # neither is a terminal, so there is no progress bar between the rows
+    tables = [table.splitlines()[1:] for table in out.split("\n\n")[1:-1]]
+    assert len(tables) == 4
+    for heads, *rows in tables:  # two spaces separate columns, in the heads as in the rows
+        assert {len(re.split(r" {2,}", row.strip())) for row in rows} == {len(re.split(r" {2,}", heads.strip()))}
+        assert {len(row) for row in rows} == {len(heads)}
     results = json.loads((tmp_path / "bench.json").read_text())
     assert {"torch", "commit", "device", "kernels"} <= set(results["environment"])
     names = {row["who"] for row in results["peers"]}
@@ -77,12 +92,16 @@ def test_a_network_that_computes_something_else_is_not_timed(monkeypatch):
         network.check(made, case, CPU)
 
 
-def test_a_shape_of_the_command_line(tmp_path):
+def test_a_shape_of_the_command_line_and_the_progress_bar_of_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     options = ["--quick", "--device", "cpu", "--output", str(tmp_path), "--shape", "1,4,16,2,2"]
     assert cli.main(["bench", *options]) == 0
     assert {row["shape"] for row in json.loads((tmp_path / "bench.json").read_text())["peers"]} == {
         "(1, 4, 16, 2, 2)/8"
     }
+    assert re.search(r" 6/7 \[\d+:\d+<\d+:\d+", terminal.getvalue())  # measurements, time so far, time to come
+    assert "(1, 4, 16, 2, 2)/8" not in terminal.getvalue()
+    assert "\r" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("largest", [2**16, 2**22, 2**28, 2**33, 2**33 + 1, 2**34 - 1])

@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,23 @@ def test_info_shows_devices_and_the_command_lines_that_were_run_as_text_and_as_j
     lines = human.stdout.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == list(facts)
     assert {f"    {command}" for command in facts["cache"]["commands"]} <= set(lines)
+
+
+@pytest.mark.parametrize("command", ["info", "info --json"])
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_a_reader_that_stops_early_causes_no_traceback(command, buffering):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as output:
+        done = subprocess.run(
+            [sys.executable, *COMMAND, *command.split()],
+            env=os.environ | {"PYTHONUNBUFFERED": buffering},
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+        )
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_info_of_an_empty_cache_compiles_nothing_and_says_that_the_next_import_will(importer, cxx):

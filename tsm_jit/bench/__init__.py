@@ -21,7 +21,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -298,8 +298,8 @@ def call_overhead_rows(device: torch.device) -> list[Row]:
             "tsm_jit, no_grad": timing.host_seconds(lambda: temporal_shift(x, 8)),
             "tsm_jit in place, no_grad": timing.host_seconds(lambda: temporal_shift(x, 8, inplace=True)),
         }
-    times["stock, recorded"] = timing.host_seconds(lambda: peers.stock(leaf, shift))
-    times["tsm_jit, recorded"] = timing.host_seconds(lambda: temporal_shift(leaf, 8))
+    times["stock, requires grad"] = timing.host_seconds(lambda: peers.stock(leaf, shift))
+    times["tsm_jit, requires grad"] = timing.host_seconds(lambda: temporal_shift(leaf, 8))
     return [
         {
             "call": name,
@@ -321,49 +321,63 @@ def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bo
     from tsm_jit.bench import report
 
     torch.manual_seed(0)
+    parts = _parts(device, shapes, quick, network)
     results: Row = {"environment": environment(device)}
-    with report.Progress(results["environment"]) as progress:
-
-        def part(name: str, row_lists: Iterable[list[Row]]) -> None:
-            results[name], step = [], progress.section(name)
-            for rows in row_lists:
-                results[name] += rows
-                step(rows)
-                report.write(results, output)  # an interrupted run keeps the rows it has measured
-
-        try:
-            cuda = device.type == "cuda"
-            if network:
-                from tsm_jit.bench import network as networks
-
-                part("network", networks.rows(device, networks.cases(cuda, quick), 5 if quick else 50))
-                return results
-            part("calls", [call_overhead_rows(device)])
-
-            selected = shapes or (QUICK_SHAPES if quick else SHAPES if cuda else SHAPES[:3])
-            dtypes, layouts = (DTYPES[:1], LAYOUTS[:1]) if quick else (DTYPES, LAYOUTS)
-            lengths = [Shape(64 // t, t, 256, 56, 56) for t in (4, 8, 16, 32)]
-            odd = [Shape(16, 8, 2048, 7, 7), Shape(16, 8, 1024, 14, 14), Shape(16, 8, 72, 28, 28)]
-            grid = selected if quick or shapes or not cuda else (*lengths, *odd)
-            depths = (0,) if quick else (0, 1, 2, 3, 4)
-            cases = itertools.product(grid, dtypes, layouts, depths, (device,))
-            part("floor", ([floor_row(*case)] for case in cases))
-
-            largest = 2**22 if quick else 2**33 if cuda else 2**28
-            if cuda:  # rotating buffers need the tensor four times
-                largest = min(largest, torch.cuda.mem_get_info(device)[0] // 5)
-            part("sweep", ([floor_row(shape, torch.float32, "NCHW", 0, device)] for shape in sweep(largest)))
-
-            cases = itertools.product(selected, dtypes, layouts, (0,) if quick else (0, 2), (device,))
-            part("peers", (peer_rows(*case, 50, not quick) for case in cases))
-
-            if not quick:
-                from tsm_jit.bench import streams
-
-                part("online", streams.rows(device, 300 if cuda else 10))
-        finally:
-            report.save(results, output)
+    try:
+        with report.Progress(results["environment"], sum(part.measurements for part in parts)) as progress:
+            for part in parts:
+                results[part.name], step = [], progress.section(part.name)
+                for rows in part.rows:
+                    results[part.name] += rows
+                    step(rows)
+                    report.write(results, output)  # an interrupted run keeps the rows it has measured
+    finally:
+        report.save(results, output)
     return results
+
+
+class Part(NamedTuple):
+    """One table of a run: each of its measurements yields some rows when it is iterated."""
+
+    name: str
+    measurements: int
+    rows: Iterable[list[Row]]
+
+
+def _parts(device: torch.device, shapes: tuple[Shape, ...], quick: bool, network: bool) -> list[Part]:
+    cuda = device.type == "cuda"
+    if network:
+        from tsm_jit.bench import network as networks
+
+        selected_networks = networks.cases(cuda, quick)
+        rows = networks.rows(device, selected_networks, 5 if quick else 50)
+        return [Part("network", len(selected_networks), rows)]
+
+    selected = shapes or (QUICK_SHAPES if quick else SHAPES if cuda else SHAPES[:3])
+    dtypes, layouts = (DTYPES[:1], LAYOUTS[:1]) if quick else (DTYPES, LAYOUTS)
+    lengths = [Shape(64 // t, t, 256, 56, 56) for t in (4, 8, 16, 32)]
+    odd = [Shape(16, 8, 2048, 7, 7), Shape(16, 8, 1024, 14, 14), Shape(16, 8, 72, 28, 28)]
+    grid = selected if quick or shapes or not cuda else (*lengths, *odd)
+    Case = tuple[Shape, torch.dtype, str, int]
+    floors: list[Case] = list(itertools.product(grid, dtypes, layouts, (0,) if quick else (0, 1, 2, 3, 4)))
+    compared: list[Case] = list(itertools.product(selected, dtypes, layouts, (0,) if quick else (0, 2)))
+
+    largest = 2**22 if quick else 2**33 if cuda else 2**28
+    if cuda:  # rotating buffers need the tensor four times
+        largest = min(largest, torch.cuda.mem_get_info(device)[0] // 5)
+    sizes = list(sweep(largest))
+
+    parts = [
+        Part("calls", 1, map(call_overhead_rows, [device])),
+        Part("floor", len(floors), ([floor_row(*case, device)] for case in floors)),
+        Part("sweep", len(sizes), ([floor_row(shape, torch.float32, "NCHW", 0, device)] for shape in sizes)),
+        Part("peers", len(compared), (peer_rows(*case, device, 50, not quick) for case in compared)),
+    ]
+    if not quick:
+        from tsm_jit.bench import streams
+
+        parts.append(Part("online", len(streams.STREAMS), streams.rows(device, 300 if cuda else 10)))
+    return parts
 
 
 def _name(dtype: torch.dtype) -> str:

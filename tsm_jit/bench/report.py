@@ -31,23 +31,43 @@ _COLUMNS = {
         "milliseconds", "of_no_shift", "peak_mebibytes", "of_no_shift_memory",
     ),
 }  # fmt: skip
+_HEADS = {
+    "who": "implementation",
+    "microseconds": "us",
+    "milliseconds": "ms",
+    "median_milliseconds": "median ms",
+    "p99_milliseconds": "p99 ms",
+    "gigabytes_per_second": "GB/s",
+    "mebibytes": "MiB",
+    "peak_mebibytes": "peak MiB",
+    "state_mebibytes": "state MiB",
+    "of_copy": "of copy",
+    "against_eager": "vs eager",
+    "cheaper_than_stock": "vs stock",
+    "of_no_shift": "vs no shift",
+    "of_no_shift_memory": "memory vs no shift",
+}
+_TEXT = ("shape", "dtype", "layout", "operation", "call", "who", "network", "family")
+_WIDTHS = {"shape": 26, "dtype": 8, "layout": 13, "call": 25, "who": 23, "network": 10} | dict.fromkeys(operations, 20)
 _TITLES = {
-    "calls": "CPU overhead of one call, 8 frames of 64 channels of 2x2",
-    "peers": "single calls, on CUDA with cold caches; of_copy: relative to the bandwidth of a copy of the tensor",
-    "floor": "many calls in a row: microseconds, and % of the bandwidth of a copy of the same number of bytes",
-    "sweep": "sizes from small to large, float32 NCHW TSM: microseconds, and % of the bandwidth of a copy",
-    "online": "one frame of a TSM-ResNet-50, 224x224 float32: latency from the frame to its scores on the device",
-    "network": "networks on 8 frames of 224x224 (TSAM: and a segment of audio), channels_last. Training: a step of SGD "
-    "under autocast to bfloat16. Inference: bfloat16 in a CUDA graph",
+    "calls": "CPU overhead of one call, 8 frames of 64 channels of 2x2. vs stock: times as fast as TSM's own code",
+    "peers": "Single calls, on CUDA with cold caches. of copy: bandwidth relative to a copy of the tensor. "
+    "vs eager: times as fast as eager PyTorch",
+    "floor": "Many calls in a row: microseconds, and % of the bandwidth of a copy of the same number of bytes",
+    "sweep": "Sizes from small to large, float32 NCHW TSM: microseconds, and % of the bandwidth of a copy",
+    "online": "One frame of a TSM-ResNet-50, 224x224 float32: latency from the frame to its scores on the device",
+    "network": "Networks with 8 frames per clip (TSAM: and a segment of audio), channels_last, on CUDA in bfloat16. "
+    "Training: a step of SGD. Inference: on CUDA as a CUDA graph",
 }
 
 
 class Progress:
-    """Prints each row, and a progress bar with the name of the current measurement."""
+    """Prints tables to stdout row by row, and shows a progress bar on stderr if that is a terminal."""
 
-    def __init__(self, environment: Row):
-        self._bar = tqdm(unit="row", leave=False)
-        self._bar.write(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None))
+    def __init__(self, environment: Row, measurements: int):
+        # The estimate of the remaining time is the mean over all measurements, as their durations differ.
+        self._bar = tqdm(total=measurements, unit="measurement", leave=False, smoothing=0, disable=None)
+        self._print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None))
 
     def __enter__(self) -> Progress:
         return self
@@ -56,38 +76,41 @@ class Progress:
         self._bar.close()
 
     def section(self, name: str) -> Callable[[list[Row]], None]:
-        """Starts a table. Returns a function that prints its rows."""
-        self._bar.write("")
-        self._bar.write(_TITLES[name])
+        """Starts a table. Returns a function that prints the rows of one measurement."""
         columns = _COLUMNS[name]
-        self._bar.write("  ".join(_cell(column, column) for column in columns))
+        self._print("", _TITLES[name], "  ".join(_aligned(column, _HEADS.get(column, column)) for column in columns))
         self._bar.set_description(name)
 
         def step(rows: list[Row]) -> None:
             for row in rows:
-                self._bar.write("  ".join(_cell(column, row[column]) for column in columns))
-            self._bar.update(len(rows))
+                self._print("  ".join(_aligned(column, _text(column, row[column])) for column in columns))
+            self._bar.update()
 
         return step
 
+    def _print(self, *lines: str) -> None:
+        self._bar.write("\n".join(lines), file=sys.stdout)  # removes the bar from the terminal while it writes
+        sys.stdout.flush()
 
-def _cell(column: str, value: Any) -> str:
-    width = {"shape": 28, "call": 25, "who": 23, "of_no_shift_memory": 18, "layout": 13, "table": 48, "entry": 26}.get(
-        column, 11
-    )
-    if column in operations:
-        width = 18
+
+def _aligned(column: str, text: str) -> str:
+    """Pads a cell. Columns of text are aligned to the left, numbers to the right."""
+    width = max(_WIDTHS.get(column, 8), len(_HEADS.get(column, column)))
+    return text.ljust(width) if column in _TEXT else text.rjust(width)
+
+
+def _text(column: str, value: Any) -> str:
     if value is None:
-        text = "-"
-    elif isinstance(value, dict) and "of_floor" in value:
-        text = f"{value['microseconds']:.1f} us {value['of_floor']:6.1%}"
-    elif isinstance(value, dict):
-        text = ", ".join(f"{name} {entry}" for name, entry in value.items())
-    elif isinstance(value, float):
-        text = f"{value:.1%}" if column.startswith("of_") else f"{value:.4g}"
-    else:
-        text = str(value)
-    return text[: max(width, len(text) if column != value else width)].ljust(width)
+        return "-"
+    if column in operations:
+        return f"{value['microseconds']:.1f} us, {value['of_floor']:.1%}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if column in ("of_copy", "of_no_shift", "of_no_shift_memory"):
+        return f"{value:.1%}"
+    if column in ("against_eager", "cheaper_than_stock"):
+        return f"{value:.2f}x"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write(results: Row, folder: Path) -> str:
