@@ -22,6 +22,8 @@ from torch.compiler import is_compiling
 
 from tsm_jit._checks import integer
 
+__all__ = ["log_mel_image", "mel_spectrogram"]
+
 # In ms, one pair per channel, from fine time to fine frequency resolution.
 WINDOWS_AND_HOPS = ((25, 10), (50, 25), (100, 50))
 _N_FFT = 4800  # as in TSAM: 100 ms at 48 kHz

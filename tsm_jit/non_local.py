@@ -5,7 +5,7 @@ Example::
     net = torchvision.models.resnet50()
     tsm_jit.make_temporal_shift(net, n_segment=8)
     tsm_jit.non_local.make_non_local(net, n_segment=8)
-    scores = net(torch.randn(8, 3, 224, 224))
+    scores = net(torch.randn(8, 3, 112, 112))
 """
 
 from tsm_jit.convert.non_local import make_non_local

@@ -9,7 +9,7 @@ Example::
     tsm_jit.make_temporal_shift(net, n_segment=8, direction="past")  # a stream has no next frame yet
     stream = tsm_jit.online.convert(net.eval())
     with torch.inference_mode():
-        for frame in torch.randn(8, 1, 3, 224, 224):
+        for frame in torch.randn(8, 1, 3, 112, 112):
             scores = stream(frame)  # the scores [1, 1000] of this frame [1, C, H, W]
 """
 

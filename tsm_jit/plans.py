@@ -18,6 +18,8 @@ from torch.compiler import is_compiling
 
 from tsm_jit._checks import integer, one_of
 
+__all__ = ["Direction", "Padding", "Plan", "Shift", "decode", "paddle", "temporal"]
+
 Plan = tuple[tuple[int, int], ...]
 Padding = Literal["zeros", "keep", "replicate", "circular"]
 Direction = Literal["both", "past", "future"]
@@ -64,6 +66,7 @@ def temporal(channels: int, fold_div: int = 8, shift_depth: int = 1, direction: 
 def paddle(channels: int, shift_ratio: float = 0.25) -> Plan:
     """Returns the plan of Paddle's ``temporal_shift``. The first fold reads the previous frame, the second the next.
 
+    Source: https://www.paddlepaddle.org.cn/documentation/docs/en/api/paddle/nn/functional/temporal_shift_en.html.
     The folds end at channels ``int(channels * ratio)`` and ``int(channels * 2 * ratio)``. As in Paddle, the products
     are computed in float32.
 
@@ -74,10 +77,19 @@ def paddle(channels: int, shift_ratio: float = 0.25) -> Plan:
     Returns:
         The ``(width, offset)`` groups, as for :func:`tsm_jit.shift_groups`.
 
+    Raises:
+        TypeError: ``channels`` is not an integer, or ``shift_ratio`` is not a number.
+        ValueError: ``channels`` is negative, or ``shift_ratio`` is outside its range.
+
     Example::
 
         tsm_jit.plans.paddle(64)  # ((16, -1), (16, 1))
     """
+    channels = integer("channels", channels, 0)
+    if not isinstance(shift_ratio, (int, float)):
+        raise TypeError(f"shift_ratio must be a number, got {shift_ratio!r}")
+    if not 0 <= shift_ratio <= 0.5:
+        raise ValueError(f"shift_ratio must be from 0 to 0.5, got {shift_ratio}")
     first = int(_float32(channels * _float32(shift_ratio)))
     both = int(_float32(channels * 2 * _float32(shift_ratio)))
     return ((first, -1), (both - first, 1))
@@ -157,7 +169,13 @@ class Shift(NamedTuple):
 
 
 def decode(encoded: str) -> "Shift":
-    """:meth:`Shift.decode` with a cache, since a network repeats its shifts.
+    """Parses the encoding of a shift, as :meth:`Shift.decode`, with a cache, since a network repeats its shifts.
+
+    Args:
+        encoded: the result of :meth:`Shift.encode`.
+
+    Raises:
+        ValueError: ``encoded`` is any other string.
 
     Example::
 

@@ -8,7 +8,7 @@ Example::
 
     net = torchvision.models.resnet50()
     tsm_jit.tsam.make_Shift(net, 9, 8, f_div=8, shift_depth=2, n_insert=1, m_insert=0)
-    scores = net(torch.randn(9, 3, 224, 224))  # 8 frames and 1 spectrogram
+    scores = net(torch.randn(9, 3, 112, 112))  # 8 frames and 1 spectrogram
 """
 
 from tsm_jit.convert.tsam import make_Shift

@@ -3,11 +3,9 @@
 import argparse
 import copy
 import functools
-import inspect
 import pickle
 import random
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -471,16 +469,6 @@ def test_safetensors(tmp_path, monkeypatch):
         checkpoints.load(tmp_path / "none.safetensors")
     safetensors.save_file(WEIGHTS, path)
     assert torch.equal(checkpoints.load(str(path))["fc.weight"], WEIGHTS["fc.weight"])
-
-
-@pytest.mark.parametrize("documented", ["module", "load", "convert"])
-def test_examples_of_the_documentation(documented, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = inspect.getdoc(
-        sys.modules[checkpoints.load.__module__] if documented == "module" else getattr(checkpoints, documented)
-    )
-    code = textwrap.dedent(text.partition("Example::")[2])
-    exec(code, {"torch": torch, "torchvision": torchvision, "tsm_jit": tsm_jit})
 
 
 def test_errors():

@@ -60,6 +60,21 @@ def test_temporal_refuses(arguments, error, message):
         plans.temporal(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((-1,), ValueError, "channels must be at least 0, got -1"),
+        ((64.0,), TypeError, "channels must be an integer, got 64.0"),
+        ((64, "a quarter"), TypeError, "shift_ratio must be a number, got 'a quarter'"),
+        ((64, 0.6), ValueError, "shift_ratio must be from 0 to 0.5, got 0.6"),
+        ((64, float("nan")), ValueError, "shift_ratio must be from 0 to 0.5, got nan"),
+    ],
+)
+def test_paddle_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        plans.paddle(*arguments)
+
+
 def test_offsets_past_the_clip_become_the_shortest_that_mean_the_same():
     plan = ((1, 10**30), (1, -(10**30)), (1, 3), (1, -9), (1, 0))
     assert Shift(8, 7, 1, "zeros", plan).canonical().plan == ((1, 7), (1, -7), (1, 3), (1, -7), (1, 0))

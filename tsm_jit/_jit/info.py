@@ -26,6 +26,11 @@ def info() -> dict[str, Any]:
         - ``tools``: the C++ compiler, nvcc, the NVRTC interface and ninja, or ``None``;
         - ``cache``: its folder, the entry in use, its size in bytes, GPU architectures, toolkit, seconds of compilation
           and the command lines that were run.
+
+    Example::
+
+        facts = tsm_jit.info()
+        print(facts["devices"]["cpu"])  # compiled kernels
     """
     from tsm_jit import __version__
 

@@ -80,12 +80,27 @@ _WEIGHT_KEYS = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of :func:`convert`."""
+    """The result of :func:`convert`.
 
-    state_dict: dict[str, Tensor]  # the weights under their new names; the tensors are not copied
-    source: Layout  # the layout of the source
-    unplaced: dict[str, str]  # each key of the source that is not in the result, and the reason
-    missing: list[str]  # if the target is a network: each of its keys that is not in the result
+    Attributes:
+        state_dict: the weights under their new names. The tensors are those of the source, not copies.
+        source: the layout of the source.
+        unplaced: maps each key of the source that has no place in the target to the reason.
+        missing: the keys of the target that got no weight, if the target is a network.
+
+    Example::
+
+        weights = torchvision.models.resnet18().state_dict()
+        converted = tsm_jit.checkpoints.convert(weights, target="tsm")
+        assert converted.source == "torchvision"
+        assert "base_model.layer1.0.conv1.net.weight" in converted.state_dict
+        assert not converted.unplaced and not converted.missing
+    """
+
+    state_dict: dict[str, Tensor]
+    source: Layout
+    unplaced: dict[str, str]
+    missing: list[str]
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:

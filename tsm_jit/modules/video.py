@@ -31,7 +31,7 @@ class VideoModel(nn.Module):
         net.fc = torch.nn.Identity()
         tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
         model = tsm_jit.VideoModel(net, torch.nn.Linear(2048, 400), dropout=0.5)
-        scores = model(torch.randn(2, 8, 3, 224, 224))
+        scores = model(torch.randn(2, 8, 3, 112, 112))
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module | None = None, dropout: float = 0.0):

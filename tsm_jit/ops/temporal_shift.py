@@ -428,14 +428,19 @@ _register(
 
 
 def decompositions() -> dict[Any, Callable]:
-    """Returns how an exported program can do without operators of this package, for ``run_decompositions``.
+    """Returns the decompositions of this package's operators, for ``ExportedProgram.run_decompositions``.
 
-    Each temporal shift becomes slices and concatenations of core ATen operators. The exporters of ONNX and ExecuTorch
-    need that if they start from an exported program.
+    They replace each temporal shift (TSM, arXiv:1811.08383) by slices and concatenations, which are core ATen
+    operators. The result is bit-identical. The exporters of ONNX and ExecuTorch need that if they start from an
+    exported program.
+
+    Returns:
+        A dictionary that maps each operator to a function with the same arguments.
 
     Example::
 
-        program = torch.export.export(net, (x,))
+        net = tsm_jit.TemporalShift(torch.nn.Conv2d(16, 32, 1), n_segment=8)
+        program = torch.export.export(net, (torch.randn(8, 16, 7, 7),))
         table = torch.export.default_decompositions()
         table.update(tsm_jit.decompositions())
         program = program.run_decompositions(table)
