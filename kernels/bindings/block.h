@@ -1,7 +1,7 @@
 // A whole residual block as one operator, forward and backward. CUDA only.
 //
-// tsm_jit/_residual_block.py has the same in Python, for devices without kernels. There a block takes the host twice as
-// long, as Python runs between the operators.
+// tsm_jit/ops/residual_block.py has the same in Python, for devices without kernels. It takes twice the CPU time, as
+// Python runs between the operators.
 //
 //     x -> [first_shift] -> conv -> norm+ReLU -> ... -> conv -> norm_add_relu -> out
 //     identity -> [conv, if `downsample`] ------------------------^
@@ -9,7 +9,7 @@
 // A layer is a convolution and the norm after it. Its conv_params are kConvParams numbers: stride, padding and dilation
 // (two each), groups, and whether the norm uses the statistics of the batch.
 //
-// A header, as a translation unit of its own would add 1 s of compile time to the first import.
+// This is a header because a separate translation unit would add 1 s of compile time to the first import.
 #pragma once
 
 #include "bindings/residual.h"
@@ -44,14 +44,14 @@ std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor&
   return {grad_x, grad_weight};
 }
 
-// Runs the layers. With `downsample` the last layer is that of the identity.
+// Runs the layers. With `downsample` the last layer is the convolution and norm of the identity.
 //
 // norms        of each layer: running mean, running variance, weight and bias
 // num_batches  one per layer that uses the statistics of the batch
 // norm_params  of each layer: epsilon and momentum
 //
-// Returns out, boundary_out and what the backward needs of each layer: z; mean and variance if they are of the batch;
-// the ReLU, if one follows.
+// Returns out, boundary_out and, for the backward, tensors of each layer: z; mean and variance, if the norm uses the
+// statistics of the batch; the output of the ReLU, if one follows.
 std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
     const Tensor& input, const std::string& first_shift, const std::vector<Tensor>& weights,
     const std::vector<int64_t>& conv_params, const std::vector<Tensor>& norms, const std::vector<Tensor>& num_batches,
@@ -93,13 +93,14 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
   return {out, boundary_out, saved};
 }
 
-// The backward of the layers of the residual branch, from the gradient of the last z on.
+// The backward of the residual branch. `grad` is the gradient of z of the last layer.
 //
-// saved        of each layer but the last: z, mean, variance, weight and bias; then the ReLUs of these layers. The ReLU
-//              of layer 0 may be missing: then it is recomputed.
+// saved        of each layer except the last: z, mean, variance, weight and bias; then the outputs of their ReLUs. The
+//              output of layer 0 may be missing: then it is recomputed.
 // needs_grad   of x; of each layer: of its weight, and of its norm
 //
-// Returns the gradients of x and, for each layer, of the weight, and of weight and bias of its norm (not of the last).
+// Returns the gradient of x and three gradients for each layer: of the weight of the convolution, and of weight and
+// bias of the norm. The last layer has no gradients of its norm.
 std::vector<Tensor> residual_block_backward(const Tensor& grad, const Tensor& input, const std::string& first_shift,
                                             const std::vector<Tensor>& weights, const std::vector<int64_t>& conv_params,
                                             const std::vector<Tensor>& saved, const std::vector<double>& epsilons,

@@ -38,7 +38,7 @@ using OptionalTensor = std::optional<Tensor>;
 // into this library, as some compilers do.
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error("tsm_jit: " + message); }
 
-// Fails with PyTorch's error message. Before PyTorch 2.13 only "PyTorch could not <action>" is known.
+// Fails with PyTorch's error message. Before PyTorch 2.13 there is no message, only "PyTorch could not <action>".
 inline void check(AOTITorchError error, const char* action) {
   if (error == 0) return;
   const char* message = nullptr;
@@ -68,7 +68,7 @@ inline DType to_dtype(ScalarType type) {
   }
 }
 
-// The type of sums, and of parts of norms: float64 for float64, else float32.
+// The type of sums and of the mean, variance, weight and bias of a norm: float64 for float64, else float32.
 inline ScalarType acc_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -204,8 +204,8 @@ inline const void* row_data(const Tensor& rows, int64_t k) {
   return static_cast<const char*>(rows.const_data_ptr()) + k * rows.size(1) * rows.element_size();
 }
 
-// Row k of a contiguous [rows, channels]: a view, or a copy where a view is not aligned to the 16 bytes that compilers
-// expect of results.
+// Row k of a contiguous [rows, channels]: a view, or a copy if the view is not aligned to 16 bytes. Compilers expect
+// this alignment of results.
 inline Tensor row_of(const Tensor& rows, int64_t k) {
   const int64_t channels = rows.size(1), stride = 1;
   AtenTensorHandle out = nullptr;
@@ -216,7 +216,7 @@ inline Tensor row_of(const Tensor& rows, int64_t k) {
 
 // --- launches --------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kBytesPerThread = 64 * 1024;  // that are worth waking a CPU thread for
+constexpr int64_t kBytesPerThread = 64 * 1024;  // less work is not worth waking a CPU thread
 
 // Runs run(first_task, last_task) on CPU threads.
 template <class Run>

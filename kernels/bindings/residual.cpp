@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_max_pool(const Tensor& z, const std
 
 // --- the end of a block, backward ------------------------------------------------------------------------------------
 
-// What the forward wrote, and its gradients, which may be null.
+// The outputs of the forward, and their gradients, which may be null.
 struct AddReluTensors {
   const OptionalTensor &grad_a, &grad_b, &grad_boundary;
   const Tensor& out;
@@ -296,7 +296,7 @@ void write_add_relu_backward(const AddReluGrads& grads, const AddReluTensors& in
   run_frames_on_cpu(r, b, add_relu_backward_cpu);
 }
 
-// The same into new tensors.
+// The same, but allocates the outputs.
 AddReluGrads new_add_relu_backward(const AddReluTensors& in, const Normed& z, const Normed& identity,
                                    const std::string& shift, bool unshifted, bool shifted) {
   const Tensor& out = in.out;
@@ -304,7 +304,8 @@ AddReluGrads new_add_relu_backward(const AddReluTensors& in, const Normed& z, co
   const OptionalTensor grad_boundary = with_layout_of(out, in.grad_boundary);
   const OptionalTensor identity_values =
       identity.values == nullptr ? OptionalTensor() : with_layout(*identity.values, !out.is_contiguous());
-  // A copy of a gradient may be overwritten. The gradient of a mean over pixels is one value, so it was copied.
+  // with_layout_of copies an expanded gradient, such as the gradient of a mean over pixels. The copy may be
+  // overwritten.
   const bool is_own_copy = grad_a && grad_a->get() != in.grad_a->get() && !in.boundary_out;
   AddReluGrads grads;
   if (unshifted) grads.grad = is_own_copy ? *grad_a : new_like(out);
@@ -479,7 +480,7 @@ Operand to_operand(const OptionalTensor& values, const std::vector<Tensor>& norm
   return {values, norm, epsilon, norm_meta[0] != 0, norm_meta[1] != 0, norm_meta[2] != 0};
 }
 
-// Returns the gradients of values, weight and bias of z and of the identity, and that of boundary.
+// Returns seven gradients: of values, weight and bias of z; of values, weight and bias of the identity; of boundary.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_add_relu_backward(
     const OptionalTensor& grad_a, const OptionalTensor& grad_b, const OptionalTensor& grad_boundary, const Tensor& out,
     const OptionalTensor& boundary_out, const OptionalTensor& z_values, const std::vector<Tensor>& z_norm,
@@ -491,10 +492,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_add_relu
   const Operand identity = to_operand(identity_values, identity_norm, identity_epsilon, identity_meta);
   const Operand* const operands[kNorms] = {&z, &identity};
   for (const Operand* x : operands) check_norm({pointer(x->values), x->norm, x->epsilon}, out);
-  const auto summed = [](const Operand& x) {  // values and norm, if their gradients need sums
+  const auto summed = [](const Operand& x) {  // x if its gradients need sums, otherwise nothing
     return x.needs_sums() ? Normed{pointer(x.values), x.norm, x.epsilon} : Normed{nullptr, kNoNorm, x.epsilon};
   };
-  // Where the identity was shifted, grad_through_norm of z can read the shifted gradient, but only beside values.
+  // If the identity was shifted, grad_through_norm of z reads the shifted gradient, so an unshifted one is not needed.
+  // It can do so only if it also reads the values of z, as statistics of the batch require.
   const bool unshifted = !identity_is_shifted || (z.needs_grad && (z.norm.empty() || !z.of_batch));
   const AddReluGrads grads = new_add_relu_backward({grad_a, grad_b, grad_boundary, out, boundary_out}, summed(z),
                                                    summed(identity), shift, unshifted, identity_is_shifted);

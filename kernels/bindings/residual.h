@@ -51,7 +51,7 @@ struct NormAddReluTensors {
 void write_norm_add_relu(const NormAddReluTensors& out, const Normed& z, const Normed& identity, const Tensor* boundary,
                          const std::string& shift, bool relu);
 
-// The operator of the same name, and relu(norm(z)) by it.
+// The operator norm_add_relu. norm_relu calls it without identity and returns relu(norm(z)).
 std::tuple<Tensor, Tensor> norm_add_relu(const Tensor& z, const std::vector<Tensor>& z_norm, double z_epsilon,
                                          const OptionalTensor& identity, const std::vector<Tensor>& identity_norm,
                                          double identity_epsilon, const OptionalTensor& boundary,
@@ -65,12 +65,12 @@ std::tuple<Tensor, Tensor> batch_norm_stats_(const Tensor& x, const Tensor& runn
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// One of the two that the end of a block adds, and which of its gradients are needed.
+// One of the two operands that the end of a block adds, and which of its gradients are needed.
 struct Operand {
   OptionalTensor values;
   std::vector<Tensor> norm;  // mean, variance and weight, before a ReLU also the bias; empty: none
   double epsilon;
-  bool of_batch;  // mean and variance are those of the values, so gradients also pass through them
+  bool of_batch;  // mean and variance are computed from `values`, so gradients also pass through them
   bool needs_grad, norm_needs_grad;
 
   bool needs_sums() const { return !norm.empty() && (of_batch || norm_needs_grad); }

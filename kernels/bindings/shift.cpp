@@ -228,7 +228,7 @@ struct Boundary {
 void run_shift(const Tensor& src, Tensor& dst, const ShiftPlan& plan, bool adds, Boundary boundary = {}) {
   ShiftDescriptor descriptor;
   const bool in_place = src.get() == dst.get();
-  if (!describe_shift(src, dst, plan, descriptor)) {  // the strides are not those of any layout
+  if (!describe_shift(src, dst, plan, descriptor)) {  // no layout has these strides
     if (Tensor narrow = unexpanded(src, plan); !in_place && narrow.numel() < src.numel()) {
       narrow = torch::stable::contiguous(narrow);
       Tensor shifted = torch::stable::empty_like(narrow);
@@ -308,7 +308,7 @@ void temporal_shift_restore_(const Tensor& x, const Tensor& boundary, const std:
     run_shift(x, out, plan, false, {boundary.numel() == 0 ? nullptr : boundary.mutable_data_ptr(), true});
 }
 
-// All tensors in another dtype, in one launch.
+// Casts all tensors to `dtype`, in one launch.
 std::vector<Tensor> cast(const std::vector<Tensor>& tensors, ScalarType dtype) {
   std::vector<Tensor> out;
   for (const Tensor& x : tensors) {

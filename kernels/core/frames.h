@@ -49,7 +49,7 @@ TSM_HOST_DEVICE inline FrameRange padded_from(int32_t s, int32_t offset, int32_t
 }
 
 // Returns the boundary frames: the frames of `in` that no frame of `out` holds, apart from padding. The shift moves
-// them out of the clip. A circular shift has none.
+// them out of the clip. With `circular` padding there are no boundary frames.
 TSM_HOST_DEVICE inline FrameRange boundary_frames(int32_t offset, int32_t n) {
   return offset > 0 ? FrameRange{0, offset} : FrameRange{n + offset, n};
 }
@@ -58,7 +58,7 @@ TSM_HOST_DEVICE inline FrameRange boundary_frames(int32_t offset, int32_t n) {
 struct ShiftedIndex {
   int32_t t;         // as frame t of the shifted tensor; kNoFrame: as a boundary frame
   int32_t boundary;  // which of the group's boundary frames, if t is kNoFrame
-  FrameRange pads;   // frames of the shifted tensor that are padding because of s: copies of s, or zeros
+  FrameRange pads;   // padding frames of the shifted tensor that belong to s: copies of frame s, or zeros
 };
 
 TSM_HOST_DEVICE inline ShiftedIndex shifted_index(int32_t s, int32_t offset, int32_t n, Padding padding) {

@@ -49,7 +49,7 @@ struct NaiveStream {
   storage_t *data, *boundary;
   bool is_shifted;
 
-  // Where the value of frame `at.t` of the unshifted layout lies. Null if there is no such tensor.
+  // Returns the address of the value of frame `at.t` of the unshifted layout, or null if there is no such tensor.
   __device__ storage_t* find(const NaiveShape& s, const NaiveIndex& at) const {
     const ShiftedIndex index =
         shifted_index(at.t, is_shifted ? s.offset[at.channel] : 0, s.n_segment_shifted, s.padding);

@@ -1,5 +1,5 @@
-// The parts of the C++ standard library that the CUDA sources use, for NVRTC, which has none. The build gives NVRTC
-// this file for <cstdint>, <algorithm> and the others.
+// NVRTC has no C++ standard library. This file defines the parts that the CUDA sources use. The build gives it to NVRTC
+// for <cstdint>, <algorithm> and the other headers.
 #ifndef TSM_JIT_NVRTC_STD_H
 #define TSM_JIT_NVRTC_STD_H
 

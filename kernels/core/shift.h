@@ -34,8 +34,8 @@ struct Strides {
 // Optional for an in-place shift: memory for the boundary frames, which the shift would otherwise destroy.
 // The shift saves them there, and its inverse restores them.
 //
-//     data    [clips, outer_size, inner_bytes]: the boundary frames of group 0, frame by frame, then those of
-//     group 1...
+//     data    [clips, outer_size, inner_bytes]: first all boundary frames of group 0, frame by frame, then all of
+//             group 1, and so on
 struct BoundaryBuffer {
   char* data;            // null: boundary frames are not saved
   const int64_t* begin;  // [n_groups] in bytes of inner_bytes

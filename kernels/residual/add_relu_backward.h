@@ -8,8 +8,8 @@
 namespace tsm_jit {
 
 struct AddReluBackward {
-  const void *out, *boundary_out;               // of the forward
-  const void *grad_a, *grad_b, *grad_boundary;  // of `out` from its two consumers, and of boundary_out; may be null
+  const void *out, *boundary_out;               // results of the forward
+  const void *grad_a, *grad_b, *grad_boundary;  // gradients of `out` (two consumers) and of boundary_out; may be null
   void* grad;                                   // unshifted; may be null if grad_shifted is not
   void *grad_shifted, *grad_boundary_in;        // the same in the shifted layout; null: the identity was unshifted
   bool out_is_shifted;

@@ -13,7 +13,7 @@ constexpr int32_t kMaxGridY = 65535;
 // How the work is split.
 struct WorkSplit {
   int32_t slices;         // blocks that share the tasks; 0: enough to fill the GPU
-  int32_t blocks_per_sm;  // that fit on a multiprocessor at once, if slices is 0
+  int32_t blocks_per_sm;  // blocks that fit on a multiprocessor; used if slices is 0
   bool frames_in_order;   // one thread visits all frames of a clip
   bool rows_are_pixels;   // the kernel needs to know the pixel of a row
 };
@@ -47,8 +47,8 @@ inline const char* make_plan(const ResidualStream& r, bool vectors, const WorkSp
   while (x > 1 && x / 2 >= vecs) x /= 2;
   plan.block = dim3(x, kResidualThreads / x);
   StreamArgs& a = plan.args;
-  // A thread should have several rows. So the rows of all frames count as those of one frame if nothing shifts. If a
-  // frame is one row, the same frame of all clips counts as one.
+  // A thread should have several rows. So if nothing shifts, all frames are treated as one frame with many rows. If a
+  // frame has a single row, the same frame of all clips is treated as one frame.
   const bool is_unshifted = !split.rows_are_pixels && s.n_groups == 1 && s.groups[0].offset == 0;
   const bool frames_in_order = split.frames_in_order && !is_unshifted;
   const bool one_row = !split.rows_are_pixels && s.outer_size == 1;

@@ -28,7 +28,7 @@ __global__ void norm_add_relu_in_order_kernel(const __grid_constant__ StreamArgs
 
 #if !defined(TSM_JIT_NVRTC)
 
-// The arithmetic on one vector. Without norms the scales are 1 and bias is 0: then it is a plain addition, to the bit.
+// The arithmetic on one vector. Without norms the scales are 1 and bias is 0, which gives the bits of a plain addition.
 template <class Element, int kLanes, bool kAdds>
 struct NormAddReluOp {
   using Vec = Packed<Element, kLanes>;
@@ -162,7 +162,7 @@ const char* norm_add_relu_cuda(const ResidualStream& r, const NormAddRelu& f, vo
     using Element = typename decltype(vec)::Element;
     constexpr int kLanes = decltype(vec)::kLanes;
     const auto start = [&](auto kernel) { return launch(kernel, plan.grid, plan.block, 0, stream, plan.args, f); };
-    // With one element per vector, the kernel that can do everything is all that is compiled.
+    // For vectors of one element, only the kernel that supports every case is compiled.
     if constexpr (kLanes > 1) {
       if (!in_order && adds) return start(norm_add_relu_kernel<Element, kLanes, true>);
       if (!in_order) return start(norm_add_relu_kernel<Element, kLanes, false>);

@@ -16,13 +16,15 @@ struct NormAddRelu {
   void* boundary_out;  // if out is shifted
   bool identity_is_shifted, out_is_shifted;
   bool relu;  // else out is the sum itself
-  // May be null. Else, besides a shifted `out` that is not z: every step-th row and column of pixels, unshifted.
+  // May be null. A second output next to a shifted `out` that is not z: every step-th row and column of pixels,
+  // unshifted.
   void* unshifted;
   int32_t width, step;  // width: of `out` in pixels
 };
 
-// Does a shifted `out` overwrite an unshifted `z`? Then a frame is written where another one is read. One thread visits
-// all frames: from the first on if offset > 0, else from the last. Only CUDA can do this, and not a circular shift.
+// Does a shifted `out` overwrite an unshifted `z`? Then a frame is written where another one is read. So one thread
+// visits all frames: from the first on if offset > 0, else from the last. Only CUDA can do this, and not a circular
+// shift.
 inline bool shifts_z_in_place(const NormAddRelu& f) { return f.out_is_shifted && f.out == f.z; }
 
 // CPU. The work is clips * frames independent tasks.

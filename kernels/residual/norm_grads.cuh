@@ -3,7 +3,7 @@
 // Tensors      sums: [slices, 1 + kNorms, channels]; grads: [1 + 4 * kNorms, channels]
 // Block, grid  8 channels x 32 threads that share the slices; x covers the channels
 // Aliasing     none
-// Bytes moved  sums and grads once: little, so the launch is what costs
+// Bytes moved  sums and grads once; the launch takes most of the time
 #pragma once
 
 #include "residual/launch_plan.h"

@@ -1,4 +1,4 @@
-// The gradients of up to kNorms batch normalizations, from the sums that a backward made. CUDA only.
+// The gradients of up to kNorms batch normalizations, from the sums that a backward kernel computed. CUDA only.
 //
 // With d = 1 / sqrt(variance + epsilon), g the gradient of norm(x) and sums over the `count` elements of a channel:
 //
@@ -7,7 +7,7 @@
 //     batch_weight = -weight * d / count * grad_weight
 //     batch_bias   = -weight * d / count * grad_bias
 //
-// If mean and variance are those of the batch, the gradient of x also passes through them. In total it is
+// If mean and variance are computed from x, the gradient of x also passes through them. In total it is
 //
 //     grad_x = g * weight * d  +  (x - mean) * d * batch_weight + batch_bias
 //

@@ -1,7 +1,7 @@
 // Naive gradients of one norm, in float64: read this first. Tests compare norm_grads.cuh with it; norm_grads.h has the
 // formulas.
 //
-// Tensors   sums: [slices, 1 + kNorms, channels], of which row 0 and row 1 + norm are read; grads: [4, channels]
+// Tensors   sums: [slices, 1 + kNorms, channels], rows 0 and 1 + norm are read; grads: [4, channels]
 // Grid      one thread per channel
 #pragma once
 

@@ -14,7 +14,7 @@ namespace tsm_jit {
 struct NormReluBackward {
   const void *grad, *z;
   Norm norm;
-  void* sums;  // [slices, 1 + kNorms, channels], of which the first two rows are written
+  void* sums;  // [slices, 1 + kNorms, channels], the first two rows are written
   int32_t slices;
   Norm batch_norm;  // see NormGrads; a null mean: mean and variance are constants
   void* out;        // the gradient of z; may be `grad`

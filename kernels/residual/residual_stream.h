@@ -34,7 +34,7 @@ struct ResidualStream {
 };
 
 // A backward sums two kinds of values over all elements of a channel: the gradient; and gradient * (value - mean) for
-// each norm. There are up to kNorms norms, that of z and that of the identity. Blocks write partial sums [slices, 1 +
+// each norm. There are up to kNorms norms: one of z and one of the identity. Blocks write partial sums [slices, 1 +
 // kNorms, channels] of the type acc_t; norm_grads adds the slices up.
 constexpr int32_t kNorms = 2;
 

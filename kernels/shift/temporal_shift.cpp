@@ -29,7 +29,7 @@ struct Tiling {
   int64_t per_clip() const { return row_tiles * byte_tiles; }
 };
 
-// Rows of bytes, each `stride` bytes after the last.
+// Rows of bytes. Each begins `stride` bytes after the one before.
 template <class Byte>
 struct Rows {
   Byte* data;
@@ -142,7 +142,7 @@ class GroupTile {
     for (int64_t t = n_; t < s_.frames; ++t) copy(out(t), in(t), rows_, width_);
   }
 
-  // A circular shift in place reads the frames that it overwrites first once more at its end.
+  // A circular shift in place overwrites some frames at its start and reads their old values at its end: saves these.
   void save_frames_read_last() {
     first_saved_ = offset_ > 0 ? 0 : n_ + offset_;
     n_saved_ = offset_ > 0 ? offset_ : -offset_;

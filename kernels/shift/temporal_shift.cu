@@ -14,7 +14,8 @@ constexpr int32_t kFramesPerThread = 4, kFramesPerBlock = 8;
 constexpr unsigned kMaxRows = 8;  // of threads that share the frames of a block
 constexpr int32_t kMaxTileFrames = kSharedBytes / (kThreads / kMaxRows * 16);
 
-// One launch covers up to kMaxGroups groups, kMaxBytes of a frame and kMaxGrid clips. Almost always that is everything.
+// One launch covers up to kMaxGroups groups, kMaxBytes of a frame and kMaxGrid clips. Nearly every tensor needs only
+// one.
 class ShiftLauncher {
  public:
   ShiftLauncher(const Shift& s, const void* src, void* dst, void* stream)

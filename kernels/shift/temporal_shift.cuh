@@ -12,7 +12,7 @@
 //
 // Two kernels:
 //     shift_tile     loads the frames of a block into shared memory, waits for all of them, then writes. All threads
-//                    visit the frames in step, so accesses to memory are whole lines, whatever the offsets are.
+//                    visit the same frame at the same time, so a warp accesses whole cache lines for any offsets.
 //     shift_stream   for clips that do not fit into shared memory. Each thread walks its own column. In place it visits
 //                    the frames in the order in which each is read before it is overwritten.
 //
