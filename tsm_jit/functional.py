@@ -41,7 +41,7 @@ def temporal_shift(
     Args:
         x: frames ``[N*T, C, *]`` such as ``[N*T, C, H, W]``, clips ``[N, T, C, H, W]``, or with ``channel_dim=-1``
             tokens ``[N*T, L, C]``. Any dtype and any strides. Kernels access NCHW and channels_last tensors directly.
-            Expanded tensors are shifted before expansion. Other strides, such as those of a crop, take an extra copy:
+            Expanded tensors are shifted before expansion. Other strides, such as a crop has, take an extra copy:
             out of place into the result, in place into a temporary tensor.
         n_segment: the clip length ``T`` in frames. Optional for clips ``[N, T, C, H, W]``.
         fold_div: the divisor of the fold width, ``n_div`` in TSM's constructors.

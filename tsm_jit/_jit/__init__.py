@@ -101,7 +101,7 @@ def backends() -> tuple[str, ...]:
 
 
 def build_for(architectures: str) -> cache.Entry:
-    """Builds for any machine with these GPU architectures, whatever the cache holds.
+    """Builds for any machine with these GPU architectures, even if the cache has a usable entry.
 
     Raises:
         BuildError, OSError: if that fails.
@@ -170,7 +170,7 @@ def _load_library(entry: cache.Entry) -> None:
 
 @contextlib.contextmanager
 def _noting_failure(backend: str) -> Iterator[None]:
-    """Whatever stops one backend must stop neither the next one nor the import."""
+    """Records the failure of one backend, so that the next one is tried and the import succeeds."""
     try:
         yield
     except BuildError as error:

@@ -107,7 +107,7 @@ def _read_manifest(folder: Path) -> Entry | None:
 def _refuse_writable_by_others(path: Path) -> None:
     """A shared library is code: it must come from files that only this user and root can write."""
     found = path.stat()
-    # Root may write anywhere, so it accepts any owner, such as that of a home folder in a container.
+    # Root accepts any owner: it can write anywhere, and in a container the home folder may belong to another user.
     if hasattr(os, "geteuid") and os.geteuid() not in (0, found.st_uid) and found.st_uid != 0:
         raise PermissionError(f"{path} belongs to user {found.st_uid}, not to user {os.geteuid()}")
     if os.name == "posix" and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -145,7 +145,7 @@ def get_or_build(
 
 
 def _make_folder(cache: Path, mode: int) -> None:
-    """Makes the cache folder and its parents, private whatever the umask is."""
+    """Makes the cache folder and its missing parents with permissions ``mode``, independently of the umask."""
     for path in (*reversed(cache.parents), cache):
         if not path.exists():
             with contextlib.suppress(FileExistsError):  # another process made it
@@ -159,7 +159,7 @@ def _make_folder(cache: Path, mode: int) -> None:
 def _lock(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
     """Held by one process at a time; the system takes it from a process that dies.
 
-    Where a file system has no locks this yields False and nobody waits: each process builds, the first one publishes.
+    On a file system without locks this yields False at once: each process builds, and the first one publishes.
     """
     import filelock  # not needed for a warm import
 

@@ -1,4 +1,4 @@
-"""What this process runs on and why, for ``tsm_jit.info()`` and ``python -m tsm_jit info``."""
+"""``tsm_jit.info()`` and ``python -m tsm_jit info``: the backend of each device, versions, tools and the cache."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _build(spec: dict[str, Any], kernels: str, cxx: list[str], nvcc: str, ninja:
 def _set_environment(cxx: list[str], ninja: str) -> None:
     script = _bounded(_plain_name("host", cxx[0]), shlex.join(cxx))
     for name in ("CC", "CUDA_VISIBLE_DEVICES", "CUDA_INC_PATH", "CUDNN_HOME", "CUDNN_PATH"):
-        os.environ.pop(name, None)  # the result must not depend on what is not in the key
+        os.environ.pop(name, None)  # they are not in the key, so the result must not depend on them
     for name in VARIABLES:
         if not os.environ.get(name, "").strip():
             os.environ.pop(name, None)
@@ -152,7 +152,7 @@ def _link_cuda_runtime() -> None:
     """
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = [line.split(maxsplit=5)[5] for line in lines if re.search(r"/libcudart[^/]*$", line)]
-    if paths:  # else PyTorch has it inside another library, and load links that of the toolkit
+    if paths:  # else PyTorch contains it statically, and `load` links the toolkit's
         Path("libcudart.so").symlink_to(paths[0])
 
 

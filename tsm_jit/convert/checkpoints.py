@@ -83,7 +83,7 @@ class Conversion:
     """The result of :func:`convert`.
 
     Attributes:
-        state_dict: the weights under their new names. The tensors are those of the source, not copies.
+        state_dict: the weights under their new names. The tensors are not copied.
         source: the layout of the source.
         unplaced: maps each key of the source that has no place in the target to the reason.
         missing: the keys of the target that got no weight, if the target is a network.

@@ -209,8 +209,8 @@ def _downsample_but_last_layer(modules: list[nn.Module], x: Tensor) -> tuple[Ten
 def _layers(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Layer]] | None:
     """Returns ``x`` in the dtype in which ``modules`` compute, and the layers for ``residual_block``.
 
-    Returns None if ``residual_block`` does not support the modules: under ``no_grad``, without kernels for sums per
-    channel, or if they are not an alternation of convolution, norm and ReLU.
+    Returns None if ``residual_block`` cannot be used. It needs autograd, kernels for sums per channel, and modules that
+    alternate as convolution, norm, ReLU.
     """
     if not torch.is_grad_enabled() or not has_channel_sums(x) or x.shape[0] < 2:
         return None

@@ -256,8 +256,8 @@ def temporal_shift_(x: Tensor, shift: str) -> Tensor:
         )
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     if not eager():
-        # Compilers and transforms support copy_ but not mark_dirty: released versions of PyTorch compute wrong
-        # gradients if the dirty tensor is an input of the compiled graph.
+        # Compilers and transforms support copy_ but not mark_dirty. With mark_dirty on an input of the compiled graph,
+        # released versions of PyTorch compute wrong gradients.
         if needs_grad and x.is_leaf:
             shifted = temporal_shift(x, shift)
             x.detach().copy_(shifted.detach())
