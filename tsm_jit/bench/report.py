@@ -168,9 +168,10 @@ def markdown(results: Row) -> str:
     shapes = ", ".join(dict.fromkeys(row["shape"] for row in floor))
     lines += [
         "",
-        "Of what a copy of as many bytes reaches, the least and the most, many calls in a row on rotating buffers, of",
+        "Bandwidth relative to a copy of as many bytes, many calls in a row on rotating buffers. The least and the most of "
+        "these shapes:",
     ]
-    lines += [f"{shapes}:", "", "| | " + " | ".join(operations) + " |", "| --- |" + " --- |" * len(operations)]
+    lines += [f"{shapes}.", "", "| | " + " | ".join(operations) + " |", "| --- |" + " --- |" * len(operations)]
     for dtype, layout in dict.fromkeys((row["dtype"], row["layout"]) for row in floor):
         cells = []
         for operation in operations:
@@ -181,7 +182,8 @@ def markdown(results: Row) -> str:
     online = results["online"]
     lines += [
         "",
-        "A frame of each stream through a ResNet-50, 224x224 float32, from its arrival on the GPU, milliseconds:",
+        "Milliseconds of one frame of each stream through a ResNet-50, 224x224 float32, from the frame on the GPU to its "
+        "scores:",
         "",
     ]
     lines += ["| | " + " | ".join(f"{n}: median | {n}: p99" for n in ("1 stream", "8 streams")) + " |"]
@@ -196,11 +198,7 @@ def markdown(results: Row) -> str:
 def _network_markdown(rows: list[Row], title: str) -> str:
     names = list(dict.fromkeys(row["who"] for row in rows))
     others = [name for name in names if name != "no shift"]
-    lines = [
-        f"{title}. Milliseconds of a network without shift, and of it with shift times as much; in brackets peak",
-        "",
-    ]
-    lines[0] += " memory, MiB and times as much:"
+    lines = [f"{title}. Without shift: time, and peak memory in brackets. With shift: both relative to no shift:", ""]
     lines.append("| | no shift | " + " | ".join(others) + " |")
     lines.append("| --- |" + " --- |" * len(names))
     for case, variants in _by_case(rows).items():
