@@ -168,8 +168,8 @@ def markdown(results: Row) -> str:
     shapes = ", ".join(dict.fromkeys(row["shape"] for row in floor))
     lines += [
         "",
-        "Bandwidth relative to a copy of as many bytes, many calls in a row on rotating buffers. The least and the most of "
-        "these shapes:",
+        "Bandwidth relative to a copy of as many bytes, many calls in a row on rotating buffers. "
+        "The least and the most of these shapes:",
     ]
     lines += [f"{shapes}.", "", "| | " + " | ".join(operations) + " |", "| --- |" + " --- |" * len(operations)]
     for dtype, layout in dict.fromkeys((row["dtype"], row["layout"]) for row in floor):
@@ -182,8 +182,8 @@ def markdown(results: Row) -> str:
     online = results["online"]
     lines += [
         "",
-        "Milliseconds of one frame of each stream through a ResNet-50, 224x224 float32, from the frame on the GPU to its "
-        "scores:",
+        "Milliseconds of one frame of each stream through a ResNet-50, 224x224 float32, "
+        "from the frame on the GPU to its scores:",
         "",
     ]
     lines += ["| | " + " | ".join(f"{n}: median | {n}: p99" for n in ("1 stream", "8 streams")) + " |"]
