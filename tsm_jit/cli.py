@@ -96,7 +96,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _clean(options.all, options.older_than)
     if options.command == "build":
         return _build(options.arch or "all")
-    _jit.load()
     if options.command == "bench":
         return _bench(options)
     return _demo(options.video, options.output)
@@ -193,6 +192,7 @@ def _bench(options: argparse.Namespace) -> int:
         except ValueError as error:
             sys.stderr.write(f"--shape {text}: {error}\n")
             return 2
+    _jit.load()  # after the checks of the arguments, as it may compile
     try:
         bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.network)
     except bench.Mismatch as error:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tsm_jit
+from tsm_jit import _jit
 from tsm_jit.video_io import UnusableVideoError, default_clip, network_input, read_segments
 
 N_SEGMENT = 8
@@ -173,6 +174,7 @@ def run(video: Path | None = None, output: Path = Path("tsm_jit_demo.png")) -> i
     """Runs the demo. Returns 0 if outputs and gradients agree, otherwise 1. Raises UnusableVideoError."""
     path = video or default_clip()
     frames = read_segments(path, N_SEGMENT)
+    _jit.load()  # after the check of the video, as it may compile
     draw(frames, output)
 
     cuda = torch.cuda.is_available()

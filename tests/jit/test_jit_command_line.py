@@ -68,6 +68,23 @@ def test_help_and_wrong_options_compile_nothing(importer, arguments):
     assert not importer.cache.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("bench --shape 1,2", "--shape 1,2: a shape must be"),
+        ("bench --report none.json", "--report none.json: not the JSON of a full run"),
+        ("demo --video none.mp4", "none.mp4 does not exist"),
+    ],
+)
+def test_a_wrong_argument_is_reported_before_anything_is_compiled(importer, arguments, message):
+    for package in ("av", "matplotlib", "torchvision", "tqdm"):
+        pytest.importorskip(package, reason="needs the demo extra")
+    done = importer.run(*COMMAND, *arguments.split())
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert not importer.cache.exists()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be another user")
 def test_what_root_builds_for_an_image_serves_every_user_with_any_compilers_before_all_else(importer, shared, cxx):
     if any(not parent.stat().st_mode & stat.S_IXOTH for parent in Path(spec.__file__).parents):
