@@ -406,7 +406,8 @@ def train(training: Training, output: Path, identity: dict, names: list[str] | N
         output.mkdir(parents=True, exist_ok=True)
         print(f"{len(clips.training)} clips for training, {len(clips.validation)} for validation")
     total = clips.setting.epochs * training.steps
-    with tqdm(total=total, initial=len(history) * training.steps, unit="step", disable=not first) as bar:
+    disable = None if first else True  # None: shown only on a terminal
+    with tqdm(total=total, initial=len(history) * training.steps, unit="step", disable=disable) as bar:
         for number in range(len(history) + 1, clips.setting.epochs + 1):
             bar.set_description(f"epoch {number}/{clips.setting.epochs}")
             training.epoch(bar)

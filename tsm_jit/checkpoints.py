@@ -1,4 +1,4 @@
-"""Rename checkpoints of TSM, TSAM, mmaction2, torchvision and timm for one another's networks.
+"""Renames checkpoints of TSM, TSAM, mmaction2, torchvision and timm for each other's networks.
 
 Weights are renamed, never changed. Each key is split into a prefix, a plain name and temporal modules. The plain name
 is the layer's name in a network without temporal modules. It is then written in the layout of the target.

@@ -8,7 +8,7 @@ kernel reads and writes all of x. But the shift only moves values, so it commute
 So the existing add+ReLU kernel writes ``shift(x)`` directly. It writes the boundary frames, which the shift drops, to a
 separate small tensor. The next block computes its identity from both. The same kernel also applies the batch
 normalization of the block. Under ``no_grad``, at the end of a stage, it also writes the pixels that the next stage's
-``downsample`` reads. See README, "Shift for free".
+``downsample`` reads. ``kernels/README.md`` describes the kernels.
 
 Example::
 

@@ -140,7 +140,7 @@ def draw(results: Row, folder: Path) -> list[str]:
 
 
 def markdown(results: Row) -> str:
-    """Returns the tables of the README for a full run on a GPU. Raises ValueError or KeyError for other runs."""
+    """Returns the tables of examples/README.md. Raises ValueError or KeyError unless it was a full run on a GPU."""
     about = results["environment"]
     if about["driver"] is None:
         raise ValueError("it ran on the CPU")
@@ -161,7 +161,7 @@ def markdown(results: Row) -> str:
     for shape in dict.fromkeys(row["shape"] for row in peers):
         lines.append(f"| {shape} | " + " | ".join(f"{times[shape, column]:.3f}" for column in columns) + " |")
 
-    # The README has rows for several clip lengths. The JSON also has other shapes.
+    # examples/README.md has rows for several clip lengths. The JSON also has other shapes.
     floor = [row for row in results["floor"] if row["depth"] == 0 and "256, 56, 56" in row["shape"]]
     if not floor:
         raise ValueError("it has no row of 256 channels of 56x56")
