@@ -202,7 +202,7 @@ def run(video: Path | None = None, output: Path = Path("tsm_jit_demo.png")) -> i
     agree = max(forward, backward) <= _TOLERANCE
     report = [
         f"{path.name}: {N_SEGMENT} frames of {frames.shape[-1]}x{frames.shape[-2]}, TSM-ResNet-50, float32, on {where}",
-        f"{device.type.upper()} tensors are shifted by: {tsm_jit.info()['devices'][device.type]}",
+        f"{device.type.upper()} tensors use: {tsm_jit.info()['devices'][device.type]}",
         "",
         table(costs),
         "",

@@ -188,7 +188,7 @@ def _check_required() -> None:
     of_machine = ("cpu", "cuda") if tools.gpu_is_visible() else ("cpu",)
     for device in {"0": (), "1": of_machine}.get(required, (required,)):
         if not status.device(device).startswith(COMPILED):
-            raise ImportError(f"TSM_JIT_REQUIRE={required}, but {device} tensors take: {status.device(device)}")
+            raise ImportError(f"TSM_JIT_REQUIRE={required}, but {device} tensors use: {status.device(device)}")
 
 
 def _report() -> None:

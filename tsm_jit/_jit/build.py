@@ -80,7 +80,9 @@ def build(spec: BuildSpec, folder: Path) -> dict[str, Any]:
         try:
             while process.poll() is None:
                 if time.monotonic() - started > SECONDS:
-                    raise BuildError(f"the compilers did not end within {SECONDS} s: set CXX or CUDA_HOME to others")
+                    raise BuildError(
+                        f"the compilers did not end within {SECONDS} s: set CXX or CUDA_HOME to other compilers"
+                    )
                 time.sleep(0.02)
         finally:
             if not (folder / RESULT).exists():  # else the worker has ended itself and all that it started

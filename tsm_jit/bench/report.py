@@ -67,7 +67,7 @@ class Progress:
     def __init__(self, environment: Row, measurements: int):
         # The estimate of the remaining time is the mean over all measurements, as their durations differ.
         self._bar = tqdm(total=measurements, unit="measurement", leave=False, smoothing=0, disable=None)
-        self._print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None))
+        self._print(", ".join(f"{name}: {value}" for name, value in environment.items() if value is not None))
 
     def __enter__(self) -> Progress:
         return self
