@@ -51,9 +51,9 @@ class Plain(nn.Module):
         return self.net(torch.cat([still, out.transpose(1, 2)], 1) if self.tokens else out)
 
 
-def timm_model(name):
+def timm_model(name, **options):
     timm = pytest.importorskip("timm", reason="needs timm: pip install 'tsm-jit[test]'")
-    return timm.create_model(name, num_classes=3)
+    return timm.create_model(name, num_classes=3, **options)
 
 
 def torchvision_model(name):
@@ -114,7 +114,7 @@ NETWORKS = {
         32,
         [f"blocks.{s}.{i}.conv_pw" for s, n in ((1, 2), (2, 3), (3, 4), (4, 3), (5, 3)) for i in range(1, n)],
     ),
-    "ViT (timm)": (lambda: timm_model("test_vit"), 160, places("blocks.{1}.attn.qkv", 6)),
+    "ViT (timm)": (lambda: timm_model("test_vit", dynamic_img_size=False), 160, places("blocks.{1}.attn.qkv", 6)),
 }
 
 
@@ -257,6 +257,20 @@ def test_on_a_stream(name):
         torch.testing.assert_close(frames.flatten(0, 1), plain(x), **CLOSE)
         stream.reset()
         torch.testing.assert_close(stream(streams[:, 0]), frames[:, 0], **CLOSE)
+
+
+@shows("online")
+def test_on_a_stream_in_both_directions(name):
+    net, where, x = made(name)
+    net, frames = net.eval(), 3
+    make_temporal_shift(net, frames)
+    stream, x = tsm_jit.online.convert(net), x[:frames]
+    assert stream.latency == len(where)
+    with torch.inference_mode():
+        expected = net(x)
+        outputs = [stream(frame[None]) for frame in x] + list(stream.flush())
+        actual = torch.cat([scores for scores in outputs if scores is not None])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
 
 def shifted_places(net):

@@ -145,15 +145,20 @@ class Step(nn.Module):
         return (scores, *new)
 
 
+@pytest.mark.parametrize("direction", ["past", "both"])
 @pytest.mark.parametrize("how", ["jit.trace", "export"])
-def test_streams_before_their_first_frame(how):
-    stream = tsm_jit.online.convert(resnet(direction="past"))
+def test_streams_before_their_first_frame(how, direction):
+    stream = tsm_jit.online.convert(resnet(direction=direction))
     assert not hasattr(stream, "state")
     frame = torch.randn(1, 3, 32, 32)
     step, inputs = Step(stream).eval(), (frame, *stream.initial_state(frame))
     graph = torch.jit.trace(step, inputs) if how == "jit.trace" else export(step, inputs).module()
-    for ours, expected in zip(graph(*inputs), step(*inputs), strict=True):
-        torch.testing.assert_close(ours, expected)
+    for _ in range(3):  # frames, each with the state of the one before
+        inputs = (torch.randn_like(frame), *inputs[1:])
+        outputs = step(*inputs)
+        for ours, expected in zip(graph(*inputs), outputs, strict=True):
+            torch.testing.assert_close(ours, expected)
+        inputs = (frame, *outputs[1:])
     with pytest.raises(ValueError, match="state must not be read before the first frame"):
         stream.state  # noqa: B018
 

@@ -47,7 +47,7 @@ def make_temporal_shift(
         temporal_pool: only for a ResNet: whether :func:`make_temporal_pool` halves the clips before ``layer2``. It must
             be called separately, before or after this function.
         inplace: as in :class:`TemporalShift`. The values are the same, with less memory and time.
-        direction: as in :class:`TemporalShift`. Use ``"past"`` for streaming.
+        direction: as in :class:`TemporalShift`. Use ``"past"`` for streams without latency.
         stages: the stages to shift, numbered from 1 as in ``layer1``, by default all. A ViT has one stage.
         blocks: the blocks to shift in each stage, numbered from 0 as in ``layer1.0``, by default all.
         non_local: only for a ResNet: ``"embedded_gaussian"`` or ``"dot_product"`` also inserts non-local blocks, see

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ try:
 
     _hooks_are_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     _needed: tuple = (forward_ad._current_level, torch.compiler._is_exporting_flag)
-    _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor)
+    _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor, Tensor._version)
+    from torch.utils._pytree import tree_map_only
 except (ImportError, AttributeError) as error:
     raise ImportError(f"tsm_jit does not support PyTorch {torch.__version__}, which lacks a private name: {error}")
 
@@ -76,3 +78,13 @@ def undifferentiable_view(x: Tensor) -> str | None:
     """Returns None if autograd can rebase the history of the view ``x``, otherwise the name of its ``CreationMeta``."""
     creation = _get_creation_meta(x)
     return None if creation == CreationMeta.DEFAULT else creation.name
+
+
+def map_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:
+    """Applies ``function`` to every tensor in nested lists, tuples and dictionaries."""
+    return tree_map_only(Tensor, function, values)
+
+
+def version(x: Tensor) -> int:
+    """The number of changes of ``x`` and its views in place. Raises RuntimeError for tensors of ``inference_mode``."""
+    return x._version

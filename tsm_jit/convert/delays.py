@@ -1,0 +1,187 @@
+"""Inserts the delays of a network whose shifts read later frames.
+
+A shift that reads ``d`` frames ahead returns a frame ``d`` frames after it arrived. Other inputs of a later layer, such
+as the skip branch of a residual block, must wait for it::
+
+    newest frame x[t] --+-- shift --> y[t-1] -- conv -- ... --+
+                        |                                     |
+                        +-- delay --> x[t-1] -----------------+--> sum of frame t-1
+
+The graph of torch.fx shows all such joins. A module without a shift is one node of the graph and runs unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tsm_jit.functional import shift_groups, temporal_shift
+from tsm_jit.modules.online import Delay, FrameShift, FrameState
+
+# Properties that do not differ between frames: layers may read them at any time.
+_METADATA = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad")
+_METADATA_METHODS = ("size", "dim", "ndimension", "numel", "stride", "is_floating_point", "get_device", "is_contiguous")
+
+
+def insert_delays(net: nn.Module, frame: FrameState) -> fx.GraphModule:
+    """Returns a graph of ``net`` whose joins wait for shifts that read later frames. Sets the latency of ``frame``.
+
+    Raises:
+        ValueError: torch.fx cannot trace the modules around the shifts, or they do not call each shift exactly once.
+    """
+    graph = _trace(net)
+    modules = dict(net.named_modules())
+    shifts = {
+        node: module
+        for node in graph.nodes
+        if node.op == "call_module" and isinstance(module := modules[node.target], FrameShift)
+    }
+    _check(graph, modules, shifts)
+    schedule = _Schedule(graph, shifts)
+    delays: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    def delayed(value: fx.Node, by: int, user: fx.Node) -> fx.Node:
+        if by == 0:
+            return value
+        if (value, by) not in delays:
+            previous = delayed(value, by - 1, user)
+            name = f"delay_{len(delays)}"
+            while hasattr(net, name):
+                name = f"_{name}"
+            place = str(value.target) if value.op == "call_module" else value.name
+            net.add_module(name, Delay(place, frame))
+            with graph.inserting_before(user):
+                delays[value, by] = graph.call_module(name, (previous,))
+        return delays[value, by]
+
+    for node, start in schedule.start.items():
+        for value in [each for each in node.all_input_nodes if each in schedule.start]:
+            if node in shifts:
+                node.args = tuple(delayed(value, by, node) for by in range(shifts[node].ahead + 1))
+            else:
+                node.replace_input_with(value, delayed(value, start - schedule.start[value], node))
+    for node, shift in shifts.items():
+        shift.delay = schedule.start[node]
+    frame.latency = schedule.latency
+    frame.reach = max(schedule.latency + 1, *(shift.delay + shift.behind for shift in shifts.values()))
+    result = fx.GraphModule(net, graph, type(net).__name__)
+    for name, module in result.named_modules():
+        module.training = net.get_submodule(name).training  # fx creates containers with training=True
+    return result
+
+
+class _Schedule:
+    """When each node runs: ``start[node]`` is the age, in frames, of the frame that its output belongs to.
+
+    Nodes that do not depend on the frames are not in ``start``.
+    """
+
+    def __init__(self, graph: fx.Graph, shifts: dict[fx.Node, FrameShift]):
+        earliest: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            ages = [earliest[each] for each in node.all_input_nodes if each in earliest]
+            if node.op == "placeholder" or (ages and not _is_metadata(node)):
+                earliest[node] = max(ages, default=0) + _ahead(node, shifts)
+        latest = dict(earliest)
+        for node in reversed(earliest):
+            users = [latest[user] - _ahead(user, shifts) for user in node.users if user in earliest]
+            latest[node] = min(users, default=earliest[node])
+        # A node waits if its inputs are stored anyway: the skip branch of a block runs on the input that waits for
+        # the shift. Otherwise its output waits.
+        stored: dict[fx.Node, int] = {}
+        for node, shift in shifts.items():
+            for value in node.all_input_nodes:
+                stored[value] = max(stored.get(value, 0), shift.ahead)
+        self.latency = earliest[next(node for node in graph.nodes if node.op == "output")]
+        self.start: dict[fx.Node, int] = {}
+        for node in earliest:
+            inputs = [each for each in node.all_input_nodes if each in earliest]
+            begin = max((self.start[each] for each in inputs), default=0) + _ahead(node, shifts)
+            wait = min((self.start[each] + stored.get(each, 0) for each in inputs), default=0)
+            self.start[node] = begin if node in shifts else max(begin, min(latest[node], wait))
+
+
+def _ahead(node: fx.Node, shifts: dict[fx.Node, FrameShift]) -> int:
+    return shifts[node].ahead if node in shifts else 0
+
+
+def _is_metadata(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _METADATA_METHODS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
+
+
+def _check(graph: fx.Graph, modules: dict[str, nn.Module], shifts: dict[fx.Node, FrameShift]) -> None:
+    calls = Counter(shifts.values())
+    for name, module in modules.items():
+        if isinstance(module, FrameShift) and calls[module] != 1:
+            place, got = name.rpartition(".")[0], "no call" if calls[module] == 0 else "a second call"
+            raise ValueError(f"model must call each shift once per frame, got {got} at {place!r}")
+    for node in graph.nodes:
+        if node.target in (temporal_shift, shift_groups):
+            raise ValueError(f"model must shift by modules such as TemporalShift, got a call of {node.target.__name__}")
+
+
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` in place. fx would record ``x = x + y``, which does not change other names of ``x``."""
+
+    def _in_place(self, function: Callable, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", functools.partialmethod(_Proxy._in_place, getattr(operator, _name)))
+
+
+class _Tracer(fx.Tracer):
+    """Traces only modules that contain shifts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._autocast = _autocast()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _autocast() != self._autocast:  # fx does not record it
+            raise ValueError("a module with shifts switches autocast in its forward")
+        return super().create_node(*args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, FrameShift) or not any(isinstance(each, FrameShift) for each in module.modules())
+
+
+def _autocast() -> list[bool]:
+    return [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+
+
+class _Caller(nn.Module):
+    """Calls a network with frames alone, so that its other parameters keep their defaults in the trace."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, frames: Tensor) -> Any:
+        return self.net(frames)
+
+
+def _trace(net: nn.Module) -> fx.Graph:
+    try:
+        graph = _Tracer().trace(_Caller(net))
+    except Exception as error:
+        raise ValueError(
+            "model must have a forward that torch.fx can trace, to delay what its shifts wait for, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix("net.")
+    return graph
