@@ -70,7 +70,9 @@ def _run(arguments: Sequence[str] | None) -> int:
 
     bench = add("bench", "time the operator, other implementations and a copy of the same number of bytes")
     bench.add_argument("--quick", action="store_true", help="a minimal run, in under a minute")
-    bench.add_argument("--network", action="store_true", help="time whole networks instead, training and inference")
+    instead = bench.add_mutually_exclusive_group()
+    instead.add_argument("--network", action="store_true", help="time whole networks instead, training and inference")
+    instead.add_argument("--streams", action="store_true", help="time networks on live streams instead, frame by frame")
     bench.add_argument(
         "--shape",
         action="append",
@@ -194,7 +196,7 @@ def _bench(options: argparse.Namespace) -> int:
             return 2
     _jit.load()  # after the checks of the arguments, as it may compile
     try:
-        bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.network)
+        bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.network, options.streams)
     except bench.Mismatch as error:
         sys.stderr.write(f"{error}\n")
         return 1

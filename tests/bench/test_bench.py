@@ -136,14 +136,35 @@ def test_streams(device, monkeypatch):
     def make():
         return torchvision.models.resnet18(num_classes=3)
 
-    found = [row for rows in streams.rows(device, 2, make, size=32) for row in rows]
-    names = ["without shift", "online", *["online, CUDA graph"] * (device.type == "cuda"), "the last 8 frames again"]
+    found = [row for rows in streams.rows(device, 2, make=make, size=32) for row in rows]
+    streaming = [f"{name}{graph}" for name in ("online", "both directions") for graph in ("", ", CUDA graph")]
+    streaming = [name for name in streaming if device.type == "cuda" or not name.endswith("graph")]
+    names = ["without shift", *streaming, "the last 8 frames again"]
     assert [(row["streams"], row["who"]) for row in found] == [(s, name) for s in (1, 8) for name in names]
     assert all(0 < row["median_milliseconds"] <= row["p99_milliseconds"] for row in found)
-    assert {row["state_mebibytes"] is None for row in found if row["who"].startswith("online")} == {False}
+    state = {row["who"]: row["state_mebibytes"] for row in found if row["streams"] == 1}
+    assert [name for name, size in state.items() if size is not None] == streaming
+    assert 0 < state["online"] < state["both directions"]
+    assert {(row["latency_frames"], row["who"].startswith("both")) for row in found} == {(0, False), (8, True)}
     monkeypatch.setattr(online.OnlineNetwork, "_store", lambda self, state: None)  # it forgets
-    with pytest.raises(bench.Mismatch, match="online: 1 streams do not have the scores of their clips"):
-        list(streams.rows(torch.device("cpu"), 2, make, size=32))
+    with pytest.raises(bench.Mismatch, match="online: 1 streams do not have the scores of their videos"):
+        list(streams.rows(torch.device("cpu"), 2, make=make, size=32))
+
+
+def test_streams_of_the_command_line(tmp_path, monkeypatch, capsys):
+    row = {"streams": 1, "who": "both directions", "median_milliseconds": 1.5, "p99_milliseconds": 2.0}
+    row |= {"latency_frames": 16, "state_mebibytes": 25.0, "peak_mebibytes": None}
+    monkeypatch.setattr(streams, "rows", lambda device, frames, counts: ([row | {"streams": n}] for n in counts))
+    assert cli.main(["bench", "--streams", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "streams.json").read_text())
+    assert [each["streams"] for each in results["online"]] == [1, 8]
+    results["environment"]["driver"] = "1"  # as on a GPU
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(results))
+    capsys.readouterr()
+    assert cli.main(["bench", "--report", str(path)]) == 0
+    cells = "1.50 | 2.00 | 25.00 | -"
+    assert f"| both directions | 16 | {cells} | {cells} |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", bench.LAYOUTS)

@@ -313,15 +313,23 @@ def call_overhead_rows(device: torch.device) -> list[Row]:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def run(output: Path, device: torch.device, shapes: tuple[Shape, ...], quick: bool, network: bool = False) -> Row:
+def run(
+    output: Path,
+    device: torch.device,
+    shapes: tuple[Shape, ...],
+    quick: bool,
+    network: bool = False,
+    streams: bool = False,
+) -> Row:
     """Runs the benchmark, or a minimal part if ``quick``. Writes ``bench.json`` and plots into ``output``.
 
-    With ``network`` it times whole networks instead and writes ``network.json``.
+    With ``network`` it times whole networks instead and writes ``network.json``. With ``streams`` it times streaming
+    networks instead and writes ``streams.json``.
     """
     from tsm_jit.bench import report
 
     torch.manual_seed(0)
-    parts = _parts(device, shapes, quick, network)
+    parts = _parts(device, shapes, quick, network, streams)
     results: Row = {"environment": environment(device)}
     try:
         with report.Progress(results["environment"], sum(part.measurements for part in parts)) as progress:
@@ -344,7 +352,7 @@ class Part(NamedTuple):
     rows: Iterable[list[Row]]
 
 
-def _parts(device: torch.device, shapes: tuple[Shape, ...], quick: bool, network: bool) -> list[Part]:
+def _parts(device: torch.device, shapes: tuple[Shape, ...], quick: bool, network: bool, streams: bool) -> list[Part]:
     cuda = device.type == "cuda"
     if network:
         from tsm_jit.bench import network as networks
@@ -352,6 +360,8 @@ def _parts(device: torch.device, shapes: tuple[Shape, ...], quick: bool, network
         selected_networks = networks.cases(cuda, quick)
         rows = networks.rows(device, selected_networks, 5 if quick else 50)
         return [Part("network", len(selected_networks), rows)]
+    if streams:
+        return [_streams_part(device, quick)]
 
     selected = shapes or (QUICK_SHAPES if quick else SHAPES if cuda else SHAPES[:3])
     dtypes, layouts = (DTYPES[:1], LAYOUTS[:1]) if quick else (DTYPES, LAYOUTS)
@@ -374,10 +384,17 @@ def _parts(device: torch.device, shapes: tuple[Shape, ...], quick: bool, network
         Part("peers", len(compared), (peer_rows(*case, device, 50, not quick) for case in compared)),
     ]
     if not quick:
-        from tsm_jit.bench import streams
-
-        parts.append(Part("online", len(streams.STREAMS), streams.rows(device, 300 if cuda else 10)))
+        parts.append(_streams_part(device, quick))
     return parts
+
+
+def _streams_part(device: torch.device, quick: bool) -> Part:
+    from tsm_jit.bench import streams
+
+    counts = streams.STREAMS[:1] if quick else streams.STREAMS
+    return Part(
+        "online", len(counts), streams.rows(device, 3 if quick else 300 if device.type == "cuda" else 10, counts)
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

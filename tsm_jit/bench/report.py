@@ -24,7 +24,8 @@ _COLUMNS = {
     ))),
     "sweep": ("mebibytes", *operations),
     "online": (
-        "streams", "who", "median_milliseconds", "p99_milliseconds", "state_mebibytes", "peak_mebibytes",
+        "streams", "who", "median_milliseconds", "p99_milliseconds", "latency_frames", "state_mebibytes",
+        "peak_mebibytes",
     ),
     "network": (
         "network", "family", "batch", "training", "compiled", "who",
@@ -40,6 +41,7 @@ _HEADS = {
     "gigabytes_per_second": "GB/s",
     "mebibytes": "MiB",
     "peak_mebibytes": "peak MiB",
+    "latency_frames": "latency",
     "state_mebibytes": "state MiB",
     "of_copy": "of copy",
     "against_eager": "vs eager",
@@ -48,14 +50,15 @@ _HEADS = {
     "of_no_shift_memory": "memory vs no shift",
 }
 _TEXT = ("shape", "dtype", "layout", "operation", "call", "who", "network", "family")
-_WIDTHS = {"shape": 26, "dtype": 8, "layout": 13, "call": 25, "who": 23, "network": 10} | dict.fromkeys(operations, 20)
+_WIDTHS = {"shape": 26, "dtype": 8, "layout": 13, "call": 25, "who": 27, "network": 10} | dict.fromkeys(operations, 20)
 _TITLES = {
     "calls": "CPU overhead of one call, 8 frames of 64 channels of 2x2. vs stock: times as fast as TSM's own code",
     "peers": "Single calls, on CUDA with cold caches. of copy: bandwidth relative to a copy of the tensor. "
     "vs eager: times as fast as eager PyTorch",
     "floor": "Many calls in a row: microseconds, and % of the bandwidth of a copy of the same number of bytes",
     "sweep": "Sizes from small to large, float32 NCHW TSM: microseconds, and % of the bandwidth of a copy",
-    "online": "One frame of a TSM-ResNet-50, 224x224 float32: latency from the frame to its scores on the device",
+    "online": "One frame of a TSM-ResNet-50, 224x224 float32: from the frame on the device to scores there. "
+    "latency: the scores are those of the frame that arrived this number of frames before",
     "network": "Networks with 8 frames per clip (TSAM: and a segment of audio), channels_last, on CUDA in bfloat16. "
     "Training: a step of SGD. Inference: on CUDA as a CUDA graph",
 }
@@ -114,9 +117,11 @@ def _text(column: str, value: Any) -> str:
 
 
 def write(results: Row, folder: Path) -> str:
-    """Writes ``bench.json`` or ``network.json``. Returns the file name."""
+    """Writes ``bench.json``, ``network.json`` or ``streams.json``. Returns the file name."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = "network.json" if "network" in results else "bench.json"
+    name = "bench.json"
+    if "calls" not in results:
+        name = "network.json" if "network" in results else "streams.json" if "online" in results else name
     partial = folder / f"{name}.partial"  # an interrupted write leaves the earlier file intact
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(folder / name)
@@ -147,6 +152,8 @@ def markdown(results: Row) -> str:
     title = f"{about['device']}, driver {about['driver']}, torch {about['torch']}, commit {about['commit']}"
     if "network" in results:
         return _network_markdown(results["network"], title)
+    if "calls" not in results:
+        return _streams_markdown(results["online"], title)
     whose = {
         "forward": ("eager", "compiled", "tsm_jit", "tsm_jit in place"),
         "backward": ("eager", "compiled", "tsm_jit"),
@@ -192,6 +199,22 @@ def markdown(results: Row) -> str:
         rows = [row for row in online if row["who"] == who]
         cells = [f"{row['median_milliseconds']:.2f} | {row['p99_milliseconds']:.2f}" for row in rows]
         lines.append(f"| {who} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _streams_markdown(rows: list[Row], title: str) -> str:
+    columns = ("median_milliseconds", "p99_milliseconds", "state_mebibytes", "peak_mebibytes")
+    heads = [f"{n}: {head}" for n in ("1 stream", "8 streams") for head in ("median", "p99", "state", "peak memory")]
+    lines = [
+        f"{title}. A frame of each stream through a ResNet-50, 224x224 float32, milliseconds and MiB:",
+        "",
+        "| | latency, frames | " + " | ".join(heads) + " |",
+        "| --- |" + " --- |" * (1 + len(heads)),
+    ]
+    for who in dict.fromkeys(row["who"] for row in rows):
+        of_who = [row for row in rows if row["who"] == who]
+        cells = ["-" if row[column] is None else f"{row[column]:.2f}" for row in of_who for column in columns]
+        lines.append(f"| {who} | {of_who[0]['latency_frames']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
