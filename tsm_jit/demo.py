@@ -186,6 +186,7 @@ def run(video: Path | None = None, output: Path = Path("tsm_jit_demo.png")) -> i
     repeats = 20 if cuda else 3
 
     title, total = f"TSM-ResNet-50 on {path.name}", len(nets) * (repeats + 1)
+    sys.stderr.write(f"timing {total} training steps on {device} ...\n")
     with tqdm(total=total, desc=title, unit="step", leave=False, disable=None) as bar:  # None: only on a terminal
         scores = {}
         for name, net in nets.items():  # also the warm-up

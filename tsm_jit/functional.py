@@ -232,7 +232,11 @@ def _n_segment(shape: torch.Size, n_segment: Any, channel_dim: int) -> int:
         if n_segment is None:
             n_segment = shape[1]
         elif integer("n_segment", n_segment, 1) != shape[1]:
-            raise ValueError(f"n_segment must equal the clip length {shape[1]} of x {list(shape)}, got {n_segment}")
+            swapped = channel_dim == 2 and shape[2] == n_segment
+            hint = ": x must be [N, T, C, H, W], not [N, C, T, H, W]" if swapped else ""
+            raise ValueError(
+                f"n_segment must equal the clip length {shape[1]} of x {list(shape)}, got {n_segment}{hint}"
+            )
         if shape[1] == 0:
             raise ValueError(f"x must have at least one frame per clip, got the shape {list(shape)}")
         return int(n_segment)

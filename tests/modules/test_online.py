@@ -78,7 +78,7 @@ def test_reset_of_some_streams():
             ValueError, match=f"mask must be torch.bool with one value for each of {STREAMS} streams, got"
         ):
             stream.reset(mask)
-    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+    with pytest.raises(TypeError, match=r"mask must be a tensor .* got list"):
         stream.reset([True])
 
 

@@ -113,6 +113,12 @@ INPUTS = [
         "n_segment must equal the clip length 3 of x [2, 3, 16, 3, 3], got 4",
     ),
     (
+        lambda device: torch.randn(2, 16, 4, 3, 3, device=device),
+        ValueError,
+        "n_segment must equal the clip length 16 of x [2, 16, 4, 3, 3], got 4: "
+        "x must be [N, T, C, H, W], not [N, C, T, H, W]",
+    ),
+    (
         lambda device: torch.randn(2, 0, 16, 3, 3, device=device),
         ValueError,
         "n_segment must equal the clip length 0 of x [2, 0, 16, 3, 3], got 4",

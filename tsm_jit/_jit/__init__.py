@@ -154,7 +154,8 @@ def _build_and_load(wanted: BuildSpec, compile: bool) -> bool:
 
 def _with_log(build: Any) -> Any:
     def run(wanted: BuildSpec, folder: Path) -> dict[str, Any]:
-        log(f"compiling the kernels with {'C++' if wanted.backend == 'cpu' else wanted.backend}, only once ...")
+        compiler = "C++" if wanted.backend == "cpu" else wanted.backend
+        log(f"compiling the kernels with {compiler} for this and all later imports, which takes 4 to 120 s ...")
         result = build(wanted, folder)
         log(f"compiled the kernels for {', '.join(['CPU', *result['architectures']])} in {result['seconds']} s")
         status.compiled = True

@@ -80,7 +80,9 @@ def _backend(name: str, status: _jit.Status) -> str:
         return f"not used: {status.failed[name]}"
     if name not in _jit.backends():
         return "not used: " + ("TSM_JIT_NVRTC is set" if torch.version.cuda else "this PyTorch has no CUDA")
-    return "not needed" if status.entry is not None else "not compiled yet: the next import will try it"
+    if status.entry is None:
+        return "not compiled yet: the next import will try it"
+    return f"not needed: {status.entry.manifest['backend']} compiled the kernels of all devices"
 
 
 def _commands(entry: cache.Entry) -> list[str]:

@@ -61,7 +61,11 @@ class n_segment:
                     )
                 changes.append((module, "n_segment_shifted", new // divisor - fixed))
         self._before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+        self._lengths = old, new
         _assign(changes)
+
+    def __repr__(self) -> str:
+        return "n_segment: {1} frames per clip, before {0}".format(*self._lengths)
 
     def __enter__(self) -> None:
         pass

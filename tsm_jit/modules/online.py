@@ -369,7 +369,7 @@ class OnlineNetwork(nn.Module):
                     value.zero_()
             return
         if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+            raise TypeError(f"mask must be a tensor [S] of torch.bool, got {type(mask).__name__}")
         state = self.state[:1] if self._frame.reach else self.state  # no shift reads frames that do not exist
         streams = {each.shape[0] for each in state}
         if mask.dtype != torch.bool or mask.dim() != 1 or streams != {len(mask)}:
