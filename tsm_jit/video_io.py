@@ -89,6 +89,41 @@ def read_segments(path: Path, n_segment: int = 8) -> Tensor:
     return torch.stack(frames).permute(0, 3, 1, 2)
 
 
+def read_frames(path: Path, side: int) -> Tensor:
+    """Reads all frames of a video and scales their shorter side.
+
+    Args:
+        path: the path of the video file.
+        side: the length of the shorter side in pixels.
+
+    Returns:
+        The frames, uint8 ``[F, 3, H, W]``.
+
+    Raises:
+        UnusableVideoError: the file is missing or damaged, or has no video stream.
+
+    Example::
+
+        frames = tsm_jit.video_io.read_frames(tsm_jit.video_io.default_clip(), side=64)
+    """
+    frames: list[Tensor] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UnusableVideoError(f"{path} has no video stream, only sound")
+            for frame in container.decode(video=0):
+                if not frames:
+                    scale = side / min(frame.width, frame.height)
+                    width, height = (max(side, round(length * scale)) for length in (frame.width, frame.height))
+                small = frame.reformat(width, height, "rgb24", interpolation="AREA")  # at once: whole videos fit
+                frames.append(torch.from_numpy(small.to_ndarray()).permute(2, 0, 1))
+    except FileNotFoundError:
+        raise UnusableVideoError(f"{path} does not exist") from None
+    except (av.FFmpegError, OSError) as error:
+        raise UnusableVideoError(f"{path} cannot be read as a video: {error.strerror or error}") from None
+    return torch.stack(frames) if frames else torch.empty(0, 3, side, side, dtype=torch.uint8)
+
+
 def network_input(frames: Tensor) -> Tensor:
     """Preprocesses frames for networks trained on ImageNet.
 
