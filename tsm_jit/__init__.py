@@ -34,6 +34,7 @@ __all__ = [
     "audio",
     "checkpoints",
     "decompositions",
+    "distributed",
     "info",
     "make_temporal_pool",
     "make_temporal_shift",
@@ -49,7 +50,15 @@ __all__ = [
     "tsam",
 ]
 
-_LAZY_MODULES = ("audio", "checkpoints", "non_local", "online", "residual", "tsam")  # keeps `import tsm_jit` fast
+_LAZY_MODULES = (
+    "audio",
+    "checkpoints",
+    "distributed",
+    "non_local",
+    "online",
+    "residual",
+    "tsam",
+)  # keeps `import tsm_jit` fast
 
 
 def __getattr__(name: str) -> ModuleType:

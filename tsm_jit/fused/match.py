@@ -82,8 +82,10 @@ def unshifted_module(module: nn.Module) -> nn.Module:
 
 
 def is_shifted(module: nn.Module) -> TypeGuard[ShiftedModule]:
-    """Whether ``module`` is a temporal shift without hooks."""
-    return type(module) in (tsm.TemporalShift, tsam.TemporalShift) and not has_hooks(module)
+    """Whether ``module`` is a temporal shift without hooks, whose frames are all in this process."""
+    if type(module) not in (tsm.TemporalShift, tsam.TemporalShift) or has_hooks(module):
+        return False
+    return module.split_shard() is None  # type: ignore[operator]
 
 
 def is_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:

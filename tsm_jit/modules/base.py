@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
@@ -18,6 +21,12 @@ class ClipModule(nn.Module):
 
     n_segment: int
     halves_clip = False  # whether it halves the clip length before it calls its module
+    time_shard: ops.TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
+
+    def split_shard(self) -> ops.TimeShard | None:
+        """Returns the part of each clip that this process holds, or None if it holds all frames."""
+        shard = self.time_shard
+        return shard if shard is not None and shard.ranks > 1 else None
 
     def checked_n_segment(self) -> int:
         """``n_segment``, for a forward.
@@ -59,6 +68,30 @@ class ShiftedModule(ClipModule):
         """Returns the encoded shift for an input with the shape and type of ``x``."""
         raise NotImplementedError
 
+    def refuse_split(self) -> None:
+        """Raises NotImplementedError for ``torch.fx`` if this process holds only a part of the frames."""
+        if self.split_shard() is not None:
+            raise NotImplementedError("a network whose clips are split over ranks must not be traced by torch.fx")
+
+    def whole_clips(self, x: Tensor) -> Tensor:
+        """Returns ``x``, or a tensor without data in the shape of the whole clips if this process holds a part of them.
+
+        :meth:`shift_of` takes the result.
+
+        Raises:
+            ValueError: ``x`` does not have the frames that this rank must hold of each clip.
+        """
+        shard = self.split_shard()
+        if shard is None or not isinstance(x, Tensor):
+            return x
+        length, held, dim = self.n_segment, shard.length(self.n_segment), 1 if x.dim() == 5 else 0
+        if x.dim() == 0 or (x.shape[1] != held if dim else x.shape[0] % held != 0):
+            raise ValueError(
+                f"x must have the {held} frames of each clip that rank {shard.rank} of {shard.ranks} holds of "
+                f"n_segment={length}, got the shape {list(x.shape)}"
+            )
+        return x.new_empty([*x.shape[:dim], x.shape[dim] // held * length, *x.shape[dim + 1 :]], device="meta")
+
     def call_shifted(self, x: Tensor, shift: str, num_prefix_tokens: int = 0, *, inplace: bool | None = None) -> Tensor:
         """Calls the wrapped module with the shifted ``x``. Afterwards ``x`` has the same bits as before.
 
@@ -67,7 +100,12 @@ class ShiftedModule(ClipModule):
         net = self.shifted_module()
         eager = ops.eager()
         only_reads = eager and only_reads_input(net)
-        temporal_shift = ops.temporal_shift_for_single_consumer if only_reads else ops.temporal_shift
+        shard = self.split_shard()
+        temporal_shift: Callable[[Tensor, str], Tensor]
+        if shard is not None:  # a recomputation in the backward takes the edges that have arrived in the forward
+            temporal_shift = functools.partial(ops.sharded_shift, shard=shard, transfers=[])
+        else:
+            temporal_shift = ops.temporal_shift_for_single_consumer if only_reads else ops.temporal_shift
 
         def shifted(x: Tensor) -> Tensor:
             moved = temporal_shift(x[:, num_prefix_tokens:] if num_prefix_tokens else x, shift)
@@ -79,7 +117,8 @@ class ShiftedModule(ClipModule):
             with ops.recomputing_shift(x, shifted) as copy:
                 return net(copy)
         # Memory of the CPU may be a read-only file, or other threads may read it.
-        if x.is_cuda and only_reads and ops.has_no_overlap(x) and not x.is_conj() and not x.is_neg():
+        may_write = shard is None and x.is_cuda and only_reads
+        if may_write and ops.has_no_overlap(x) and not x.is_conj() and not x.is_neg():
             with ops.shifted_in_place(x[:, num_prefix_tokens:] if num_prefix_tokens else x, shift):
                 return net(x)
         return net(shifted(x))

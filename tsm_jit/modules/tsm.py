@@ -78,8 +78,9 @@ class TemporalShift(ShiftedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):  # a proxy of torch.fx
+            self.refuse_split()
             return self.net(temporal_shift(x, self.n_segment, self.fold_div, direction=self.direction))
-        return self.call_shifted(x, self.shift_of(x))
+        return self.call_shifted(x, self.shift_of(self.whole_clips(x)))
 
     @staticmethod
     def shift(x: Tensor, n_segment: int, fold_div: int = 3, inplace: bool = False, vect: Any = None) -> Tensor:
@@ -130,13 +131,15 @@ class TokenShift(TemporalShift):
     def forward(self, x: Tensor) -> Tensor:
         still = self.num_prefix_tokens
         if not isinstance(x, Tensor):  # a proxy of torch.fx
+            self.refuse_split()
             tokens, length = x[:, still:] if still else x, self.n_segment
             shifted = temporal_shift(tokens, length, self.fold_div, direction=self.direction, channel_dim=-1)
             return self.net(torch.cat([x[:, :still], shifted], 1) if still else shifted)
         if x.dim() != 3:
             raise ValueError(f"x must be tokens [N*T, L, C], got {list(x.shape)}")
+        tokens = self.whole_clips(x[:, still:])
         shift = encode_temporal(
-            x[:, still:], self.checked_n_segment(), self.fold_div, direction=self.direction, channel_dim=-1
+            tokens, self.checked_n_segment(), self.fold_div, direction=self.direction, channel_dim=-1
         )
         return self.call_shifted(x, shift, still)
 

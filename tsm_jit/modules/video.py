@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
+from tsm_jit import ops
 from tsm_jit.modules.base import ClipModule
 
 
@@ -24,6 +26,9 @@ class VideoModel(nn.Module):
         TypeError: in ``forward``: ``clips`` is not a tensor.
         ValueError: in ``forward``: ``clips`` is not five-dimensional, or its length differs from the ``n_segment`` of
             the backbone. ``tsm_jit.n_segment(model, length)`` changes it.
+
+    If :func:`tsm_jit.distributed.parallelize_time` splits the clips over ranks, the input is the frames of this rank,
+    ``[N*L, C, H, W]`` or ``[N, L, C, H, W]``. The scores are the mean over the frames of all ranks.
 
     Example::
 
@@ -47,9 +52,13 @@ class VideoModel(nn.Module):
             # A proxy of torch.fx: no checks.
             scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1))))
             return scores.unflatten(0, (clips.shape[0], -1)).mean(1)
+        shifts = [each for each in self.backbone.modules() if isinstance(each, ClipModule)]
+        shard = next((each.time_shard for each in shifts if each.time_shard is not None), None)
+        length = max([each.n_segment for each in shifts]) if shifts else None
+        if shard is not None and length is not None:
+            return self._mean_over_ranks(clips, length, shard)
         if clips.dim() != 5:
             raise ValueError(f"clips must be [N, T, C, H, W], got {list(clips.shape)}")
-        length = max((each.n_segment for each in self.backbone.modules() if isinstance(each, ClipModule)), default=None)
         if length not in (None, clips.shape[1]):
             raise ValueError(
                 f"clips must have n_segment={length} frames, as the backbone is converted for, got "
@@ -58,3 +67,18 @@ class VideoModel(nn.Module):
         scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1))))
         frames = scores.shape[0] // (clips.shape[0] if clips.shape[0] > 0 else 1)  # max() would be constant in traces
         return scores.reshape(clips.shape[0], frames, *scores.shape[1:]).mean(1)
+
+    def _mean_over_ranks(self, clips: Tensor, n_segment: int, shard: ops.TimeShard) -> Tensor:
+        """The scores of split clips. The frames of this rank are ``[N, L, C, H, W]`` or ``[N*L, C, H, W]``."""
+        held = shard.length(n_segment)
+        if clips.dim() not in (4, 5) or (clips.shape[1] != held if clips.dim() == 5 else clips.shape[0] % held != 0):
+            raise ValueError(
+                f"clips must have the {held} frames that rank {shard.rank} of {shard.ranks} holds of n_segment="
+                f"{n_segment}, as [N, {held}, C, H, W] or [N*{held}, C, H, W], got {list(clips.shape)}"
+            )
+        scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1) if clips.dim() == 5 else clips)))
+        scores = scores.reshape(scores.shape[0] // held, held, *scores.shape[1:])
+        if shard.ranks == 1:
+            return scores.mean(1)
+        total = scores.sum(1, dtype=torch.promote_types(scores.dtype, torch.float32))  # rounds once, at the end
+        return (ops.sum_over_ranks(total, shard) / n_segment).to(scores.dtype)

@@ -1,6 +1,11 @@
 """The operators ``torch.ops.tsm_jit.*``: schemas, PyTorch fallback, fake implementations and autograd."""
 
 from tsm_jit.ops.compat import eager, transforms_are_active
+from tsm_jit.ops.sharded_shift import (
+    TimeShard,
+    sharded_shift,
+    sum_over_ranks,
+)
 from tsm_jit.ops.temporal_shift import (
     decompositions,
     has_no_overlap,
@@ -14,11 +19,14 @@ from tsm_jit.ops.temporal_shift import (
 )
 
 __all__ = [
+    "TimeShard",
     "decompositions",
     "eager",
     "has_no_overlap",
     "recomputing_shift",
+    "sharded_shift",
     "shifted_in_place",
+    "sum_over_ranks",
     "temporal_shift",
     "temporal_shift_",
     "temporal_shift_backward",

@@ -88,3 +88,18 @@ def map_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:
 def version(x: Tensor) -> int:
     """The number of changes of ``x`` and its views in place. Raises RuntimeError for tensors of ``inference_mode``."""
     return x._version
+
+
+def collectives() -> Any:
+    """Returns the collective operators that neither block the host nor need a ``Work`` object.
+
+    ``wait_tensor`` waits for their result, on a GPU by its stream alone.
+    """
+    return torch.ops._c10d_functional
+
+
+def process_group(name: str) -> Any:
+    """Returns the process group with this name. The collective operators take its name, others take the group."""
+    from torch.distributed.distributed_c10d import _resolve_process_group  # not in every build of PyTorch
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Fun
         @staticmethod
         def forward(ctx, x, shift):
             ctx.shift = shift
-            _mark_clip_length(ctx, x, shift)
+            mark_clip_length(ctx, x, shift)
             return kernel(x, shift)
 
         @staticmethod
@@ -113,7 +113,7 @@ def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Fun
     return Eager, Transformable
 
 
-def _mark_clip_length(ctx, x: Tensor, shift: str) -> None:
+def mark_clip_length(ctx, x: Tensor, shift: str) -> None:
     """Saves an empty tensor whose shape tells the clip length.
 
     Activation checkpointing compares the shapes of saved tensors with the recomputed ones. So it raises an error if the
@@ -148,7 +148,7 @@ class _ShiftForSingleConsumer(Function):
     @staticmethod
     def forward(ctx, x, shift):
         ctx.shift = shift
-        _mark_clip_length(ctx, x, shift)
+        mark_clip_length(ctx, x, shift)
         return _forward_kernel(x, shift)
 
     @staticmethod

@@ -1,0 +1,372 @@
+"""Operators for clips whose frames are split over processes: each rank of a group holds consecutive frames.
+
+A frame may read a frame of another rank. Only these edges travel::
+
+    rank 0        rank 1        rank 2
+    0  1  2  3 |  4  5  6  7 |  8  9 10 11      frames of the clip
+             <--  4                             a group with offset +1: frame 3 reads frame 4
+             3 -->                              a group with offset -1: frame 4 reads frame 3
+
+- ``sharded_shift(x, shift, shard) -> Tensor`` and its adjoint ``sharded_shift_backward``. Each is the derivative of the
+  other. ``shift`` is the encoded shift of the whole clip.
+- ``sum_over_ranks(x, shard) -> Tensor``, which is its own adjoint.
+
+Each call packs all edges into one buffer and starts one ``all_to_all_single``: one message to each rank that needs one.
+Meanwhile the local frames are shifted with zero padding. Then the edges that arrived are written. The adjoint sends the
+gradients of the edges back and adds them. On a GPU the host waits only in :func:`_check_calls`.
+
+Backward computes gradients of the sum of the losses of all ranks. In compiled graphs these operators are opaque.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from tsm_jit.ops.compat import collectives, eager, is_exporting, process_group, transforms_are_active
+from tsm_jit.ops.temporal_shift import (
+    has_no_overlap,
+    mark_clip_length,
+    temporal_shift,
+    temporal_shift_backward,
+)
+from tsm_jit.plans import Shift, decode
+from tsm_jit.reference import has_clip_dim
+
+
+class TimeShard(NamedTuple):
+    """The place of this process among the ranks that share the frames of every clip.
+
+    Each rank holds ``n_segment // ranks`` consecutive frames, the first ``n_segment % ranks`` ranks one more.
+    """
+
+    rank: int
+    ranks: int
+    group: str  # the name of the process group
+
+    def length(self, n_segment: int) -> int:
+        """The number of frames that this rank holds of a clip. Raises ValueError if a rank would have none."""
+        if n_segment < self.ranks:
+            raise ValueError(f"n_segment must be at least the number of ranks, {self.ranks}, got {n_segment}")
+        return n_segment // self.ranks + (self.rank < n_segment % self.ranks)
+
+    def frames(self, n_segment: int) -> range:
+        """The frames that this rank holds of a clip. Raises ValueError if a rank would have none."""
+        length = self.length(n_segment)
+        begin = self.rank * (n_segment // self.ranks) + min(self.rank, n_segment % self.ranks)
+        return range(begin, begin + length)
+
+
+# --- which frames travel ---------------------------------------------------------------------------------------------
+
+
+class _Edge(NamedTuple):
+    """Frames of a channel group that one rank sends to another, or to itself."""
+
+    channel: int
+    width: int
+    source: int  # the first frame, counted from the first that the sender holds
+    target: int  # the first frame that reads it, counted from the first that the receiver holds
+    length: int
+
+
+class _Exchange(NamedTuple):
+    length: int  # the number of frames of a clip on this rank
+    local: str  # the shift of these frames, with zero padding
+    sent: tuple[tuple[_Edge, ...], ...]  # to each rank
+    received: tuple[tuple[_Edge, ...], ...]  # from each rank
+    is_needed: bool  # whether any rank sends an edge
+
+
+@functools.lru_cache(maxsize=4096)
+def _exchange_of(encoded: str, rank: int, ranks: int) -> _Exchange:
+    shift = decode(encoded)
+    frames = [TimeShard(each, ranks, "").frames(shift.n_segment) for each in range(ranks)]
+    edges: list[list[list[_Edge]]] = [[[] for _ in range(ranks)] for _ in range(ranks)]  # [from][to]
+    starts = [each.start for each in frames]
+    channel = 0
+    for width, offset in shift.plan:
+        for receiver, target in _edge_frames(shift, width, offset, frames):
+            source = _source(shift, target + offset, target)
+            if source is not None:
+                sender = bisect_right(starts, source) - 1
+                edge = _Edge(channel, width, source - starts[sender], target - starts[receiver], length=1)
+                _append(edges[sender][receiver], edge)
+        channel += width
+    return _Exchange(
+        length=len(frames[rank]),
+        local=_local_shift(shift, frames[rank]).encode(),
+        sent=tuple(tuple(each) for each in edges[rank]),
+        received=tuple(tuple(each[rank]) for each in edges),
+        is_needed=any(edge for row in edges for edge in row),
+    )
+
+
+def _edge_frames(shift: Shift, width: int, offset: int, frames: list[range]) -> Iterator[tuple[int, int]]:
+    """Yields each rank and its frames for which the shift of the local frames has no source."""
+    if width == 0 or offset == 0:
+        return
+    for rank, held in enumerate(frames):
+        shifted = range(held.start, min(held.stop, shift.n_segment_shifted))
+        for target in shifted:
+            if target + offset not in shifted:
+                yield rank, target
+
+
+def _source(shift: Shift, source: int, target: int) -> int | None:
+    """The frame of the clip that ``target`` reads if the plan names ``source``; None if the padding is zero."""
+    n = shift.n_segment_shifted
+    if 0 <= source < n:
+        return source
+    if shift.padding == "zeros":
+        return None
+    if shift.padding == "keep":
+        return target
+    return source % n if shift.is_circular else min(max(source, 0), n - 1)
+
+
+def _append(edges: list[_Edge], edge: _Edge) -> None:
+    """Appends an edge, or extends the last one by it if both are of one group and of consecutive frames."""
+    if edges:
+        last = edges[-1]
+        if last._replace(source=last.source + last.length, target=last.target + last.length, length=1) == edge:
+            edges[-1] = last._replace(length=last.length + 1)
+            return
+    edges.append(edge)
+
+
+def _local_shift(shift: Shift, held: range) -> Shift:
+    shifted = min(held.stop, shift.n_segment_shifted) - held.start
+    plan = shift.plan if shifted > 0 else ()  # all of these frames never take part
+    return Shift(len(held), max(shifted, 1), shift.channel_dim, "zeros", plan).canonical()
+
+
+# --- communication ---------------------------------------------------------------------------------------------------
+
+
+class _Transfer:
+    """The edges of ``x`` on their way to the frames that read them, or the gradients of edges on their way back.
+
+    The constructor starts the transfer, :meth:`write` waits for it.
+    """
+
+    def __init__(self, x: Tensor, encoded: str, shard: TimeShard, *, is_gradient: bool = False):
+        shift = decode(encoded)
+        self.channel_dim, self.is_gradient = shift.channel_dim, is_gradient
+        self.adds = is_gradient and shift.needs_sum
+        self.exchange = exchange = _exchange_of(encoded, shard.rank, shard.ranks)
+        self.arrived: Tensor | None = None
+        if not exchange.is_needed:
+            return
+        if has_clip_dim(x.dim(), shift.channel_dim):
+            clips, _, *frame = x.shape
+        else:
+            clips, frame = x.shape[0] // exchange.length, list(x.shape[1:])
+        _check_calls(
+            f"{'the gradient of ' if is_gradient else ''}clips {[clips, shift.n_segment, *frame]} {x.dtype}, {encoded}",
+            x.device,
+            shard,
+        )
+        sent, received = exchange.sent, exchange.received
+        if is_gradient:
+            sent, received = received, sent
+        views = self._views(x, sent, at_source=not is_gradient)
+        buffer = torch.empty(sum([view.numel() for view in views]), dtype=x.dtype, device=x.device)
+        for view, part in _pairs(views, buffer):
+            part.copy_(view)
+        bytes_per_channel = clips * math.prod(frame) // frame[shift.channel_dim - x.dim()] * x.element_size()
+        self._pending = collectives().all_to_all_single(
+            buffer.view(torch.uint8),  # not every backend transfers every dtype
+            [bytes_per_channel * sum([edge.width * edge.length for edge in edges]) for edges in received],
+            [bytes_per_channel * sum([edge.width * edge.length for edge in edges]) for edges in sent],
+            shard.group,
+        )
+        self._dtype = x.dtype
+
+    def write(self, x: Tensor) -> None:
+        """Writes the edges into ``x``, or adds gradients that meet. ``x`` has the shape of the tensor that was sent."""
+        exchange = self.exchange
+        if not exchange.is_needed:
+            return
+        if self.arrived is None:
+            self.arrived = collectives().wait_tensor(self._pending).view(self._dtype)
+        views = self._views(x, exchange.sent if self.is_gradient else exchange.received, at_source=self.is_gradient)
+        for view, part in _pairs(views, self.arrived):
+            view.add_(part) if self.adds else view.copy_(part)
+
+    def _views(self, x: Tensor, edges_of_ranks: tuple[tuple[_Edge, ...], ...], *, at_source: bool) -> list[Tensor]:
+        """The frames ``[N, length, ...]`` of ``x`` that the edges read (``at_source``) or write."""
+        channel_dim = self.channel_dim
+        if not has_clip_dim(x.dim(), channel_dim):
+            x, channel_dim = x.unflatten(0, (-1, self.exchange.length)), channel_dim + 1
+        frames = [(edge.source if at_source else edge.target, edge) for edge in chain(*edges_of_ranks)]
+        return [x.narrow(1, first, edge.length).narrow(channel_dim, edge.channel, edge.width) for first, edge in frames]
+
+
+def _pairs(views: list[Tensor], buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields each view with its part of the flat ``buffer``, in the same shape."""
+    for view, part in zip(views, buffer.split([view.numel() for view in views]), strict=True):
+        yield view, part.view(view.shape)
+
+
+_known_calls: set[tuple[str, str]] = set()
+
+
+def _check_calls(call: str, device: torch.device, shard: TimeShard) -> None:
+    """Raises ValueError on all ranks, before any data moves, unless all ranks make the same ``call``.
+
+    The ranks must agree on when they compare calls: a comparison on one rank would meet another operation on the next.
+    On CPUs, where communication blocks the host anyway, they compare at each call. On GPUs the comparison waits for the
+    device, so a rank takes part when it first sees a call. All earlier calls were equal, so a call is new to all ranks
+    or to none. If ranks differ and for one of them the call is not new, the time-out of the group ends all of them.
+    """
+    if device.type != "cpu" and (shard.group, call) in _known_calls:
+        return
+    digest = int.from_bytes(hashlib.blake2b(call.encode(), digest_size=8).digest(), "little", signed=True)
+    own, ones = torch.full((shard.ranks,), digest, dtype=torch.int64, device=device), [1] * shard.ranks
+    others = collectives().wait_tensor(collectives().all_to_all_single(own, ones, ones, shard.group))
+    if not torch.equal(own, others):
+        calls: list[Any] = [None] * shard.ranks
+        torch.distributed.all_gather_object(calls, call, group=process_group(shard.group))
+        got = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(calls))
+        raise ValueError(f"all ranks must call a shift with the same shape, dtype and clip length, got {got}")
+    _known_calls.add((shard.group, call))
+
+
+# --- the maps, without autograd --------------------------------------------------------------------------------------
+
+
+def _shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Transfer] | None = None) -> Tensor:
+    transfer = transfers[0] if transfers else _Transfer(x, shift, shard)
+    if transfers is not None and not transfers:
+        transfers.append(transfer)
+    return _written(temporal_shift(x, transfer.exchange.local), transfer)
+
+
+def _shift_adjoint(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
+    transfer = _Transfer(grad, shift, shard, is_gradient=True)
+    return _written(temporal_shift_backward(grad, transfer.exchange.local), transfer)
+
+
+def _written(out: Tensor, transfer: _Transfer) -> Tensor:
+    if not has_no_overlap(out):  # an expanded tensor was shifted before expansion
+        out = out.contiguous()
+    transfer.write(out)
+    return out
+
+
+def _sum(x: Tensor, shard: TimeShard) -> Tensor:
+    _check_calls(f"the sum of {list(x.shape)} {x.dtype} over ranks", x.device, shard)
+    return collectives().wait_tensor(collectives().all_reduce(x.contiguous(), "sum", shard.group))
+
+
+# --- autograd and compilers ------------------------------------------------------------------------------------------
+
+
+class _Shift(Function):
+    @staticmethod
+    def forward(ctx, x, shift, shard, kernel):
+        ctx.call = shift, shard
+        mark_clip_length(ctx, x, shift)
+        return kernel(x, shift, shard)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sharded_shift_backward(grad, *ctx.call), None, None, None
+
+
+class _ShiftAdjoint(Function):
+    @staticmethod
+    def forward(ctx, grad, shift, shard, kernel):
+        ctx.call = shift, shard
+        return kernel(grad, shift, shard)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sharded_shift(grad, *ctx.call), None, None, None
+
+
+class _Sum(Function):
+    @staticmethod
+    def forward(ctx, x, shard, kernel):
+        ctx.shard = shard
+        return kernel(x, shard)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_over_ranks(grad, ctx.shard), None, None
+
+
+def sharded_shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Transfer] | None = None) -> Tensor:
+    """Applies ``shift`` to split clips. ``x`` has the frames of this rank.
+
+    A call with an empty list ``transfers`` keeps the edges that arrive in it. Later calls with it repeat the shift of
+    the same ``x`` without communication.
+    """
+    if _is_compiling(x):
+        return torch.ops.tsm_jit.sharded_shift.default(x, shift, *shard)
+    return _Shift.apply(x, shift, shard, functools.partial(_shift, transfers=transfers))
+
+
+def sharded_shift_backward(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
+    """The adjoint of :func:`sharded_shift`: the gradient of the sum of what all ranks compute."""
+    if _is_compiling(grad):
+        return torch.ops.tsm_jit.sharded_shift_backward.default(grad, shift, *shard)
+    return _ShiftAdjoint.apply(grad, shift, shard, _shift_adjoint)
+
+
+def sum_over_ranks(x: Tensor, shard: TimeShard) -> Tensor:
+    """The sum of ``x`` over the ranks, equal on all of them. Its gradient is the sum of the gradients of all ranks."""
+    return torch.ops.tsm_jit.sum_over_ranks.default(x, *shard) if _is_compiling(x) else _Sum.apply(x, shard, _sum)
+
+
+def _is_compiling(x: Tensor) -> bool:
+    """Whether a compiler calls with ``x``. Raises NotImplementedError for tracers and transforms of functions."""
+    if eager():
+        return type(x) is not Tensor  # compilers trace gradients with subclasses
+    if is_compiling() and not is_exporting() and not transforms_are_active():
+        return True
+    raise NotImplementedError(
+        "a network whose clips are split over ranks must not be traced, exported or transformed by torch.func: its "
+        "shifts exchange frames with other processes"
+    )
+
+
+_library = torch.library.Library("tsm_jit", "FRAGMENT")
+
+
+def _register(name: str, arguments: str, compute: Callable[..., Tensor], function: type[Function]) -> None:
+    for overload in ("", ".kernel"):  # compiled graphs contain the second, which has no autograd
+        schema = f"{name}{overload}({arguments}, int rank, int ranks, str group) -> Tensor"
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.tsm_jit, name)
+
+    @torch.no_grad()
+    def kernel(x: Tensor, *others: Any) -> Tensor:
+        return compute(x, *others[:-3], TimeShard(*others[-3:]))
+
+    def dispatched_kernel(x: Tensor, *others: Any) -> Tensor:
+        return op.kernel(x, *others[:-1], *others[-1])
+
+    def autograd_kernel(x: Tensor, *others: Any) -> Tensor:
+        return function.apply(x, *others[:-3], TimeShard(*others[-3:]), dispatched_kernel)
+
+    for each in (op.default, op.kernel):
+        _library.impl(each, kernel, "CompositeExplicitAutograd")
+        _library.impl(each, lambda x, *_: torch.empty_like(x), "Meta")
+    _library.impl(op.default, autograd_kernel, "Autograd")
+
+
+_register("sharded_shift", "Tensor x, str shift", _shift, _Shift)
+_register("sharded_shift_backward", "Tensor grad, str shift", _shift_adjoint, _ShiftAdjoint)
+_register("sum_over_ranks", "Tensor x", _sum, _Sum)
