@@ -3,6 +3,7 @@
 import os
 import random
 
+import mmaction2_package  # noqa: F401 (before tests that import tsm_jit.mmaction2, which imports mmaction2)
 import pytest
 import torch
 

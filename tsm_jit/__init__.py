@@ -50,15 +50,8 @@ __all__ = [
     "tsam",
 ]
 
-_LAZY_MODULES = (
-    "audio",
-    "checkpoints",
-    "distributed",
-    "non_local",
-    "online",
-    "residual",
-    "tsam",
-)  # keeps `import tsm_jit` fast
+# Their import takes time. `tsm_jit.mmaction2` is not among them: it changes mmaction2, so it needs an import statement.
+_LAZY_MODULES = ("audio", "checkpoints", "distributed", "non_local", "online", "residual", "tsam")
 
 
 def __getattr__(name: str) -> ModuleType:
