@@ -96,7 +96,7 @@ def pair(make, device, layout="channels_last", dtype=torch.float64) -> tuple[nn.
             module.running_var.uniform_(0.5, 1.5)
     net = net.to(device, dtype).to(memory_format=FORMATS[layout])
     if device.type == "cuda" and layout == "channels_last":  # float64 leaves convolutions there in NCHW
-        stem = net.conv1[-1] if isinstance(net.conv1, nn.Sequential) else net.conv1
+        stem = net.conv1[-1] if isinstance(net.conv1, nn.Sequential) else getattr(net.conv1, "conv", net.conv1)
         stem.register_forward_hook(in_channels_last)
     fused = copy.deepcopy(net)
     residual.fuse(fused)

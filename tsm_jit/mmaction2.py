@@ -10,6 +10,7 @@ The import of this module replaces mmaction2's ``TemporalShift`` in its backbone
 Networks that are built after it have the shift of this package. Outputs, gradients and state-dict keys stay. Networks
 that exist do not change, and :func:`restore` returns mmaction2's class. The order of the imports of mmaction2 and of
 this module is free, since this module imports mmaction2's models. Without mmaction2 it has only the class.
+:func:`tsm_jit.residual.fuse` takes mmaction2's ``ResNetTSM``.
 
 Example::
 

@@ -163,7 +163,8 @@ optim_wrapper = dict(
 """
 
 
-def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path, fused):
     from mmaction.registry import MODELS
     from mmaction.structures import ActionDataSample
     from mmengine.config import Config
@@ -181,6 +182,9 @@ def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path):
     assert mmaction2.TemporalShift not in shifts(theirs).values()
     theirs.init_weights()
     ours.load_state_dict(theirs.state_dict())
+    if fused:
+        tsm_jit.residual.fuse(ours.backbone)
+        assert isinstance(ours.backbone, tsm_jit.residual.FusedNetwork)
     clips = [torch.randint(0, 256, (CLIP, 3, 32, 32), dtype=torch.uint8) for _ in range(2)]
     samples = [ActionDataSample().set_gt_label(label) for label in (2, 1)]
     losses = []

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 
+import mmaction2_package
 import pytest
 import torch
 import torchvision
@@ -73,6 +74,7 @@ NETWORKS = {
         places("layer{}.{}.conv1", 2, 2, 2, 2),
     ),
     "ResNet, ResNet-D (timm)": (lambda: timm_model("resnet14t"), 32, places("layer{}.{}.conv1", 1, 1, 1, 1)),
+    "ResNet (mmaction2)": (mmaction2_package.small_resnet, 32, places("layer{}.{}.conv1.conv", 1, 1, 1, 1)),
     "RegNet (torchvision)": (
         lambda: torchvision_model("regnet_x_400mf"),
         32,

@@ -1,7 +1,7 @@
 """The table of network architectures, with the names of their residual blocks and layers.
 
 Network surgery, ``residual.fuse`` and checkpoint conversion read it. To support another network, add an entry. The
-table identifies modules by name, so torchvision and timm are not required.
+table identifies modules by name, so torchvision, timm and mmaction2 are not required.
 """
 
 from __future__ import annotations
@@ -9,18 +9,30 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-from tsm_jit.modules.base import ClipModule
+from tsm_jit.modules.base import ClipModule, class_name
 
 
 @dataclass(frozen=True)
 class FusableBlock:
     """A block that computes ``activation(branch(x) + downsample(x))``, or ``+ x`` without a ``downsample``."""
 
-    branch: tuple[str, ...]  # the modules of the residual branch in forward order; the last one is a norm
+    branch: tuple[str, ...]  # the modules of the residual branch in forward order, which may be layer groups
     activation: str  # the module after the sum
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """A module that calls its children in a fixed order."""
+
+    # The children in forward order. Each has the name of the attribute that tells whether it is called, if any.
+    children: Mapping[str, str | None]
+
+    # Attributes that must have these values. With others the module computes something else. A missing one is None.
+    attributes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,9 @@ class Architecture:
     # The blocks that `residual.fuse` supports, by class name.
     fusable_blocks: Mapping[str, FusableBlock] = field(default_factory=dict)
 
-    # Convolution, norm, activation and pooling before the first block, by class name of the network.
-    stems: Mapping[str, tuple[str, str, str, str]] = field(default_factory=dict)
+    # Convolution, norm, activation and pooling before the first block, by class name of the network. The first may be a
+    # layer group.
+    stems: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def every(self, stage_lengths: list[int]) -> int:
         """Returns TSM's ``n_round`` for these stage lengths: 1 to shift every block, 2 for every second block."""
@@ -75,9 +88,9 @@ class Block:
 
 
 RESNET = Architecture(
-    title="ResNet, ResNeXt, Wide-ResNet, ResNet-D (torchvision, timm)",
+    title="ResNet, ResNeXt, Wide-ResNet, ResNet-D (torchvision, timm, mmaction2)",
     blocks=r"layer([1-4])\.\d+",
-    first=("conv1",),
+    first=("conv1", "conv1.conv"),
     head=("fc",),
     n_stages=4,
     sparse_from=23,
@@ -94,10 +107,14 @@ RESNET = Architecture(
         "timm.models.resnet.Bottleneck": FusableBlock(
             ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3"), "act3"
         ),
+        "mmaction.models.backbones.resnet.BasicBlock": FusableBlock(("conv1", "conv2"), "relu"),
+        "mmaction.models.backbones.resnet.Bottleneck": FusableBlock(("conv1", "conv2", "conv3"), "relu"),
     },
     stems={
         "torchvision.models.resnet.ResNet": ("conv1", "bn1", "relu", "maxpool"),
         "timm.models.resnet.ResNet": ("conv1", "bn1", "act1", "maxpool"),
+        "mmaction.models.backbones.resnet.ResNet": ("conv1", "maxpool"),
+        "mmaction.models.backbones.resnet_tsm.ResNetTSM": ("conv1", "maxpool"),
     },
 )
 MOBILENET_V2 = Architecture(
@@ -131,6 +148,13 @@ ARCHITECTURES = (
     ),
     Architecture("ViT (timm)", r"blocks\.\d+", ("attn.qkv",), ("head",), tokens=True, base_class="VisionTransformer"),
 )
+# Modules that consist of several layers, by class name.
+LAYER_GROUPS = {
+    "mmcv.cnn.bricks.conv_module.ConvModule": LayerGroup(
+        {"conv": None, "bn": "with_norm", "activate": "with_activation"},
+        {"order": ("conv", "norm", "act"), "with_explicit_padding": False, "efficient_conv_bn_eval_forward": None},
+    ),
+}
 _OTHER_HEADS = ("heads.head",)
 HEADS = {head for architecture in ARCHITECTURES for head in architecture.head} | set(_OTHER_HEADS)
 
@@ -167,9 +191,22 @@ def resnet_stages(net: nn.Module) -> list[list[Block]]:
     except TypeError:
         architecture, stages = None, []
     if architecture is not RESNET:
-        kind = type(net).__name__
-        raise TypeError(f"net must be a ResNet with stages layer1 to layer4 of blocks with a conv1, got {kind}")
+        raise TypeError(
+            "net must be a ResNet with stages layer1 to layer4 of blocks with a convolution conv1, got "
+            f"{type(net).__name__}{_first_other_block(net)}"
+        )
     return stages
+
+
+def _first_other_block(net: Any) -> str:
+    """Returns the part of an error message that names the first block without a first convolution, if there is one."""
+    modules = dict(_unwrapped_modules(net)) if isinstance(net, nn.Module) else {}
+    for name in modules:
+        places = [f"{name}.{first}" for first in RESNET.first]
+        if re.fullmatch(RESNET.blocks, name) and not any(_is_layer(modules, place) for place in places):
+            path, module = [modules[place] for place in (name, *places) if place in modules][-1]
+            return f", whose {path} is a {class_name(type(module))}"
+    return ""
 
 
 def _is_instance(net: nn.Module, architecture: Architecture, stages: list[list[Block]]) -> bool:

@@ -27,7 +27,7 @@ def make_Shift(
     (https://github.com/aav-antonov/TSAM): ``layer1.0.conv1.layer.weight``.
 
     Args:
-        net: a ResNet of torchvision or timm.
+        net: a ResNet of torchvision, timm or mmaction2.
         n_segments, n_segment_shifted, f_div, shift_depth, inplace: as in :class:`TemporalShift`.
         n_insert: the distance between shifted blocks, 1 to shift all blocks.
         m_insert: the first shifted block of each stage, ``0..n_insert - 1``.

@@ -36,9 +36,9 @@ def make_temporal_shift(
 
     Args:
         net: a ResNet, ResNeXt, Wide-ResNet, ResNet-D, RegNet, ConvNeXt, MobileNetV2, MobileNetV3 or EfficientNet of
-            torchvision or timm, torchvision's MNASNet, or timm's ViT, which gets a :class:`TokenShift`. Inverted
-            residuals are shifted if they have a skip branch and an expansion layer. For other networks use
-            :func:`tsm_jit.shift_before`.
+            torchvision or timm, torchvision's MNASNet, mmaction2's ResNet, or timm's ViT, which gets a
+            :class:`TokenShift`. Inverted residuals are shifted if they have a skip branch and an expansion layer. For
+            other networks use :func:`tsm_jit.shift_before`.
         n_segment: the clip length in frames at the input of the network.
         n_div: a fold has ``C // n_div`` channels.
         place: ``"blockres"`` shifts before the first convolution of the residual branch (ViT: before ``attn.qkv``), so

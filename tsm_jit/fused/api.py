@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -12,8 +13,8 @@ from torch.autograd import Function
 
 from tsm_jit.convert.architectures import RESNET, resnet_stages
 from tsm_jit.fused.execute import Stream, fuses, run_blocks, run_stem
-from tsm_jit.fused.match import class_name, why_unsupported
-from tsm_jit.modules.base import ShiftedModule, has_hooks, unwrapped
+from tsm_jit.fused.match import layers_of, why_unsupported
+from tsm_jit.modules.base import ShiftedModule, class_name, has_hooks, unwrapped
 
 
 def fuse(net: nn.Module) -> None:
@@ -28,9 +29,10 @@ def fuse(net: nn.Module) -> None:
     weights is another operator. Compiled networks have separate operators for the layers.
 
     Args:
-        net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision or timm, converted by
-            :func:`tsm_jit.make_temporal_shift` with ``place="blockres"`` or by :func:`tsm_jit.tsam.make_Shift`. In a
-            subclass with its own forward, each stage is fused separately and takes and returns unshifted frames.
+        net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision, timm or mmaction2, converted by
+            :func:`tsm_jit.make_temporal_shift` with ``place="blockres"`` or by :func:`tsm_jit.tsam.make_Shift`; or a
+            ``ResNetTSM`` that mmaction2 built after the import of :mod:`tsm_jit.mmaction2`. In a subclass with its own
+            forward, each stage is fused separately and takes and returns unshifted frames.
             :func:`tsm_jit.n_segment` and :func:`tsm_jit.remove_temporal_shift` still work on the network.
 
     Raises:
@@ -124,7 +126,8 @@ class Stage(nn.Sequential):
 class FusedNetwork(nn.Module):
     """The base class of fused networks that call all stages together, with shifted activations between stages.
 
-    :func:`fuse` makes a ResNet of torchvision or timm an instance of it, unless a subclass has its own forward.
+    :func:`fuse` makes a ResNet of torchvision, timm or mmaction2 an instance of it, unless a subclass has its own
+    forward.
 
     Example::
 
@@ -147,8 +150,11 @@ class FusedNetwork(nn.Module):
         if not fuses(x) or any(type(stage) is not Stage or has_hooks(stage) for stage in stages):
             return None
         blocks = [block for stage in stages for block in stage]
-        conv, norm, relu, pool = (getattr(self, name) for name in RESNET.stems[class_name(self.network)])
-        return run_blocks(blocks, run_stem(conv, norm, relu, pool, x, blocks[0]))
+        first, *others = (getattr(self, name) for name in RESNET.stems[class_name(self.network)])
+        stem = [*layers_of(first), *others]
+        if len(stem) < 4:  # no norm, no ReLU, or hooks on all of them
+            return None
+        return run_blocks(blocks, run_stem(stem, x, blocks[0]))
 
 
 class _FusedTorchvision(FusedNetwork):
@@ -169,6 +175,14 @@ class _FusedTimm(FusedNetwork):
     def forward_features(self, x: Tensor) -> Tensor:
         features = None if self.grad_checkpointing else self._fused_features(x)
         return super().forward_features(x) if features is None else features  # type: ignore[misc]
+
+
+class _FusedMmaction2(FusedNetwork):
+    out_indices: Sequence[int]
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        features = self._fused_features(x) if tuple(self.out_indices) == (3,) else None
+        return super().forward(x) if features is None else features
 
 
 def _global_pool(pool: nn.Module, x: Tensor) -> Tensor:
@@ -195,12 +209,19 @@ class _MeanOverPixels(Function):
 
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
-_NETWORKS = {"torchvision.models.resnet.ResNet": _FusedTorchvision, "timm.models.resnet.ResNet": _FusedTimm}
+_NETWORKS = {
+    "torchvision.models.resnet.ResNet": _FusedTorchvision,
+    "timm.models.resnet.ResNet": _FusedTimm,
+    "mmaction.models.backbones.resnet.ResNet": _FusedMmaction2,
+    "mmaction.models.backbones.resnet_tsm.ResNetTSM": _FusedMmaction2,
+}
 
 
 @functools.cache
 def _fused_class(network: type[nn.Module]) -> type[nn.Module]:
-    return type(network.__name__, (_NETWORKS[class_name(network)], network), {"network": network})
+    return type(
+        network.__name__, (_NETWORKS[class_name(network)], network), {"network": network, "__module__": __name__}
+    )
 
 
 def _new_fused(network: type[nn.Module]) -> nn.Module:

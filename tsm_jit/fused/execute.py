@@ -26,7 +26,8 @@ from tsm_jit.fused.autograd import (
 )
 from tsm_jit.fused.block import Layer, residual_block
 from tsm_jit.fused.match import (
-    branch_modules,
+    BlockLayers,
+    block_layers,
     is_convolution,
     is_pool,
     is_relu,
@@ -61,21 +62,22 @@ class Stream(NamedTuple):
 
 def run_blocks(blocks: list[nn.Module], stream: Stream) -> Tensor:
     """Runs the blocks, supported ones fused. Returns unshifted activations."""
-    supported = [block if why_unsupported(block) is None else None for block in blocks]
-    for block, supported_block, following in zip(blocks, supported, [*supported[1:], None], strict=True):
-        if supported_block is not None:
-            stream = _run(block, following, stream)
+    supported = [block_layers(block) if why_unsupported(block) is None else None for block in blocks]
+    for block, layers, following in zip(blocks, supported, [*supported[1:], None], strict=True):
+        if layers is not None:
+            stream = _run(layers, following, stream)
         else:
             x = block(stream.identity)
             stream = Stream(x, x)
     return stream.identity
 
 
-def run_stem(
-    conv: nn.Module, norm: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor, following: nn.Module
-) -> Stream:
-    """Runs the stem of the network. Norm, ReLU and pooling are one kernel if possible."""
-    z = conv(x)
+def run_stem(modules: list[nn.Module], x: Tensor, following: nn.Module) -> Stream:
+    """Runs the stem of the network. Norm, ReLU and pooling, its last modules, are one kernel if possible."""
+    *before, norm, relu, pool = modules
+    z = x
+    for module in before:
+        z = module(z)
     if not is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
         x = pool(relu(norm(z)))
     elif torch.is_grad_enabled():
@@ -84,25 +86,24 @@ def run_stem(
     elif not is_pool(pool) or (normed := _norm(norm, z)) is None:
         x = pool(relu(norm(z)))
     else:
-        shift, step = (None, 0) if why_unsupported(following) else _input_layout(following, z)
+        shift, step = (None, 0) if why_unsupported(following) else _input_layout(block_layers(following), z)
         x, shifted, boundary = norm_relu_max_pool(z, normed, shift, unshifted=shift is None or step > 0)
         if shift is not None:
             return Stream(shifted, x, None, shift, 1) if step else Stream(shifted, shifted, boundary, shift)
     return Stream(x, x)
 
 
-def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Stream:
+def _run(block: BlockLayers, following: BlockLayers | None, stream: Stream) -> Stream:
     """Runs one block. Its output has the layout that the following block reads."""
-    modules = branch_modules(block)
-    block_layers = _layers([unshifted_module(modules[0]), *modules[1:]], stream.first)
+    modules, downsample = block
+    in_one = _layers([unshifted_module(modules[0]), *modules[1:]], stream.first)
     identity, identity_norm = stream.identity, None
-    downsample: nn.Sequential | None = block.downsample  # type: ignore[assignment]
-    identity_shift = None if stream.step or downsample is not None else stream.shift
+    identity_shift = None if stream.step or downsample else stream.shift
     downsample_layer = None
-    if downsample is not None and block_layers is None:
+    if downsample and in_one is None:
         identity, identity_norm = _downsample(downsample, stream)
-    elif downsample is not None:
-        identity, downsample_layer = _downsample_but_last_layer(list(downsample), identity)
+    elif downsample:
+        identity, downsample_layer = _downsample_but_last_layer(downsample, identity)
 
     like_output = identity if downsample_layer is None else downsample_layer.like_output(identity)
     next_shift, step = _input_layout(following, like_output)
@@ -111,11 +112,11 @@ def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Strea
     boundary = None if identity_shift is None else stream.boundary
     shift = next_shift or identity_shift or NO_SHIFT
     num_consumers = 1 if following is None else 2
-    if block_layers is not None:
+    if in_one is not None:
         conv1 = modules[0]
         first_shift = conv1.shift_of(stream.first) if stream.shift is None and is_shifted(conv1) else None
         x, boundary = residual_block(
-            *block_layers,
+            *in_one,
             first_shift,
             identity,
             downsample_layer,
@@ -145,23 +146,22 @@ def _run(block: nn.Module, following: nn.Module | None, stream: Stream) -> Strea
     return Stream(x[-1], x[0], boundary, next_shift)
 
 
-def _input_layout(following: nn.Module | None, x: Tensor) -> tuple[str | None, int]:
+def _input_layout(following: BlockLayers | None, x: Tensor) -> tuple[str | None, int]:
     """Returns ``shift`` and ``step`` of the :class:`Stream` that the following block reads, for a stream like ``x``."""
     if following is None:
         return None, 0
-    conv1: nn.Module = following.conv1  # type: ignore[assignment]
+    conv1, *_ = following.branch
     if not is_shifted(conv1):
         return None, 0
     shift = conv1.shift_of(x)
     if len(decode(shift).plan) >= _MAX_GROUPS:
         return None, 0
-    downsample: nn.Sequential | None = following.downsample  # type: ignore[assignment]
-    if downsample is None:
+    if not following.downsample:
         return shift, 0
-    return (None, 0) if torch.is_grad_enabled() else (shift, _step(downsample, x))
+    return (None, 0) if torch.is_grad_enabled() else (shift, _step(following.downsample, x))
 
 
-def _step(downsample: nn.Sequential, x: Tensor) -> int:
+def _step(downsample: list[nn.Module], x: Tensor) -> int:
     """Returns the stride with which ``downsample`` reads rows and columns of ``x``.
 
     It is 1 if the norm of ``downsample`` is not fused. Then results must be bit-identical to the unfused network, but a
@@ -176,10 +176,9 @@ def _step(downsample: nn.Sequential, x: Tensor) -> int:
 # --- the identity ----------------------------------------------------------------------------------------------------
 
 
-def _downsample(downsample: nn.Sequential, stream: Stream) -> tuple[Tensor, Norm | None]:
+def _downsample(modules: list[nn.Module], stream: Stream) -> tuple[Tensor, Norm | None]:
     """Runs ``downsample``. Returns the identity, and its last norm if ``norm_add_relu`` can apply it."""
     x = stream.identity
-    modules = list(downsample)
     if stream.step > 1:  # the stream only has the pixels that this strided convolution reads
         first: Any = modules[0]
         x = F.conv2d(x, first.weight, first.bias, groups=first.groups)
@@ -194,9 +193,9 @@ def _downsample_but_last_layer(modules: list[nn.Module], x: Tensor) -> tuple[Ten
     for module in modules[:-2]:
         x = module(x)
     last = modules[-2:]
-    block_layers = _layers(last, x)
-    if block_layers is not None:
-        x, (layer,) = block_layers
+    in_one = _layers(last, x)
+    if in_one is not None:
+        x, (layer,) = in_one
         return x, layer
     for module in last:
         x = module(x)
@@ -242,7 +241,7 @@ def _branch(modules: list[nn.Module], stream: Stream) -> tuple[Tensor, Norm | No
     before = unshifted_module(conv1)
     may_overwrite = not torch.is_grad_enabled()
     relu_is_done = False
-    for module, after in zip(modules, (*modules[1:], last), strict=True):
+    for module, after in zip(modules, [*modules, last][1:], strict=True):
         norm = _norm(module, z) if may_overwrite and is_relu(after) and is_convolution(before) else None
         if norm is not None:
             z = norm_relu_(z, norm)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from tsm_jit.convert.architectures import RESNET
-from tsm_jit.modules import tsam, tsm
-from tsm_jit.modules.base import ShiftedModule, has_hooks
+from tsm_jit.convert.architectures import LAYER_GROUPS, RESNET
+from tsm_jit.modules import mmaction2, tsam, tsm
+from tsm_jit.modules.base import ShiftedModule, class_name, has_hooks, is_conv2d
 from tsm_jit.ops.residual import acc_dtype
 
-_UNSUPPORTED = {"se": "an attention, such as squeeze and excitation", "drop_path": "stochastic depth"}
+_SHIFTS = (tsm.TemporalShift, tsam.TemporalShift, mmaction2.TemporalShift)
+_UNSUPPORTED = {
+    "se": "an attention, such as squeeze and excitation",
+    "drop_path": "stochastic depth",
+    "with_cp": "activation checkpointing",
+}
+
+
+class BlockLayers(NamedTuple):
+    """The modules of a supported block, in forward order."""
+
+    branch: list[nn.Module]
+    downsample: list[nn.Module]  # empty: the identity is the input of the block
 
 
 def why_unsupported(block: nn.Module) -> str | None:
@@ -23,27 +35,43 @@ def why_unsupported(block: nn.Module) -> str | None:
     if has_hooks(block):
         return "it has hooks, or its own forward"
     for name, feature in _UNSUPPORTED.items():
-        if block._modules.get(name, block.__dict__.get(name)) is not None:  # getattr is slow for missing attributes
+        value = block._modules.get(name, block.__dict__.get(name))  # getattr is slow for missing attributes
+        if value is not None and value is not False:
             return f"it has {feature}"
     activation = getattr(block, RESNET.fusable_blocks[kind].activation)
     if not is_relu(activation):
         return f"it ends in {type(activation).__name__}, not in a ReLU without hooks"
-    downsample = block.downsample
-    if downsample is not None and (type(downsample) is not nn.Sequential or has_hooks(downsample) or not downsample):
-        return "its downsample is not a torch.nn.Sequential of modules without hooks"
+    downsample: Any = block.downsample
+    if downsample is not None and layers_of(downsample) == [downsample]:
+        return "its downsample is not a torch.nn.Sequential, or another sequence of layers, without hooks"
     return None
 
 
-def class_name(kind: type) -> str:
-    """Returns the name in the table of architectures, such as ``"torchvision.models.resnet.BasicBlock"``."""
-    return f"{kind.__module__}.{kind.__qualname__}"
+def block_layers(block: nn.Module) -> BlockLayers:
+    """Returns the modules of a supported block."""
+    branch: list[nn.Module] = []
+    for name in RESNET.fusable_blocks[class_name(type(block))].branch:
+        module: Any = block._modules[name]
+        branch += layers_of(module) if module._modules else (module,)  # calls cost time in every forward
+    downsample: Any = block.downsample
+    return BlockLayers(
+        [module for module in branch if type(module) is not nn.Identity],
+        [] if downsample is None else layers_of(downsample),
+    )
 
 
-def branch_modules(block: nn.Module) -> list[nn.Module]:
-    """Returns the modules of a supported block's residual branch, in forward order."""
-    names = RESNET.fusable_blocks[class_name(type(block))].branch
-    modules: list[Any] = [block._modules[name] for name in names]
-    return [module for module in modules if type(module) is not nn.Identity]
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Returns the modules that a ``nn.Sequential`` or a layer group calls, or ``module`` itself for another module."""
+    children: Any = module._modules
+    if not children or has_hooks(module):
+        return [module]
+    if type(module) is nn.Sequential:
+        return list(children.values())
+    group = LAYER_GROUPS.get(class_name(type(module)))
+    if group is None or any(getattr(module, name, None) != value for name, value in group.attributes.items()):
+        return [module]
+    names = [name for name, flag in group.children.items() if flag is None or getattr(module, flag)]
+    return [children[name] for name in names] if children.keys() >= set(names) else [module]
 
 
 def norm_tensors(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
@@ -83,7 +111,7 @@ def unshifted_module(module: nn.Module) -> nn.Module:
 
 def is_shifted(module: nn.Module) -> TypeGuard[ShiftedModule]:
     """Whether ``module`` is a temporal shift without hooks, whose frames are all in this process."""
-    if type(module) not in (tsm.TemporalShift, tsam.TemporalShift) or has_hooks(module):
+    if type(module) not in _SHIFTS or has_hooks(module):
         return False
     return module.split_shard() is None  # type: ignore[operator]
 
@@ -95,7 +123,7 @@ def is_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:
 
 def is_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether ``module`` is a two-dimensional convolution without hooks."""
-    return type(module) is nn.Conv2d and not has_hooks(module)
+    return is_conv2d(module) and not has_hooks(module)
 
 
 def is_pool(module: nn.Module) -> bool:

@@ -15,6 +15,9 @@ from tsm_jit.ops.compat import in_backward
 # These modules neither change nor return their input. So the input may be shifted in place for them and restored.
 _READ_ONLY_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
+# Subclasses of nn.Conv2d that compute the same. mmcv's also takes empty tensors, for PyTorch 1.4.
+_SAME_AS_CONV2D = ("mmcv.cnn.bricks.wrappers.Conv2d",)
+
 
 class ClipModule(nn.Module):
     """A wrapper around a module. Its input frames form clips of ``n_segment`` frames."""
@@ -129,7 +132,18 @@ def only_reads_input(net: nn.Module) -> bool:
 
     A hook that keeps either would see it change.
     """
-    return type(net) in _READ_ONLY_MODULES and not has_hooks(net) and not has_global_hooks()
+    return (type(net) in _READ_ONLY_MODULES or is_conv2d(net)) and not has_hooks(net) and not has_global_hooks()
+
+
+def is_conv2d(module: nn.Module) -> bool:
+    """Whether ``module`` computes what ``nn.Conv2d`` computes: it is one, not an instance of an unknown subclass."""
+    kind = type(module)
+    return kind is nn.Conv2d or (issubclass(kind, nn.Conv2d) and class_name(kind) in _SAME_AS_CONV2D)
+
+
+def class_name(kind: type) -> str:
+    """Returns the full name of a class, such as ``"torchvision.models.resnet.BasicBlock"``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -14,11 +14,11 @@ class TemporalShift(tsm.TemporalShift):
 
     The input is frames ``[N*T, C, *]`` of any dtype, where ``T = num_segments``. The output is the output of ``net``.
     As in TSM, a fold has ``C // shift_div`` channels. The first fold reads the next frame, the second the previous one.
-    A frame without a source frame gets zeros, for finite inputs the same bits as in mmaction2. Mmaction2 computes its
-    zeros as ``x - x``, which is NaN if ``x`` is infinite or NaN.
+    A frame without a source frame gets zeros. For finite inputs these are the same bits as in mmaction2, which computes
+    its zeros as ``x - x``: NaN for infinite values and NaN.
 
-    It is a :class:`tsm_jit.TemporalShift` with other argument names: ``n_segment`` and ``fold_div`` are the same values
-    as ``num_segments`` and ``shift_div``. It has ``inplace=True``, so it stores no second activation.
+    It is a :class:`tsm_jit.TemporalShift` with other names: ``n_segment`` and ``fold_div`` are the same values as
+    ``num_segments`` and ``shift_div``. It has ``inplace=True``, so it stores no second activation, see there.
 
     Args:
         net: the module that receives the shifted frames.

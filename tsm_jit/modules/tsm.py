@@ -44,8 +44,8 @@ class TemporalShift(ShiftedModule):
       the input again. The input is never written.
     - Under ``no_grad`` on a GPU, the module shifts the input in place, calls ``net`` and restores the input. During the
       call no other thread or CUDA stream may use the input.
-    - A ``net`` that might change or return its input always receives a copy. Only ``nn.Conv1d/2d/3d`` and
-      ``nn.Linear`` without hooks are known not to do that.
+    - A ``net`` that might change or return its input always receives a copy. Only ``nn.Conv1d/2d/3d``,
+      ``nn.Linear`` and mmcv's ``Conv2d`` without hooks are known not to do that.
 
     Example::
 
