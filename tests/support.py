@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ OTHERS = (
     torch.float8_e5m2,
 )
 DTYPES = FLOATING + OTHERS
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.append(str(EXAMPLES))  # tests import the scripts, and these import one another
 
 
 def random_bits(shape, dtype: torch.dtype, device="cpu") -> Tensor:

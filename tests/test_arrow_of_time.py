@@ -1,7 +1,6 @@
 """The example that learns the arrow of time: its split, a run with all its files, resuming, both networks, refusals."""
 
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,26 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import EXAMPLES
 
 import tsm_jit
 
-av = pytest.importorskip("av", reason="needs the demo extra")
-for needed in ("matplotlib", "torchvision", "tqdm"):
+for needed in ("av", "matplotlib", "torchvision", "tqdm"):
     pytest.importorskip(needed, reason="needs the demo extra")
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "arrow_of_time.py"
+import arrow_of_time as arrow  # noqa: E402  (after the check for what it imports)
+
+from tsm_jit import video_io  # noqa: E402
+
+SCRIPT = EXAMPLES / "arrow_of_time.py"
 TINY = ["--setting", "small", "--clips", "8"]
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("arrow_of_time", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["arrow_of_time"] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-arrow = load()
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +35,7 @@ def video(tmp_path_factory) -> Path:
 
 
 def write_video(path: Path, frames: int) -> Path:
-    pictures = arrow.ink(48, torch.Generator().manual_seed(0), frames).permute(0, 2, 3, 1).contiguous()
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
-        container.mux(stream.encode())
+    video_io.write_video(path, arrow.ink(48, torch.Generator().manual_seed(0), frames))
     return path
 
 

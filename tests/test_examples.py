@@ -6,15 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import EXAMPLES
 
 import tsm_jit
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-# Those that train for minutes have files of tests of their own.
-TRAINING = {"arrow_of_time.py", "long_clips.py"}
-SCRIPTS = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name not in TRAINING)
+# The others train for minutes, need arguments or are modules of these, and have their own tests.
+SCRIPTS = [EXAMPLES / name for name in ("shift.py", "resnet.py", "online.py", "tsam_audio_video.py")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""Reads frames from video files, for the demo and the examples. Requires PyAV: ``pip install 'tsm-jit[demo]'``.
+"""Reads and writes video files, for the demo and the examples. Requires PyAV: ``pip install 'tsm-jit[demo]'``.
 
 Example::
 
@@ -10,12 +10,17 @@ Example::
 
 from __future__ import annotations
 
+import bisect
 import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 _DEFAULT_CLIP = Path("datasets", "data", "bikes.mp4")
@@ -66,62 +71,206 @@ def read_segments(path: Path, n_segment: int = 8) -> Tensor:
 
         frames = tsm_jit.video_io.read_segments(tsm_jit.video_io.default_clip(), n_segment=8)
     """
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UnusableVideoError(f"{path} has no video stream, only sound")
-            total = sum(1 for packet in container.demux(video=0) if packet.size)
+
+    def middles(total: int) -> list[int]:
         if total < n_segment:
             raise UnusableVideoError(f"{path} is too short: {total} frames, {n_segment} are needed")
-        sampled = {(2 * i + 1) * total // (2 * n_segment) for i in range(n_segment)}
-        with av.open(str(path)) as container:
-            container.streams.video[0].thread_type = "AUTO"
-            decoded = enumerate(container.decode(video=0))
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for i, frame in decoded if i in sampled]
-    except FileNotFoundError:
-        raise UnusableVideoError(f"{path} does not exist") from None
-    except (av.FFmpegError, OSError) as error:
-        raise UnusableVideoError(f"{path} cannot be read as a video: {error.strerror or error}") from None
-    if len(frames) < n_segment:
-        raise UnusableVideoError(
-            f"{path} is damaged: only {len(frames)} of {n_segment} sampled frames could be decoded"
-        )
-    return torch.stack(frames).permute(0, 3, 1, 2)
+        return [(2 * i + 1) * total // (2 * n_segment) for i in range(n_segment)]
+
+    return read_frames(path, middles)
 
 
-def read_frames(path: Path, side: int) -> Tensor:
-    """Reads all frames of a video and scales their shorter side.
+def read_frames(path: Path, choose: Callable[[int], Sequence[int]], shorter: int | None = None) -> Tensor:
+    """Reads some frames of a video. It decodes no frames after the last one, and skips to keyframes.
+
+    Frames are numbered in the order of presentation. A rotation that the file asks for, as phones do, is applied.
 
     Args:
         path: the path of the video file.
-        side: the length of the shorter side in pixels.
+        choose: takes the number of frames of the video, at least 1, and returns the numbers of the frames to read, from
+            0. Numbers may repeat and have any order. ``range`` reads all frames.
+        shorter: scales the frames so that their shorter side has this number of pixels. By default they are not scaled.
 
     Returns:
-        The frames, uint8 ``[F, 3, H, W]``.
+        The frames in the order of their numbers in ``choose``, uint8 ``[F, 3, H, W]``.
+
+    Raises:
+        UnusableVideoError: the file is missing or damaged, or has no video stream or no frame.
+
+    Example::
+
+        path = tsm_jit.video_io.default_clip()
+        first_and_last = tsm_jit.video_io.read_frames(path, lambda total: [0, total - 1], shorter=128)
+    """
+    with open_video(path) as container:
+        has_times = container.format.name != "avi"  # FFmpeg's are wrong if the video has B-frames
+        packets = [(p.pts, p.is_keyframe) for p in container.demux(video=0) if p.size and not p.is_discard]
+    if not packets:
+        raise UnusableVideoError(f"{path} has no frames")
+    numbers = list(choose(len(packets)))
+    wanted = sorted(set(numbers))
+    frames: dict[int, Tensor] = {}
+    if has_times and all(time is not None for time, _ in packets):
+        frames = _decode_by_time(path, wanted, sorted(packets), shorter)
+    if len(frames) < len(wanted):  # also if a seek went too far
+        frames = _decode_by_count(path, wanted, shorter)
+    if len(frames) < len(wanted):
+        raise UnusableVideoError(
+            f"{path} is damaged: only {len(frames)} of {len(wanted)} sampled frames could be decoded"
+        )
+    return torch.stack([frames[number] for number in numbers])
+
+
+def _decode_by_time(
+    path: Path, wanted: list[int], frame_times: list[tuple[int, bool]], shorter: int | None
+) -> dict[int, Tensor]:
+    """Decodes the frames ``wanted``. ``frame_times`` has the time of each frame, and whether it is a keyframe."""
+    keys = [number for number, (_, is_key) in enumerate(frame_times) if is_key]
+    frames, convert, last = {}, _Converter(shorter), -1
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        decoded = container.decode(stream)
+        for number in wanted:
+            key = keys[max(bisect.bisect_right(keys, number) - 1, 0)] if keys else 0
+            if key > last + 1:  # it is not the next frame anyway
+                container.seek(frame_times[key][0], stream=stream)
+                decoded = container.decode(stream)
+            time, last = frame_times[number][0], number
+            frame = next((frame for frame in decoded if frame.pts is not None and frame.pts >= time), None)
+            if frame is None or frame.pts > time:
+                break
+            frames[number] = convert(frame)
+    return frames
+
+
+def _decode_by_count(path: Path, wanted: list[int], shorter: int | None) -> dict[int, Tensor]:
+    frames, missing, convert = {}, set(wanted), _Converter(shorter)
+    with open_video(path) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in missing:
+                frames[number] = convert(frame)
+                missing.remove(number)
+            if not missing:
+                break
+    return frames
+
+
+class _Converter:
+    """Converts decoded frames to RGB, scales and rotates them: uint8 ``[3, H, W]``."""
+
+    def __init__(self, shorter: int | None):
+        self.shorter = shorter
+        self.reformatter = VideoReformatter()  # sets up its tables once for all frames of a size
+
+    def __call__(self, frame: av.VideoFrame) -> Tensor:
+        width, height = frame.width, frame.height
+        if self.shorter is not None:
+            scale = self.shorter / min(width, height)
+            width, height = (max(self.shorter, round(length * scale)) for length in (width, height))
+        rgb = self.reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA")
+        picture = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)
+        return picture.rot90(getattr(frame, "rotation", 0) // 90, (1, 2))  # PyAV before 14 does not read it
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[Any]:
+    """Opens a video file and translates the errors of reading it, inside of the ``with`` block as well.
+
+    Args:
+        path: the path of the video file.
+
+    Returns:
+        A context manager that gives a ``av.container.InputContainer`` with at least one video stream.
 
     Raises:
         UnusableVideoError: the file is missing or damaged, or has no video stream.
 
     Example::
 
-        frames = tsm_jit.video_io.read_frames(tsm_jit.video_io.default_clip(), side=64)
+        with tsm_jit.video_io.open_video(tsm_jit.video_io.default_clip()) as container:
+            rate = container.streams.video[0].average_rate
     """
-    frames: list[Tensor] = []
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UnusableVideoError(f"{path} has no video stream, only sound")
-            for frame in container.decode(video=0):
-                if not frames:
-                    scale = side / min(frame.width, frame.height)
-                    width, height = (max(side, round(length * scale)) for length in (frame.width, frame.height))
-                small = frame.reformat(width, height, "rgb24", interpolation="AREA")  # at once: whole videos fit
-                frames.append(torch.from_numpy(small.to_ndarray()).permute(2, 0, 1))
+            yield container
     except FileNotFoundError:
         raise UnusableVideoError(f"{path} does not exist") from None
     except (av.FFmpegError, OSError) as error:
         raise UnusableVideoError(f"{path} cannot be read as a video: {error.strerror or error}") from None
-    return torch.stack(frames) if frames else torch.empty(0, 3, side, side, dtype=torch.uint8)
+
+
+def duration(path: Path) -> float | None:
+    """Reads how long a video lasts.
+
+    Args:
+        path: the path of the video file.
+
+    Returns:
+        Seconds, or None if the file does not tell.
+
+    Raises:
+        UnusableVideoError: the file is missing or damaged, or has no video stream.
+
+    Example::
+
+        seconds = tsm_jit.video_io.duration(tsm_jit.video_io.default_clip())
+    """
+    with open_video(path) as container:
+        return None if container.duration is None else container.duration / av.time_base
+
+
+def write_video(path: Path, frames: Iterable[Tensor], rate: int = 25) -> None:
+    """Writes a video file with H.264, or with MPEG-4 Part 2 where PyAV has no H.264 encoder.
+
+    Args:
+        path: the path of the file. Its suffix decides the container, for example ``.mp4``.
+        frames: RGB frames, uint8 ``[3, H, W]``. An odd last row or column is dropped.
+        rate: frames per second.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example::
+
+        tsm_jit.video_io.write_video("noise.mp4", torch.randint(0, 256, (25, 3, 64, 64), dtype=torch.uint8))
+    """
+    with av.open(str(path), "w") as container:
+        stream = None
+        for frame in frames:
+            picture = frame[:, : frame.shape[1] // 2 * 2, : frame.shape[2] // 2 * 2].permute(1, 2, 0)
+            if stream is None:
+                stream = add_video_stream(container, picture.shape[1], picture.shape[0], rate)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.contiguous().numpy(), format="rgb24")))
+        if stream is not None:
+            container.mux(stream.encode())
+
+
+def add_video_stream(container: Any, width: int, height: int, rate: int) -> Any:
+    """Adds a stream for the frames of a video to a file that is open for writing.
+
+    Args:
+        container: the ``av.container.OutputContainer``.
+        width: in pixels, even.
+        height: in pixels, even.
+        rate: frames per second.
+
+    Returns:
+        The ``av.video.stream.VideoStream``, H.264 or, where PyAV has no encoder of it, MPEG-4 Part 2.
+
+    Example::
+
+        with av.open("black.mp4", "w") as container:
+            stream = tsm_jit.video_io.add_video_stream(container, 64, 48, 25)
+            container.mux(stream.encode(av.VideoFrame(64, 48, "rgb24")))
+            container.mux(stream.encode())
+    """
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    stream = container.add_stream(codec, rate=rate)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    return stream
 
 
 def network_input(frames: Tensor) -> Tensor:

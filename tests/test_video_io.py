@@ -1,0 +1,94 @@
+"""Reading and writing videos: which frames are read from which container, scaling, rotation."""
+
+import random
+import struct
+
+import pytest
+import torch
+from support import assert_same_bits
+
+av = pytest.importorskip("av", reason="needs the demo extra")
+
+from tsm_jit import video_io  # noqa: E402  (after the check for what it imports)
+
+FRAMES = 53
+
+
+def grey(step: int = 4, height: int = 48, width: int = 64) -> torch.Tensor:
+    """A video whose frames are told apart by their brightness."""
+    return (step * torch.arange(FRAMES, dtype=torch.uint8)).view(-1, 1, 1, 1).expand(-1, 3, height, width)
+
+
+def numbers(frames: torch.Tensor) -> list[int]:
+    return (frames.float().mean((1, 2, 3)) / 4).round().int().tolist()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".ts", ".avi"])
+def test_frames_have_the_chosen_numbers(suffix, tmp_path):
+    path = tmp_path / f"grey{suffix}"
+    video_io.write_video(path, grey())
+    totals = []
+    frames = video_io.read_frames(path, lambda total: totals.append(total) or range(total))
+    assert totals == [FRAMES]
+    assert (frames.shape, frames.dtype) == ((FRAMES, 3, 48, 64), torch.uint8)
+    assert numbers(frames) == list(range(FRAMES))
+    chosen = random.choices(range(FRAMES), k=6)  # with repeats, in any order
+    assert_same_bits(video_io.read_frames(path, lambda _: chosen), frames[chosen])
+
+
+@pytest.mark.parametrize("options", [{"g": "5", "bf": "0"}, {"g": "7", "bf": "2"}, {"g": "1"}], ids=str)
+def test_skipping_to_keyframes_reads_the_same_frames(options, tmp_path):
+    path = tmp_path / "grey.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for picture in grey().permute(0, 2, 3, 1):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.contiguous().numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    frames = video_io.read_frames(path, range)
+    for _ in range(4):
+        chosen = sorted(random.sample(range(FRAMES), k=random.randint(1, 9)))
+        assert_same_bits(video_io.read_frames(path, lambda _, chosen=chosen: chosen), frames[chosen])
+
+
+@pytest.mark.parametrize(("height", "width", "scaled"), [(48, 64, (30, 40)), (90, 60, (45, 30)), (20, 20, (30, 30))])
+def test_the_shorter_side_is_scaled(height, width, scaled, tmp_path):
+    video_io.write_video(tmp_path / "grey.mp4", grey(height=height, width=width))
+    frames = video_io.read_frames(tmp_path / "grey.mp4", lambda total: [0, total - 1], shorter=30)
+    assert frames.shape == (2, 3, *scaled)
+
+
+def test_a_rotation_that_the_file_asks_for_is_applied(tmp_path):
+    if not hasattr(av.VideoFrame, "rotation"):
+        pytest.skip("this PyAV does not read rotations")
+    upright = torch.zeros(FRAMES, 3, 48, 64, dtype=torch.uint8)
+    upright[:, :, :12, :16] = 255  # the top left corner is white
+    video_io.write_video(tmp_path / "upright.mp4", upright)
+    data = bytearray((tmp_path / "upright.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 44  # the display matrix of the track, ISO 14496-12
+    assert struct.unpack_from(">9i", data, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", data, matrix, 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)  # 90 degrees clockwise
+    (tmp_path / "rotated.mp4").write_bytes(data)
+    (frame,) = video_io.read_frames(tmp_path / "rotated.mp4", lambda _: [0])
+    assert frame.shape == (3, 64, 48)
+    bright = frame.float().mean(0)
+    assert bright[:16, -12:].mean() > 200  # top right
+    assert bright.sum() < 1.3 * bright[:16, -12:].sum()
+
+
+def test_an_odd_row_and_column_are_dropped(tmp_path):
+    video_io.write_video(tmp_path / "grey.mp4", grey(height=35, width=51))
+    assert video_io.read_frames(tmp_path / "grey.mp4", range).shape == (FRAMES, 3, 34, 50)
+
+
+def test_duration(tmp_path):
+    video_io.write_video(tmp_path / "grey.mp4", grey(), rate=10)
+    assert video_io.duration(tmp_path / "grey.mp4") == pytest.approx(FRAMES / 10, rel=0.05)
+
+
+def test_a_video_without_its_end_is_refused(tmp_path):
+    video_io.write_video(tmp_path / "whole.mp4", grey())
+    data = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "half.mp4").write_bytes(data[: len(data) // 2])
+    with pytest.raises(video_io.UnusableVideoError, match=r"half\.mp4 cannot be read as a video: "):
+        video_io.read_frames(tmp_path / "half.mp4", range)
