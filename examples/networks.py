@@ -1,0 +1,116 @@
+"""Networks for labelled videos, from a name to a trained file and back. Not a script."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from training import WrongInputError
+
+import tsm_jit
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that is needed to build a network and to prepare its input."""
+
+    network: str  # the name of an image network of torchvision, else of timm; ``timm/name`` is always timm's
+    classes: list[str]
+    n_segment: int
+    side: int  # of the frames, in pixels
+    direction: str  # of the shifts: "both", or "past" for streams
+    interval: float | None = None  # seconds between the frames of a clip in training; None if unknown
+
+
+def image_network(name: str, num_classes: int | None = None) -> nn.Module:
+    """Builds an image network: with random weights for ``num_classes``, or as trained on ImageNet, downloaded."""
+    package, _, short = name.rpartition("/")
+    if package not in ("", "timm"):
+        raise WrongInputError(f"the network must be a name of torchvision or timm, or timm/name, got {name}")
+    if not package and name in torchvision.models.list_models(torchvision.models):
+        given = {"weights": "DEFAULT"} if num_classes is None else {"num_classes": num_classes}
+        return torchvision.models.get_model(name, **given)
+    try:
+        import timm
+    except ImportError:
+        raise WrongInputError(f"{name} is no network of torchvision, and timm is missing: pip install timm") from None
+    if not timm.is_model(short):
+        raise WrongInputError(f"{name} is neither a network of torchvision nor of timm")
+    return (
+        timm.create_model(short, pretrained=True)
+        if num_classes is None
+        else timm.create_model(short, num_classes=num_classes)
+    )
+
+
+def make(recipe: Recipe, dropout: float = 0.0) -> tsm_jit.VideoModel:
+    """Builds the video network of a recipe, with dropout before its last linear layer as in TSM."""
+    net = image_network(recipe.network, len(recipe.classes))
+    try:
+        tsm_jit.make_temporal_shift(net, recipe.n_segment, inplace=True, direction=recipe.direction)
+    except TypeError as error:
+        raise WrongInputError(f"{recipe.network} cannot be converted: {error}") from None
+    head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    head.register_forward_pre_hook(lambda module, x: F.dropout(x[0], dropout, module.training))
+    return tsm_jit.VideoModel(net)
+
+
+def start_from(model: tsm_jit.VideoModel, recipe: Recipe, weights: str) -> str:
+    """Loads weights of TSM, mmaction2, torchvision or timm and returns one line about it.
+
+    Args:
+        model: the network. Its last layer keeps random weights if the classes are others.
+        recipe: of the network.
+        weights: the path of a checkpoint, or ``imagenet`` to download those of torchvision or timm.
+    """
+    try:
+        if weights == "imagenet":
+            state = image_network(recipe.network).state_dict()
+        else:
+            state = tsm_jit.checkpoints.load(weights)
+        converted = tsm_jit.checkpoints.convert(state, target=model)
+    except (OSError, ValueError, ImportError) as error:
+        raise WrongInputError(f"{weights}: {error}") from None
+    model.load_state_dict(converted.state_dict, strict=False)
+    random = f", random: {', '.join(converted.missing)}" if converted.missing else ""
+    return f"{len(converted.state_dict)} tensors from {weights} ({converted.source}){random}"
+
+
+def save_trained(model: nn.Module, recipe: Recipe, path: Path) -> None:
+    """Writes a file for :func:`load_trained`, which :func:`tsm_jit.checkpoints.load` reads as well."""
+    torch.save({"state_dict": model.state_dict(), "recipe": asdict(recipe)}, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_trained(path: Path) -> tuple[tsm_jit.VideoModel, Recipe]:
+    """Reads a network of :func:`save_trained`."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        recipe = Recipe(**saved["recipe"])
+    except FileNotFoundError:
+        raise WrongInputError(f"{path} does not exist") from None
+    except Exception:  # of a damaged file, any
+        raise WrongInputError(f"{path} is no network that finetune.py has written") from None
+    model = make(recipe)
+    model.load_state_dict(saved["state_dict"])
+    return model.eval(), recipe
+
+
+def normalize(frames: Tensor) -> Tensor:
+    """The input of networks trained on ImageNet: RGB frames, uint8 ``[..., 3, H, W]``, to float32 of that shape."""
+    mean = torch.tensor([0.485, 0.456, 0.406], device=frames.device)[:, None, None]
+    deviation = torch.tensor([0.229, 0.224, 0.225], device=frames.device)[:, None, None]
+    return (frames.float() / 255 - mean) / deviation
+
+
+class FromBytes(nn.Module):
+    """Scores ``[N, K]`` of clips uint8 ``[N, T, 3, H, W]``: normalization included, for export."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.model(normalize(clips))

@@ -1,0 +1,316 @@
+"""Labelled videos for training: folders and lists, segment sampling, crops, data sets for a DataLoader. Not a script.
+
+Sampling and augmentation follow TSN (arXiv:1608.00859) and TSM (arXiv:1811.08383). Every random number of a training
+clip depends only on the seed in its key, so a run can continue at any batch with any number of workers.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as transforms
+from training import WrongInputError
+
+from tsm_jit.video_io import UnusableVideoError, duration, read_frames
+
+VIDEO_SUFFIXES = {".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
+VIDEO_SUFFIXES |= {".ogv", ".ts", ".webm", ".wmv"}
+PICTURE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+SCALES = (1, 0.875, 0.75, 0.66)  # of TSM's crops, relative to the shorter side
+MARGIN = 8 / 7  # the shorter side relative to the crop: 256 to 224 pixels in the papers
+ATTEMPTS = 20  # so many unreadable videos in a row are a wrong path
+
+
+@dataclass(frozen=True)
+class Video:
+    """A labelled video: a video file, or a folder with its frames as pictures."""
+
+    path: Path
+    label: int
+    frames: int | None = None  # only the first frames of a folder, as TSM's lists say
+
+
+# --- folders and lists -----------------------------------------------------------------------------------------------
+
+
+def read_videos(source: Path, root: Path | None = None, classes: Sequence[str] | None = None):
+    """Finds labelled videos.
+
+    Args:
+        source: a folder with one folder for each class, or a list file. A line of a list file is ``path label`` as in
+            mmaction2, or ``path num_frames label`` as in TSM. The suffix of a video file may be left out.
+        root: the folder that paths in a list are relative to, by default the folder of the list.
+        classes: the names of the classes. By default they are the names of the folders, or the numbers in the list.
+
+    Returns:
+        The videos and the names of the classes.
+
+    Raises:
+        WrongInputError: there are no videos, or a line or a label is wrong.
+    """
+    if source.is_dir():
+        videos, classes = _read_folder(source, classes)
+    elif source.is_file():
+        videos = [_read_line(line, f"{source}:{n}", root or source.parent) for n, line in _lines(source)]
+        if classes is None:
+            classes = [str(i) for i in range(max((video.label for video in videos), default=-1) + 1)]
+    else:
+        raise WrongInputError(f"{source} does not exist: a folder of class folders or a list file is needed")
+    if not videos:
+        raise WrongInputError(f"{source} has no videos")
+    wrong = [video for video in videos if not 0 <= video.label < len(classes)]
+    if wrong:
+        raise WrongInputError(f"{source}: labels must be below {len(classes)}, got {wrong[0].label} ({wrong[0].path})")
+    return videos, list(classes)
+
+
+def _read_folder(folder: Path, classes: Sequence[str] | None) -> tuple[list[Video], Sequence[str]]:
+    folders = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    names = [each.name for each in folders]
+    unknown = sorted(set(names) - set(names if classes is None else classes))
+    if unknown:
+        raise WrongInputError(f"{folder} has a folder for a class that is not known from training: {unknown[0]}")
+    classes = names if classes is None else classes
+    videos = [
+        Video(path, classes.index(each.name))
+        for each in folders
+        for path in sorted(each.iterdir())
+        if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
+    ]
+    return videos, classes
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = file.read_text()
+    except UnicodeDecodeError:
+        raise WrongInputError(f"{file} must be a folder of class folders or a list file, got neither") from None
+    return ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+
+
+def _read_line(line: str, place: str, root: Path) -> Video:
+    match = re.fullmatch(r"\s*(\S.*?)(?:\s+(\d+))?\s+(\d+)\s*", line)
+    if not match:
+        raise WrongInputError(f"{place}: a line must be 'path label' or 'path num_frames label', got {line.strip()!r}")
+    path, frames, label = match.groups()
+    return Video(root / path, int(label), None if frames is None else int(frames))
+
+
+def hold_out(videos: Sequence[Video], seed: int, share: float = 0.2) -> tuple[list[Video], list[Video]]:
+    """Splits videos into training and validation, at random but with a share of each class that has two or more."""
+    held: set[int] = set()
+    for label in sorted({video.label for video in videos}):
+        of_label = [i for i, video in enumerate(videos) if video.label == label]
+        random.Random(f"{seed} {label}").shuffle(of_label)
+        held.update(of_label[: max(1, round(share * len(of_label)))] if len(of_label) > 1 else [])
+    if not held:
+        raise WrongInputError("each class has only one video, so none can be held out for validation: set --val")
+    return [v for i, v in enumerate(videos) if i not in held], [videos[i] for i in sorted(held)]
+
+
+# --- frames ----------------------------------------------------------------------------------------------------------
+
+
+def segment_frames(total: int, positions: Sequence[float]) -> list[int]:
+    """Splits ``total`` frames into equal segments and chooses one frame of each: 0 is its first, nearly 1 its last.
+
+    If there are fewer frames than segments, frames repeat.
+    """
+    return [min(int((i + p) * total / len(positions)), total - 1) for i, p in enumerate(positions)]
+
+
+def read(video: Video, choose: Callable[[int], Sequence[int]], shorter: int) -> Tensor:
+    """Reads frames of a video file or a folder of pictures, as :func:`tsm_jit.video_io.read_frames`."""
+    path = locate(video.path)
+    if path.is_dir():
+        return _read_pictures(path, choose, shorter, video.frames)
+    return read_frames(path, choose, shorter)
+
+
+def locate(path: Path) -> Path:
+    """Adds the suffix of a video file if the path has none, as in lists of names."""
+    if path.exists():
+        return path
+    return next((p for p in sorted(path.parent.glob(f"{path.name}.*")) if p.suffix.lower() in VIDEO_SUFFIXES), path)
+
+
+def frame_interval(videos: Sequence[Video], n_segment: int) -> float | None:
+    """The median time between the frames of a clip, in seconds, from some of the videos; None if none tells it."""
+    seconds = []
+    for video in videos[:: -(-len(videos) // 32)]:
+        try:
+            seconds.append(duration(locate(video.path)))
+        except UnusableVideoError:
+            continue
+    known = sorted(each for each in seconds if each is not None)
+    return known[len(known) // 2] / n_segment if known else None
+
+
+def _read_pictures(folder: Path, choose: Callable[[int], Sequence[int]], shorter: int, frames: int | None) -> Tensor:
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
+    paths.sort(key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
+    paths = paths[:frames]
+    if not paths:
+        raise UnusableVideoError(f"{folder} has no pictures")
+    pictures = []
+    for number in choose(len(paths)):
+        try:
+            picture = transforms.pil_to_tensor(Image.open(paths[number]).convert("RGB"))
+        except OSError as error:
+            raise UnusableVideoError(f"{paths[number]} cannot be read as a picture: {error}") from None
+        pictures.append(transforms.resize(picture, [shorter], antialias=True))
+    if len({picture.shape for picture in pictures}) > 1:
+        raise UnusableVideoError(f"{folder} has pictures of different sizes")
+    return torch.stack(pictures)
+
+
+# --- crops -----------------------------------------------------------------------------------------------------------
+
+
+def scale_jitter_crop(frames: Tensor, side: int) -> Tensor:
+    """TSM's multi-scale crop, the same for all frames: uint8 ``[T, 3, H, W]`` to ``[T, 3, side, side]``.
+
+    Height and width of the crop are two neighbours of ``SCALES``. It lies at one of 13 places: those of a 5x5 grid with
+    both coordinates even or both odd. It draws from torch's global random numbers.
+    """
+    height, width = frames.shape[-2:]
+    sizes = [round(min(height, width) * scale) for scale in SCALES]
+    pairs = [(h, w) for i, h in enumerate(sizes) for j, w in enumerate(sizes) if abs(i - j) <= 1]
+    places = [(i, j) for i in range(5) for j in range(5) if i % 2 == j % 2]
+    h, w = pairs[int(torch.randint(len(pairs), ()))]
+    down, right = places[int(torch.randint(len(places), ()))]
+    top, left = (height - h) * down // 4, (width - w) * right // 4
+    return transforms.resized_crop(frames, top, left, h, w, [side, side], antialias=True)
+
+
+def evaluation_crops(frames: Tensor, side: int, count: int = 1) -> Tensor:
+    """Square crops along the longer side: the middle one, or several from one end to the other.
+
+    Args:
+        frames: uint8 ``[F, 3, H, W]``, the shorter side about ``MARGIN * side`` pixels.
+        side: of the crops, in pixels.
+        count: the number of crops.
+
+    Returns:
+        uint8 ``[count, F, 3, side, side]``.
+    """
+    down, right = (length - side for length in frames.shape[-2:])
+    steps = [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
+    places = [(round(down * p), right // 2) if down > right else (down // 2, round(right * p)) for p in steps]
+    return torch.stack([transforms.crop(frames, top, left, side, side) for top, left in places])
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingClips(Dataset):
+    """Random clips of videos. An item is ``(clip, label, failures)``; its key is ``(video, seed)``.
+
+    The clip is uint8 ``[T, 3, side, side]``: a random frame of each segment, a scale-jitter crop and, with ``flip``,
+    a mirror image half of the time. In place of an unreadable video, the next readable one is taken. If there is none
+    nearby, the label is -1.
+    """
+
+    videos: Sequence[Video]
+    n_segment: int
+    side: int
+    flip: bool
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]]:
+        index, seed = key
+        failures: list[str] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for attempt in range(min(ATTEMPTS, len(self.videos))):
+                video = self.videos[(index + attempt) % len(self.videos)]
+                positions = torch.rand(self.n_segment).tolist()
+                try:
+                    frames = read(video, lambda total: segment_frames(total, positions), round(MARGIN * self.side))  # noqa: B023
+                except UnusableVideoError as error:
+                    failures.append(str(error))
+                    continue
+                clip = scale_jitter_crop(frames, self.side)
+                if self.flip and torch.rand(()) < 0.5:
+                    clip = clip.flip(-1)
+                return clip.contiguous(), video.label, failures
+        return torch.zeros(self.n_segment, 3, self.side, self.side, dtype=torch.uint8), -1, failures
+
+
+@dataclass(frozen=True)
+class EvaluationClips(Dataset):
+    """Views of videos: ``clips`` times in each segment times ``crops`` places. The key is the number of the video.
+
+    An item is ``(views, label, failures)``, with views uint8 ``[clips * crops, T, 3, side, side]``. An unreadable video
+    gives zeros and the label -1.
+    """
+
+    videos: Sequence[Video]
+    n_segment: int
+    side: int
+    clips: int = 1
+    crops: int = 1
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
+        video = self.videos[index]
+
+        def choose(total: int) -> list[int]:
+            times = [(clip + 0.5) / self.clips for clip in range(self.clips)]
+            return [frame for time in times for frame in segment_frames(total, [time] * self.n_segment)]
+
+        try:
+            frames = read(video, choose, round(MARGIN * self.side))
+        except UnusableVideoError as error:
+            views = torch.zeros(self.clips * self.crops, self.n_segment, 3, self.side, self.side, dtype=torch.uint8)
+            return views, -1, [str(error)]
+        crops = evaluation_crops(frames, self.side, self.crops)  # [crops, clips * T, 3, side, side]
+        return crops.unflatten(1, (self.clips, self.n_segment)).flatten(0, 1), video.label, []
+
+
+def collate(items: Sequence[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """Joins items of a data set to a batch."""
+    clips, labels, failures = zip(*items, strict=True)
+    return torch.stack(clips), torch.tensor(labels), [each for some in failures for each in some]
+
+
+class Batches:
+    """The keys of the training clips of this process: a batch sampler for :class:`TrainingClips`.
+
+    An epoch has each video once, in a random order; the last step is filled up from the beginning of that order. A step
+    of ``batch`` clips is shared out to the processes, and its share is split into ``accumulate`` batches.
+    """
+
+    def __init__(self, videos: int, batch: int, accumulate: int, seed: int, rank: int, processes: int):
+        self.videos, self.batch, self.accumulate, self.seed = videos, batch, accumulate, seed
+        self.rank, self.processes = rank, processes
+        self.steps = -(-videos // batch)  # per epoch
+        self.epoch = self.first = 0  # the position: the next epoch, and its first step
+
+    def __len__(self) -> int:
+        return (self.steps - self.first) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.videos, generator=generator)
+        count = self.steps * self.batch
+        order = order.repeat(-(-count // self.videos))[:count]
+        seeds = torch.randint(2**62, (count,), generator=generator)
+        keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
+        mine = self.batch // self.processes
+        for step in range(self.first, self.steps):
+            first = step * self.batch + self.rank * mine
+            for i in range(self.accumulate):
+                part = mine // self.accumulate
+                yield keys[first + i * part : first + (i + 1) * part]

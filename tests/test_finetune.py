@@ -1,0 +1,338 @@
+"""Fine-tuning on labelled videos: a run with all its files, resuming, processes, lists, sampling, crops, refusals."""
+
+import csv
+import io
+import os
+import runpy
+import subprocess
+import sys
+from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from support import EXAMPLES, assert_same_bits
+
+import tsm_jit
+
+for needed in ("av", "matplotlib", "onnxscript", "timm", "torchvision", "tqdm"):
+    pytest.importorskip(needed, reason="needs the finetune extra, and timm for a tiny network")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the finetune extra")
+
+import finetune  # noqa: E402  (after the check for what it imports)
+import moving_shapes  # noqa: E402
+import networks  # noqa: E402
+import torchvision  # noqa: E402
+import videos  # noqa: E402
+from torchvision.transforms.v2.functional import to_pil_image  # noqa: E402
+from training import WrongInputError  # noqa: E402
+
+from tsm_jit.video_io import write_video  # noqa: E402
+
+SEGMENTS, SIDE, EPOCHS = 4, 32, 2
+TINY = f"--network timm/test_resnet --weights none --segments {SEGMENTS} --side {SIDE} --no-flip".split()
+RUN = [*TINY, "--epochs", str(EPOCHS), "--batch", "4", "--accumulate", "2", "--lr", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """The same everywhere: bits can be compared, and no GPU is needed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def brightness(value: int, frames: int = 12, height: int = 40, width: int = 56) -> torch.Tensor:
+    noise = torch.randint(-20, 20, (frames, 3, height, width))
+    return (value + noise).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two classes of videos that are easy to tell apart; among them a short and a damaged one."""
+    folder = tmp_path_factory.mktemp("data") / "data"
+    for label, value in (("bright", 200), ("dark", 50)):
+        (folder / label).mkdir(parents=True)
+        for i in range(6):
+            write_video(folder / label / f"{i}.mp4", brightness(value, frames=2 if i == 3 else 12))
+    whole = (folder / "dark" / "0.mp4").read_bytes()
+    (folder / "dark" / "damaged.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "dark" / "notes.txt").write_text("not a video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory) -> tuple[Path, str, str]:
+    """The output folder of an uninterrupted run, and what it printed."""
+    output = tmp_path_factory.mktemp("whole") / "output"
+    views = ["--eval-clips", "2", "--eval-crops", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        arguments = [str(data), "--val", str(data), *RUN, *views, "--workers", "1", "--output", str(output)]
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+            assert finetune.main(arguments) == 0
+    return output, out.getvalue(), errors.getvalue()
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_learns_and_writes_its_files(whole_run, data):
+    output, lines, errors = whole_run
+    names = {"best.pt", "checkpoint.pt", "confusion.png", "curve.png", "log.csv", "model.onnx", "predictions.csv"}
+    assert {path.name for path in output.iterdir()} == names
+    log = rows(output / "log.csv")
+    assert [row["epoch"] for row in log] == [str(i + 1) for i in range(EPOCHS)]
+    for picture in ("confusion.png", "curve.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    predictions = rows(output / "predictions.csv")
+    assert [Path(row["path"]) for row in predictions] == sorted(p for p in data.glob("*/?.mp4"))
+    right = sum(row["class"] == row["top1"] for row in predictions)
+    assert right == len(predictions) == 12, "the two classes are easy"
+    assert "12 videos, 2 x 3 views; 1 videos skipped" in lines
+    assert "clips/s" in lines
+    assert errors.count("skipped: ") == errors.count("damaged.mp4 cannot be read as a video: ") == 1
+
+
+def test_the_onnx_file_has_the_scores_of_the_network(whole_run):
+    output, *_ = whole_run
+    model, recipe = networks.load_trained(output / "best.pt")
+    assert (recipe.classes, recipe.interval) == (["bright", "dark"], pytest.approx(12 / 25 / SEGMENTS, rel=0.2))
+    session = onnxruntime.InferenceSession(output / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 3):
+        clips = torch.randint(0, 256, (count, SEGMENTS, 3, SIDE, SIDE), dtype=torch.uint8)
+        (scores,) = session.run(None, {"clips": clips.numpy()})
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.from_numpy(scores), networks.FromBytes(model)(clips), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("saves", [1, 3, 5], ids=lambda saves: f"after checkpoint {saves}")
+def test_resumed_is_as_uninterrupted(saves, whole_run, data, tmp_path, monkeypatch, capsys):
+    def run(*more):
+        return finetune.main([str(data), "--val", str(data), *RUN, "--workers", "0", "--output", str(tmp_path), *more])
+
+    save, count = finetune.Training.save, []
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        count.append(1)
+        if len(count) == saves:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "export", lambda *_: 0.0)
+    monkeypatch.setattr(finetune, "STEPS_PER_CHECKPOINT", 1)  # also in the middle of epochs
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Training, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    if saves == 1:
+        assert run("--resume", "--seed", "1") == 2
+        assert "is of another run: its seed is 0, not 1" in capsys.readouterr().err
+    assert run("--resume") == 0
+    whole, parts = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (whole_run[0], tmp_path))
+    for name, value in whole["model"].items():
+        assert_same_bits(parts["model"][name], value)
+    for name, state in whole["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert_same_bits(parts["optimizer"]["state"][name][key], value)
+    measured = {"clips_per_second": 0, "waiting": 0, "seconds": 0}
+    assert [row | measured for row in whole["history"]] == [row | measured for row in parts["history"]]
+
+
+def test_two_processes_with_a_damaged_video(data, tmp_path):
+    """Eleven videos for three steps of two processes; the damaged one must not let one wait for the other."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(tsm_jit.__file__).parent.parent), *sys.path]))
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [
+        str(EXAMPLES / "finetune.py"),
+        str(data),
+        *TINY,
+        "--epochs",
+        "1",
+        "--batch",
+        "4",
+        "--workers",
+        "0",
+        "--fuse",
+    ]
+    done = subprocess.run(
+        [*launch, *script, "--output", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1: ") == 1  # only the first process prints
+    assert "1 videos skipped" in done.stdout
+    assert "onnxruntime agrees" in done.stdout
+
+
+# --- lists and frames ------------------------------------------------------------------------------------------------
+
+
+def test_lists_of_tsm_and_mmaction2_and_folders_of_pictures(tmp_path):
+    video = brightness(100, frames=11)
+    write_video(tmp_path / "a clip 7.mp4", video)
+    (tmp_path / "frames").mkdir()
+    for i, picture in enumerate(video, 5):  # unpadded numbers: 10 comes after 9
+        to_pil_image(picture).save(tmp_path / "frames" / f"img_{i}.png")
+    (tmp_path / "list.txt").write_text("a clip 7.mp4 2\na clip 7 11 0\n\nframes 9 1\n")
+    found, classes = videos.read_videos(tmp_path / "list.txt")
+    assert classes == ["0", "1", "2"]
+    assert [(v.path.name, v.frames, v.label) for v in found] == [
+        ("a clip 7.mp4", None, 2),
+        ("a clip 7", 11, 0),
+        ("frames", 9, 1),
+    ]
+    decoded = videos.read(found[0], range, 40)
+    assert_same_bits(videos.read(found[1], range, 40), decoded)  # the suffix is found
+    totals = []
+    pictures = videos.read(found[2], lambda total: totals.append(total) or [0, total - 1, 4], 40)
+    assert totals == [9]  # as the list says
+    assert_same_bits(pictures, video[[0, 8, 4]])
+    assert videos.read_videos(tmp_path / "list.txt", root=Path("/elsewhere"))[0][2].path == Path("/elsewhere/frames")
+
+
+@pytest.mark.parametrize("total", [1, 3, 8, 50])
+def test_each_segment_gives_one_frame(total):
+    middle = videos.segment_frames(total, [0.5] * 8)
+    assert middle == [(2 * i + 1) * total // 16 for i in range(8)]
+    drawn = videos.segment_frames(total, torch.rand(8).tolist())
+    assert all(int(i * total / 8) <= frame <= (i + 1) * total / 8 for i, frame in enumerate(drawn))
+    assert max(drawn) < total
+
+
+def test_training_clips_depend_only_on_their_key(data):
+    found, _ = videos.read_videos(data)
+    clips = videos.TrainingClips(found, SEGMENTS, SIDE, flip=True)
+    state = torch.random.get_rng_state()
+    clip, label, failures = clips[(2, 11)]
+    assert_same_bits(torch.random.get_rng_state(), state)
+    assert (clip.shape, clip.dtype, label, failures) == ((SEGMENTS, 3, SIDE, SIDE), torch.uint8, 0, [])
+    assert_same_bits(clips[(2, 11)][0], clip)
+    assert not all(torch.equal(clips[(2, seed)][0], clip) for seed in range(4))
+    *readable, damaged = range(len(found))
+    assert [clips[(n, 0)][1:] for n in readable] == [(found[n].label, []) for n in readable]
+    _, label, failures = clips[(damaged, 0)]  # the next one in its place
+    assert label == found[0].label
+    assert len(failures) == 1
+
+
+def test_crops_lie_inside_and_are_the_same_for_all_frames():
+    height, width = 40, 67
+    rows, columns = torch.arange(height)[:, None].expand(height, width), torch.arange(width).expand(height, width)
+    frames = torch.stack([rows, columns, columns]).to(torch.uint8).expand(3, -1, -1, -1)
+    sizes = set()
+    for _ in range(40):
+        crop = videos.scale_jitter_crop(frames, 24)
+        assert crop.shape == (3, 3, 24, 24)
+        assert_same_bits(crop[0], crop[2])
+        spans = [(crop[0, i].max() - crop[0, i].min()).item() for i in (0, 1)]
+        assert all(0.55 * height < span < height for span in spans)
+        sizes.add(tuple(spans))
+    assert len(sizes) > 5
+    first, middle, last = videos.evaluation_crops(frames, 36, 3)
+    assert (first[0, 1].min(), last[0, 1].max()) == (0, width - 1)
+    assert_same_bits(middle, videos.evaluation_crops(frames, 36)[0])
+    assert first[0, 0].min() == 2  # in the middle of the shorter side
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 9])
+def test_an_epoch_has_every_video_shared_out(count):
+    batch, processes, accumulate = 8, 2, 2
+    shares = [videos.Batches(count, batch, accumulate, 3, rank, processes) for rank in range(processes)]
+    parts = [list(share) for share in shares]
+    assert [len(share) for share in shares] == [len(part) for part in parts]
+    keys = [key for part in parts for keys in part for key in keys]
+    assert {video for video, _ in keys} == set(range(count))
+    assert len(keys) == len(set(keys)) == -(-count // batch) * batch
+    shares[0].epoch = 1
+    assert list(shares[0]) != parts[0]
+    shares[0].epoch, shares[0].first = 0, shares[0].steps - 1
+    assert list(shares[0]) == parts[0][-accumulate:]
+
+
+def test_a_share_of_every_class_is_held_out():
+    found = [videos.Video(Path(str(i)), label) for i, label in enumerate([0] * 10 + [1] * 3 + [2])]
+    training, held = videos.hold_out(found, seed=4)
+    assert sorted(video.label for video in held) == [0, 0, 1]
+    assert {*training, *held} == set(found)
+    assert videos.hold_out(found, seed=4) == (training, held)
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "tsm", "mmaction2"])
+def test_starts_from_checkpoints(layout, tmp_path):
+    source = torchvision.models.resnet18(num_classes=7)
+    weights = tsm_jit.checkpoints.convert(source.state_dict(), target=layout).state_dict
+    torch.save({"state_dict": weights}, tmp_path / "weights.pth")
+    recipe = networks.Recipe("resnet18", ["a", "b"], SEGMENTS, SIDE, "both")
+    model = networks.make(recipe)
+    note = networks.start_from(model, recipe, str(tmp_path / "weights.pth"))
+    assert "random: backbone.fc.weight, backbone.fc.bias" in note
+    assert_same_bits(model.backbone.layer3[1].conv1.net.weight, source.layer3[1].conv1.weight)
+
+
+def test_dropout_is_before_the_last_layer_in_training():
+    model = networks.make(networks.Recipe("timm/test_resnet", ["a", "b"], SEGMENTS, SIDE, "both"), dropout=1.0)
+    clips = torch.randn(1, SEGMENTS, 3, SIDE, SIDE)
+    bias = model.backbone.fc.bias
+    torch.testing.assert_close(model.train()(clips)[0], bias)
+    assert not torch.allclose(model.eval()(clips)[0], bias)
+
+
+def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    (tmp_path / "one" / "class").mkdir(parents=True)
+    write_video(tmp_path / "one" / "class" / "a.mp4", brightness(9))
+    (tmp_path / "line.txt").write_text("a.mp4 0\nb.mp4\n")
+    (tmp_path / "gone.txt").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(30)))
+    (tmp_path / "names.txt").write_text("only one\n")
+    for arguments, says in {
+        (tmp_path / "nothing",): "nothing does not exist: a folder of class folders or a list file is needed",
+        (tmp_path / "empty",): "has no videos",
+        (tmp_path / "one",): "set --val",
+        (tmp_path / "line.txt",): "line.txt:2: a line must be 'path label' or 'path num_frames label', got 'b.mp4'",
+        (data / "dark" / "0.mp4",): "must be a folder of class folders or a list file, got neither",
+        (tmp_path / "gone.txt",): "too many videos in a row cannot be read, such as: ",
+        (tmp_path / "gone.txt", "--classes", tmp_path / "names.txt"): "labels must be below 1, got 1",
+        (data, "--val", tmp_path / "one"): "a folder for a class that is not known from training: class",
+        (data, "--batch", 4, "--accumulate", 3): "--batch must be a multiple of",
+        (data, "--network", "nonet"): "nonet is neither a network of torchvision nor of timm",
+        (data, "--network", "alexnet"): "alexnet cannot be converted: net must have a supported architecture",
+        (data, "--network", "mobilenet_v2", "--fuse"): "--fuse: net must be a ResNet",
+        (data, "--weights", data / "dark" / "0.mp4"): "0.mp4: path must be a file",
+        (data, "--resume"): "nothing to resume",
+    }.items():
+        assert finetune.main([*TINY, "--workers", "0", "--output", str(tmp_path / "o"), *map(str, arguments)]) == 2, (
+            says
+        )
+        error = capsys.readouterr().err.rpartition("skipped: ")[2]
+        assert says in error.splitlines()[-1]
+
+
+def test_a_run_stops_if_no_video_can_be_read():
+    clips = videos.EvaluationClips([videos.Video(Path("a.mp4"), 0), videos.Video(Path("b.mp4"), 1)], SEGMENTS, SIDE)
+    options = Namespace(batch=2, accumulate=1, workers=0, precision="float32")
+    with pytest.raises(WrongInputError, match=r"none of the 2 videos for validation can be read"):
+        finetune.evaluate(torch.nn.Identity(), clips, options, finetune.Processes(), finetune.Skipped())
+
+
+def test_says_which_package_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / "finetune.py"), run_name="__main__")
+    assert capsys.readouterr().err == "this example needs onnxruntime: pip install 'tsm-jit[finetune]'\n"
+
+
+def test_generated_videos_show_their_class_only_in_time(tmp_path):
+    assert moving_shapes.main([str(tmp_path), "--count", "1"]) == 0
+    assert sorted(path.parent.name for path in tmp_path.glob("*/0.mp4")) == sorted(moving_shapes.CLASSES)
+    seed = int(torch.randint(1000, ()))
+    forth, back = (
+        moving_shapes.moving_square(label, torch.Generator().manual_seed(seed)) for label in ("left", "right")
+    )
+    assert forth.shape == (32, 3, 96, 96)
+    assert_same_bits(forth[0], back[0])
+    assert not torch.equal(forth[8], back[8])
