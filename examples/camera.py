@@ -38,7 +38,7 @@ try:
 
     from tsm_jit.video_io import UnusableVideoError, add_video_stream, open_video
 except ImportError as error:
-    sys.stderr.write(f"this example needs {error.name}: pip install 'tsm-jit[demo]'\n")
+    sys.stderr.write(f"this example needs {error.name}: pip install 'tsm-jit[finetune]'\n")
     raise SystemExit(2)
 
 from training import WrongInputError, exit_code
@@ -139,7 +139,7 @@ class Watcher:
     @torch.inference_mode()
     def see(self, picture: Picture) -> None:
         """Runs the network if it is time for its next picture."""
-        if picture.time < self.next:
+        if picture.time < self.next - 1e-3:  # clocks round
             return
         self.next = max(self.next + self.interval, picture.time)
         frame = transforms.pil_to_tensor(picture.image)[None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,6 @@ OTHERS = (
 DTYPES = FLOATING + OTHERS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.append(str(EXAMPLES))  # tests import the scripts, and these import one another
 
 
 def random_bits(shape, dtype: torch.dtype, device="cpu") -> Tensor:

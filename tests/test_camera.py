@@ -1,0 +1,188 @@
+"""The camera example without a display: what it draws, when the network runs, delays, refusals."""
+
+import sys
+import threading
+import time
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import tsm_jit
+
+for needed in ("av", "timm", "torchvision", "PIL"):
+    pytest.importorskip(needed, reason="needs the finetune extra, and timm for a tiny network")
+
+import av  # noqa: E402  (after the check for what is there)
+import camera  # noqa: E402
+import networks  # noqa: E402
+from moving_shapes import moving_square  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from tsm_jit.video_io import read_frames, write_video  # noqa: E402
+
+SIDE, SEGMENTS, FRAMES, RATE = 32, 3, 20, 10
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def network(tmp_path):
+    recipe = networks.Recipe("timm/test_resnet", ["left", "right"], SEGMENTS, SIDE, "past", 0.2)
+    networks.save_trained(networks.make(recipe), recipe, tmp_path / "best.pt")
+    return tmp_path / "best.pt"
+
+
+@pytest.fixture
+def video(tmp_path):
+    write_video(tmp_path / "video.mp4", moving_square("left", torch.Generator(), FRAMES, 121), RATE)
+    return tmp_path / "video.mp4"
+
+
+def pictures(count: int) -> list[camera.Picture]:
+    noise = torch.randint(0, 256, (count, 45, 60, 3), dtype=torch.uint8)
+    return [camera.Picture(Image.fromarray(x.numpy()), i / RATE, time.perf_counter()) for i, x in enumerate(noise)]
+
+
+def test_a_file_without_a_display(network, video, tmp_path, capsys):
+    output = tmp_path / "out.mp4"
+    assert camera.main([str(network), "--file", str(video), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.startswith(f"{FRAMES} pictures, latency 0 frames; the last scores: ")
+    drawn, original = (read_frames(path, range).int() for path in (output, video))
+    assert drawn.shape == original.shape == (FRAMES, 3, 120, 120)
+    changed = (drawn - original).abs().amax((0, 1)) > 60
+    assert changed[:20, :60].any()  # the scores
+    assert changed[-12:].any()  # frame rate and delay
+    assert not changed[40:-20].any()
+    with av.open(str(output)) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times == pytest.approx([i / RATE for i in range(FRAMES)], abs=2e-3)
+
+
+def test_scores_are_those_of_the_network_on_the_pictures_of_its_interval(network):
+    model, recipe = networks.load_trained(network)
+    watcher, shown = camera.Watcher(model, recipe, 0.2, torch.device("cpu")), pictures(9)
+    assert watcher.best() == []
+    for picture in shown:
+        watcher.see(picture)
+    assert len(watcher.scores) == SEGMENTS  # of pictures 0, 2, 4, 6 and 8
+    offline = whole_clip(model, shown[::2])
+    torch.testing.assert_close(torch.stack(list(watcher.scores)), offline[-SEGMENTS:])
+    expected = offline[-SEGMENTS:].mean(0).softmax(0)
+    assert dict(watcher.best()) == pytest.approx(dict(zip(recipe.classes, expected.tolist(), strict=True)), abs=1e-4)
+
+
+def whole_clip(model: nn.Module, shown: list[camera.Picture]) -> torch.Tensor:
+    """The scores of each picture in one clip of all of them."""
+    frames = torch.stack([camera.transforms.pil_to_tensor(picture.image) for picture in shown])
+    frames = camera.transforms.resize(frames, [round(camera.MARGIN * SIDE)], antialias=True)
+    (frames,) = camera.evaluation_crops(frames, SIDE)
+    with tsm_jit.n_segment(model, len(shown)), torch.inference_mode():
+        return model.backbone(networks.normalize(frames))
+
+
+def test_a_stream_with_latency_has_no_scores_at_first(network, monkeypatch):
+    """As of networks with shifts in both directions: no scores for two pictures, and two more at the end."""
+
+    class Late(nn.Module):
+        latency, seen = 2, 0
+
+        def forward(self, frame):
+            self.seen += 1
+            return None if self.seen <= self.latency else torch.tensor([[float(self.seen - self.latency), 0.0]])
+
+        def flush(self):
+            return iter([torch.tensor([[float(self.seen - self.latency + i), 0.0]]) for i in (1, 2)])
+
+    monkeypatch.setattr(camera.tsm_jit.online, "convert", lambda net: Late())
+    watcher = camera.Watcher(*networks.load_trained(network), 0.0, torch.device("cpu"))
+    shown = pictures(5)
+    for i, picture in enumerate(shown, 1):
+        watcher.see(picture)
+        assert [scores[0].item() for scores in watcher.scores] == list(range(1, max(0, i - 2) + 1))
+        assert (watcher.delay is None) == (i <= 2)
+        assert camera.draw(picture.image, watcher, 9.0).size == (60, 45)
+    assert watcher.delay >= time.perf_counter() - shown[2].arrival - 5
+    watcher.finish()
+    assert [scores[0].item() for scores in watcher.scores] == [3, 4, 5]  # of the last clip
+
+
+def test_a_slow_network_skips_pictures_of_a_camera():
+    released = threading.Event()
+
+    def decode(video):
+        for i in range(5):
+            yield SimpleNamespace(time=i / 10, to_image=lambda i=i: i)
+        released.wait(10)
+        yield SimpleNamespace(time=Fraction(1), to_image=lambda: "last")
+
+    newest = camera.Newest(SimpleNamespace(decode=decode))
+    while newest.picture is None or newest.picture.image < 4:
+        time.sleep(0.01)
+    shown = iter(newest)
+    assert next(shown).image == 4  # the pictures before it are gone
+    released.set()
+    assert next(shown).image == "last"
+    assert list(shown) == []
+    newest.close()
+
+
+def test_an_error_of_the_camera_reaches_the_user():
+    def decode(video):
+        raise OSError("unplugged")
+        yield
+
+    with pytest.raises(OSError, match="unplugged"):
+        list(camera.Newest(SimpleNamespace(decode=decode)))
+
+
+def test_refuses_what_it_cannot_use(network, video, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    output = ["--output", str(tmp_path / "out.mp4")]
+    for arguments, says in {
+        (video, "--file", video, *output): "video.mp4 is no network that finetune.py has written",
+        (tmp_path / "no.pt", "--file", video, *output): "no.pt does not exist",
+        (network, "--file", tmp_path / "no.mp4", *output): "no.mp4 does not exist",
+        (network, "--file", network, *output): "best.pt cannot be read as a video",
+        (network, "--file", video): "a window needs OpenCV: pip install opencv-python, or set --output",
+        (network, "--device", tmp_path / "camera", *output): "camera",
+        (network, "--file", video, "--output", tmp_path / "no" / "out.mp4"): "no/out.mp4 does not exist",
+    }.items():
+        assert camera.main(list(map(str, arguments))) == 2, says
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_a_window_needs_a_display(network, video, capsys, monkeypatch):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("other systems always have a display")
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace())
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    assert camera.main([str(network), "--file", str(video)]) == 2
+    assert "a window needs a display" in capsys.readouterr().err
+
+
+def test_a_window_shows_pictures_until_the_user_quits(network, video, capsys, monkeypatch):
+    keys, shown = iter([-1, -1, ord("q")]), []
+    cv2 = SimpleNamespace(
+        imshow=lambda name, pixels: shown.append(pixels),
+        waitKey=lambda milliseconds: next(keys),
+        destroyAllWindows=lambda: shown.append("closed"),
+    )
+    monkeypatch.setitem(sys.modules, "cv2", cv2)
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert camera.main([str(network), "--file", str(video)]) == 0
+    assert capsys.readouterr().out.startswith("3 pictures")
+    assert shown.pop() == "closed"
+    assert [pixels.shape for pixels in shown] == [(120, 120, 3)] * 3
+    first = read_frames(video, lambda _: [0])[0].permute(1, 2, 0)
+    middle = torch.from_numpy(shown[0])[50:100].flip(2)  # BGR
+    assert (middle.int() - first[50:100].int()).abs().max() <= 3  # two converters round
