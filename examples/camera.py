@@ -5,11 +5,10 @@
     python examples/camera.py finetune/best.pt --file video.mp4 --output a.mp4
 
 The network runs on a stream: each frame is computed once. It gets frames at the interval of its training clips, and its
-scores are averaged over as many frames as a clip has. Train it with ``--direction past`` for no delay. A network with
-shifts in both directions waits for later frames.
+scores are averaged over as many frames as a clip has. Train it with ``--direction past``.
 
 Drawn over the picture are the most probable classes, the pictures per second, and the delay, which is the time from the
-arrival of a picture to its scores.
+arrival of a picture to its scores. It includes the latency of a stream that waits for later frames.
 """
 
 import argparse
@@ -156,7 +155,7 @@ class Watcher:
                 self._add(scores)
 
     def _add(self, scores: Tensor | None) -> None:
-        if scores is None:  # a network that reads later frames has none at first
+        if scores is None:  # the first frames of a stream with latency
             return
         self.scores.append(scores[0].float().cpu())  # waits for the result
         self.delay = time.perf_counter() - self.waiting.popleft()

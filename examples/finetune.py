@@ -21,6 +21,7 @@ network of the epoch with the best validation accuracy. At the end, it gets ``pr
 import argparse
 import copy
 import math
+import os
 import sys
 import time
 import zlib
@@ -120,21 +121,16 @@ def evaluate(model: nn.Module, clips: EvaluationClips, options, processes: Proce
         collate_fn=collate,
         pin_memory=processes.device.type == "cuda",
     )
-    labels, probabilities, failures = [], [], []
-    bar = tqdm(loader, "evaluation", leave=False, disable=processes.rank > 0 or None)
-    for x, label, failed in bar:
+    results: list[tuple[Tensor, Tensor]] = []
+    failures: list[str] = []
+    for x, labels, failed in tqdm(loader, "evaluation", leave=False, disable=processes.rank > 0 or None):
         with autocast(processes.device, options.precision):
-            scores = model(to_device(x.flatten(0, 1), processes.device))
-        probabilities.append(scores.float().softmax(1).unflatten(0, (-1, views)).mean(1).cpu())
-        labels.append(label)
+            scores = model(to_device(x.flatten(0, 1), processes.device)).float()
+        results += zip(labels, scores.softmax(1).unflatten(0, (-1, views)).mean(1).cpu(), strict=True)
         failures += failed
     skipped.add(failures)
-    own = (
-        []
-        if not labels
-        else [(n, *each) for n, *each in zip(mine, torch.cat(labels), torch.cat(probabilities), strict=True)]
-    )
-    rows = sorted((row for rows in processes.gather(own) for row in rows if row[1] >= 0), key=lambda row: row[0])
+    own = [(number, label, each) for number, (label, each) in zip(mine, results, strict=True) if label >= 0]
+    rows = sorted((row for rows in processes.gather(own) for row in rows), key=lambda row: row[0])
     if not rows:
         raise WrongInputError(f"none of the {len(clips)} videos for validation can be read")
     numbers, labels, probabilities = zip(*rows, strict=True)
@@ -194,7 +190,7 @@ class Training:
         self.totals += torch.stack([loss.detach() * len(labels), correct, correct.new_tensor(len(labels))])
 
     def epoch(self, bar: tqdm, checkpoint: Path, run: dict) -> dict[str, float]:
-        """Trains to the end of the epoch. Returns what was measured."""
+        """Trains to the end of the epoch. Returns its row of the history, without validation."""
         begin, waiting, done = time.perf_counter(), 0.0, 0
         self.model.train()
         clock = Clock(self.processes.device)
@@ -356,7 +352,7 @@ def data_sets(options: argparse.Namespace) -> tuple[list[Video], list[Video], li
 def identity(options: argparse.Namespace, recipe: Recipe, videos: Sequence[Video]) -> dict:
     """The settings that a resumed run must share, as values of a checkpoint."""
     names = ("batch", "accumulate", "epochs", "lr", "dropout", "no_flip", "seed", "precision", "fuse")
-    lines = "\n".join(f"{video.path} {video.label}" for video in videos)
+    lines = "\n".join(f"{video.path.name} {video.label}" for video in videos)
     return {**asdict(recipe), **{name: getattr(options, name) for name in names}, "videos": zlib.crc32(lines.encode())}
 
 
@@ -431,7 +427,8 @@ def run(options: argparse.Namespace) -> None:
     """Trains, evaluates and exports. Raises WrongInputError, or OSError if a file cannot be read or written."""
     with Processes() as processes:
         if options.workers is None:
-            options.workers = max(1, torch.multiprocessing.cpu_count() // processes.on_this_machine - 1)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            options.workers = max(1, cores // processes.on_this_machine - 1)
         if options.batch % (processes.count * options.accumulate):
             raise WrongInputError(
                 f"--batch must be a multiple of {processes.count} processes times --accumulate {options.accumulate}, "
@@ -489,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fuse", action="store_true", help="tsm_jit.residual.fuse, for ResNets")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto")
-    parser.add_argument("--workers", type=int, help="processes that decode, by default the cores of each process")
+    parser.add_argument("--workers", type=int, help="processes that decode, by default all cores but one")
     parser.add_argument("--eval-clips", type=positive, default=1, help="times in each video, at the end")
     parser.add_argument("--eval-crops", type=positive, default=1, help="places in each frame, at the end")
     parser.add_argument("--seed", type=int, default=0)

@@ -20,7 +20,7 @@ from tsm_jit.video_io import write_video
 CLASSES = ("down", "grow", "left", "right", "shrink", "up")
 
 
-def moving_square(label: str, generator: torch.Generator, frames: int = 32, side: int = 96) -> Tensor:
+def moving_square(label: str, generator: torch.Generator, frames: int = 32, side: int = 64) -> Tensor:
     """A video of one class: uint8 ``[frames, 3, side, side]``. A square that leaves on one side enters on the other."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -31,7 +31,7 @@ def moving_square(label: str, generator: torch.Generator, frames: int = 32, side
     down = {"up": -1, "down": 1}.get(label, 0)
     x, y = ((uniform(0, 1, 1) + way * path) % 1 for way in (right, down))
     growth = {"grow": 1, "shrink": -1}.get(label, 0) * (path - path[-1] / 2)
-    half = uniform(0.08, 0.2, 1) * torch.exp(1.2 * growth)  # of the square's side, relative to the picture's
+    half = uniform(0.1, 0.2, 1) * torch.exp(1.2 * growth)  # of the square's side, relative to the picture's
     angle = uniform(0, math.pi / 2, 1)
 
     across = (torch.arange(side) + 0.5) / side
@@ -41,7 +41,7 @@ def moving_square(label: str, generator: torch.Generator, frames: int = 32, side
     distance = torch.maximum(u.abs(), v.abs()) - half[:, None, None]
     square = (0.5 - side * distance).clamp(0, 1)[:, None]  # [frames, 1, side, side], with smooth edges
 
-    background = F.interpolate(uniform(0, 0.5, 1, 3, 5, 5), (side, side), mode="bicubic").clamp(0, 1)
+    background = F.interpolate(uniform(0, 0.4, 1, 3, 5, 5), (side, side), mode="bicubic").clamp(0, 1)
     colour = uniform(0.5, 1, 3, 1, 1)
     return (255 * (background + square * (colour - background))).to(torch.uint8)
 

@@ -63,7 +63,7 @@ def start_from(model: tsm_jit.VideoModel, recipe: Recipe, weights: str) -> str:
     Args:
         model: the network. Its last layer keeps random weights if the classes are others.
         recipe: of the network.
-        weights: the path of a checkpoint, or ``imagenet`` to download those of torchvision or timm.
+        weights: the path of a checkpoint, or ``imagenet`` to download weights of torchvision or timm.
     """
     try:
         if weights == "imagenet":

@@ -38,8 +38,8 @@ class Processes:
     def __enter__(self) -> "Processes":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.count > 1:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self.count > 1 and error is None:  # after an error, the others may be waiting for this one
             dist.destroy_process_group()
 
     def sum(self, x: Tensor) -> Tensor:

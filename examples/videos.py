@@ -134,7 +134,7 @@ def read(video: Video, choose: Callable[[int], Sequence[int]], shorter: int) -> 
 
 
 def locate(path: Path) -> Path:
-    """Adds the suffix of a video file if the path has none, as in lists of names."""
+    """Finds the video file of a path without a suffix, as in lists of names."""
     if path.exists():
         return path
     return next((p for p in sorted(path.parent.glob(f"{path.name}.*")) if p.suffix.lower() in VIDEO_SUFFIXES), path)
@@ -176,8 +176,8 @@ def _read_pictures(folder: Path, choose: Callable[[int], Sequence[int]], shorter
 def scale_jitter_crop(frames: Tensor, side: int) -> Tensor:
     """TSM's multi-scale crop, the same for all frames: uint8 ``[T, 3, H, W]`` to ``[T, 3, side, side]``.
 
-    Height and width of the crop are two neighbours of ``SCALES``. It lies at one of 13 places: those of a 5x5 grid with
-    both coordinates even or both odd. It draws from torch's global random numbers.
+    Height and width of the crop are two neighbours of ``SCALES``. It lies at one of 13 places: the points of a 5x5 grid
+    whose coordinates are both even or both odd. It draws from torch's global random numbers.
     """
     height, width = frames.shape[-2:]
     sizes = [round(min(height, width) * scale) for scale in SCALES]
