@@ -170,7 +170,7 @@ class Training:
         )
         self.wrapped = DistributedDataParallel(self.model) if processes.count > 1 else self.model
         self.forward = torch.compile(self.wrapped) if options.compile else self.wrapped
-        self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: loss, correct, clips
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # of this epoch: losses, correct clips
         self.history: list[dict[str, float]] = []
         self.skipped = Skipped()
 
@@ -187,7 +187,7 @@ class Training:
             loss = F.cross_entropy(scores, labels)
             (loss / options.accumulate).backward()
         correct = (scores.argmax(1) == labels).sum()
-        self.totals += torch.stack([loss.detach() * len(labels), correct, correct.new_tensor(len(labels))])
+        self.totals += torch.stack([loss.detach() * len(labels), correct])
 
     def epoch(self, bar: tqdm, checkpoint: Path, run: dict) -> dict[str, float]:
         """Trains to the end of the epoch. Returns its row of the history, without validation."""
@@ -213,12 +213,12 @@ class Training:
             self.batches.first = step + 1
             if (step + 1) % STEPS_PER_CHECKPOINT == 0 and step + 1 < self.batches.steps:
                 self.save(checkpoint, run)
-        loss, correct, clips = self.processes.sum(self.totals).tolist()
+        loss, correct = (self.processes.sum(self.totals) / (self.batches.steps * self.options.batch)).tolist()
         seconds = time.perf_counter() - begin
         self.totals.zero_()
         self.batches.epoch, self.batches.first = self.batches.epoch + 1, 0
         measured = {"epoch": self.batches.epoch, "learning_rate": self.schedule.get_last_lr()[0]}
-        measured |= {"training_loss": loss / clips, "training_top1": correct / clips}
+        measured |= {"training_loss": loss, "training_top1": correct}
         return measured | {"clips_per_second": done / seconds, "waiting": waiting / seconds, "seconds": seconds}
 
     def save(self, path: Path, run: dict) -> None:

@@ -71,8 +71,8 @@ def start_from(model: tsm_jit.VideoModel, recipe: Recipe, weights: str) -> str:
         else:
             state = tsm_jit.checkpoints.load(weights)
         converted = tsm_jit.checkpoints.convert(state, target=model)
-    except (OSError, ValueError, ImportError) as error:
-        raise WrongInputError(f"{weights}: {error}") from None
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise WrongInputError(f"--weights {weights} cannot be used: {error}") from None
     model.load_state_dict(converted.state_dict, strict=False)
     random = f", random: {', '.join(converted.missing)}" if converted.missing else ""
     return f"{len(converted.state_dict)} tensors from {weights} ({converted.source}){random}"

@@ -10,8 +10,9 @@ from support import EXAMPLES
 
 import tsm_jit
 
-# The others train for minutes, need arguments or are modules of these, and have their own tests.
-SCRIPTS = [EXAMPLES / name for name in ("shift.py", "resnet.py", "online.py", "tsam_audio_video.py")]
+# These train for minutes, need arguments or are modules of the others. They have their own tests.
+TESTED_ELSEWHERE = ("arrow_of_time", "camera", "finetune", "moving_shapes", "networks", "training", "videos")
+SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in TESTED_ELSEWHERE)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -302,7 +302,7 @@ def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
         (data, "--network", "nonet"): "nonet is neither a network of torchvision nor of timm",
         (data, "--network", "alexnet"): "alexnet cannot be converted: net must have a supported architecture",
         (data, "--network", "mobilenet_v2", "--fuse"): "--fuse: net must be a ResNet",
-        (data, "--weights", data / "dark" / "0.mp4"): "0.mp4: path must be a file",
+        (data, "--weights", data / "dark" / "0.mp4"): "0.mp4 cannot be used: path must be a file",
         (data, "--resume"): "nothing to resume",
     }.items():
         assert finetune.main([*TINY, "--workers", "0", "--output", str(tmp_path / "o"), *map(str, arguments)]) == 2, (
