@@ -5,10 +5,11 @@
     python examples/camera.py finetune/best.pt --file video.mp4 --output a.mp4
 
 The network runs on a stream: each frame is computed once. It gets frames at the interval of its training clips, and its
-scores are averaged over as many frames as a clip has. Train it with ``--direction past``.
+scores are averaged over as many frames as a clip has.
 
 Drawn over the picture are the most probable classes, the pictures per second, and the delay, which is the time from the
-arrival of a picture to its scores. It includes the latency of a stream that waits for later frames.
+arrival of a picture to its scores. It includes the latency of shifts in both directions, which wait for later frames.
+A network trained with ``--direction past`` has none.
 """
 
 import argparse
@@ -133,7 +134,7 @@ class Watcher:
     @property
     def latency(self) -> int:
         """Frames of delay, since the network reads later frames."""
-        return getattr(self.stream, "latency", 0)
+        return self.stream.latency
 
     @torch.inference_mode()
     def see(self, picture: Picture) -> None:

@@ -476,7 +476,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default="imagenet", help="a checkpoint, imagenet (downloads) or none")
     parser.add_argument("--segments", type=positive, default=8, help="frames of a clip")
     parser.add_argument("--side", type=positive, default=224, help="of the frames, in pixels")
-    parser.add_argument("--direction", choices=("both", "past"), default="both", help="past: for camera.py, no delay")
+    parser.add_argument(
+        "--direction", choices=("both", "past"), default="both", help="of the shifts; past: camera.py has no latency"
+    )
     parser.add_argument("--epochs", type=positive, default=30)
     parser.add_argument("--batch", type=positive, default=32, help="clips of a step, of all processes")
     parser.add_argument("--accumulate", type=positive, default=1, help="splits the batch of a step, to save memory")

@@ -52,8 +52,9 @@ def make(recipe: Recipe, dropout: float = 0.0) -> tsm_jit.VideoModel:
         tsm_jit.make_temporal_shift(net, recipe.n_segment, inplace=True, direction=recipe.direction)
     except TypeError as error:
         raise WrongInputError(f"{recipe.network} cannot be converted: {error}") from None
-    head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
-    head.register_forward_pre_hook(lambda module, x: F.dropout(x[0], dropout, module.training))
+    if dropout:
+        head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+        head.register_forward_pre_hook(lambda module, x: F.dropout(x[0], dropout, module.training))
     return tsm_jit.VideoModel(net)
 
 

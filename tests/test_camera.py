@@ -86,8 +86,24 @@ def whole_clip(model: nn.Module, shown: list[camera.Picture]) -> torch.Tensor:
         return model.backbone(networks.normalize(frames))
 
 
+def test_a_network_with_shifts_in_both_directions(video, tmp_path, capsys):
+    recipe = networks.Recipe("timm/test_resnet", ["left", "right"], SEGMENTS, SIDE, "both", 0.1)
+    networks.save_trained(networks.make(recipe, dropout=0.5), recipe, tmp_path / "both.pt")
+    watcher = camera.Watcher(*networks.load_trained(tmp_path / "both.pt"), 0.1, torch.device("cpu"))
+    assert watcher.latency > 0
+    shown = pictures(2 * watcher.latency + 1)
+    for picture in shown:
+        watcher.see(picture)
+    watcher.finish()
+    model, _ = networks.load_trained(tmp_path / "both.pt")
+    torch.testing.assert_close(torch.stack(list(watcher.scores)), whole_clip(model, shown)[-SEGMENTS:])
+    output = str(tmp_path / "out.mp4")
+    assert camera.main([str(tmp_path / "both.pt"), "--file", str(video), "--output", output]) == 0
+    assert capsys.readouterr().out.startswith(f"{FRAMES} pictures, latency {watcher.latency} frames; the last scores: ")
+
+
 def test_a_stream_with_latency_has_no_scores_at_first(network, monkeypatch):
-    """As of networks with shifts in both directions: no scores for two pictures, and two more at the end."""
+    """There are no scores for two pictures, and two more at the end."""
 
     class Late(nn.Module):
         latency, seen = 2, 0

@@ -262,6 +262,8 @@ def add_video_stream(container: Any, width: int, height: int, rate: int) -> Any:
 
     Example::
 
+        import av
+
         with av.open("black.mp4", "w") as container:
             stream = tsm_jit.video_io.add_video_stream(container, 64, 48, 25)
             container.mux(stream.encode(av.VideoFrame(64, 48, "rgb24")))
