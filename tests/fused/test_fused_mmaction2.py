@@ -165,7 +165,7 @@ def test_compiled(models):
     ("options", "error", "message"),
     [
         ({"depth": 50, "with_cp": True}, ValueError, r"layer1\.0: it has activation checkpointing"),
-        ({"shift_place": "block"}, ValueError, r"layer1\.0: .*TemporalShift is not a supported block"),
+        ({"shift_place": "block"}, ValueError, r"layer1\.0, .*: its shift is before the whole block"),
         ({"temporal_pool": True}, TypeError, "net must be a ResNet with stages layer1 to layer4 .* got ResNetTSM"),
         (
             {"depth": 50, "non_local": ((1,), (0, 1), (0,), (0,)), "non_local_cfg": {"mode": "dot_product"}},

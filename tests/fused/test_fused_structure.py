@@ -166,8 +166,13 @@ def test_hooks_see_what_they_saw_before(places):
     [
         (lambda: 3, TypeError, "net must be a ResNet"),
         (lambda: torchvision.models.vgg11(), TypeError, "net must be a ResNet"),
+        (lambda: tsm_jit.VideoModel(tsm(small(BasicBlock))), TypeError, "got a VideoModel: fuse its backbone"),
         (lambda: small(BasicBlock), ValueError, "net must have temporal shifts to be fused"),
-        (lambda: tsm(small(BasicBlock), place="block"), ValueError, "is not a supported block"),
+        (
+            lambda: tsm(small(BasicBlock), place="block"),
+            ValueError,
+            r"layer1\.0, .*: its shift is before the",
+        ),
     ],
 )
 def test_what_cannot_be_fused_is_refused_and_unchanged(make, error, says):

@@ -15,6 +15,7 @@ from tsm_jit.convert.architectures import RESNET, resnet_stages
 from tsm_jit.fused.execute import Stream, fuses, run_blocks, run_stem
 from tsm_jit.fused.match import layers_of, why_unsupported
 from tsm_jit.modules.base import ShiftedModule, class_name, has_hooks, unwrapped
+from tsm_jit.modules.video import VideoModel
 
 
 def fuse(net: nn.Module) -> None:
@@ -48,6 +49,8 @@ def fuse(net: nn.Module) -> None:
         tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
         tsm_jit.residual.fuse(net)
     """
+    if isinstance(net, VideoModel):
+        raise TypeError("net must be a ResNet, got a VideoModel: fuse its backbone")
     resnet_stages(net)
     stages = {name: _stage(net, name) for name in _STAGES}
     if not any(isinstance(module, ShiftedModule) for module in net.modules()):
@@ -56,7 +59,10 @@ def fuse(net: nn.Module) -> None:
         )
     blocks = {f"{name}.{i}": block for name, stage in stages.items() for i, block in enumerate(stage)}
     unsupported = {name: reason for name, block in blocks.items() if (reason := why_unsupported(block))}
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
+    names_of: dict[str, list[str]] = {}
+    for name, reason in unsupported.items():
+        names_of.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in names_of.items())
     if len(unsupported) == len(blocks):
         raise ValueError(f"net must have supported residual blocks, got none ({reasons})")
     if unsupported:

@@ -30,6 +30,8 @@ class BlockLayers(NamedTuple):
 def why_unsupported(block: nn.Module) -> str | None:
     """Returns None if ``block`` can run fused, otherwise the reason why not."""
     kind = class_name(type(block))
+    if isinstance(block, ShiftedModule):
+        return "its shift is before the whole block, not inside as with place='blockres'"
     if kind not in RESNET.fusable_blocks:
         return f"{kind} is not a supported block"
     if has_hooks(block):
