@@ -24,7 +24,6 @@ from tsm_jit.convert.tsm import make_temporal_pool, make_temporal_shift
 from tsm_jit.functional import shift_groups, temporal_shift
 from tsm_jit.modules.tsm import TemporalPool, TemporalShift, TokenShift
 from tsm_jit.modules.video import VideoModel
-from tsm_jit.ops import decompositions
 
 __all__ = [
     "TemporalPool",
@@ -33,7 +32,6 @@ __all__ = [
     "VideoModel",
     "audio",
     "checkpoints",
-    "decompositions",
     "distributed",
     "info",
     "make_temporal_pool",

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.export import Dim, default_decompositions, export
+from torch._dynamo.backends.common import aot_autograd
+from torch.export import Dim, export
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import tsm_jit
@@ -86,10 +87,8 @@ def test_feature_extractors():
     torch.testing.assert_close(features, stages(x), rtol=0, atol=0)
 
 
-def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    table = default_decompositions()
-    table.update(tsm_jit.decompositions())
-    return program.run_decompositions(table)
+def own_operators(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if "tsm_jit" in str(node.target)}
 
 
 @pytest.mark.parametrize("padding", ["zeros", "keep", "replicate", "circular"])
@@ -102,19 +101,54 @@ def test_exported_programs_decompose_to_aten(padding, dynamic):
     x = torch.randn(8, 7, 2, 3)
     shapes = ({0: 4 * Dim("clips", min=2, max=9)},) if dynamic else None
     program = export(Shift(), (x,), dynamic_shapes=shapes)
-    assert any("tsm_jit" in str(node.target) for node in program.graph.nodes)  # for AOTInductor
-    decomposed = decompose(program)
-    assert not any("tsm_jit" in str(node.target) for node in decomposed.graph.nodes)
+    decomposed = program.run_decompositions()
+    assert own_operators(program.graph)
+    assert not own_operators(decomposed.graph)
     for clips in (2, 5) if dynamic else (2,):
         x = torch.randn(4 * clips, 7, 2, 3)
         torch.testing.assert_close(decomposed.module()(x), Shift()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["pooled", "fused"])
+def test_exported_networks_decompose_to_aten(name):
+    net = NETWORKS[name]()
+    x = torch.randn(8, 3, 32, 32)
+    decomposed = export(net, (x,)).run_decompositions()
+    assert not own_operators(decomposed.graph)
+    torch.testing.assert_close(decomposed.module()(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_operator_without_a_decomposition_stays():
+    x = torch.randn(8, 7)
+    program = export(tsm_jit.TemporalShift(nn.Identity(), 4), (x,))
+    table = torch.export.default_decompositions()
+    del table[torch.ops.tsm_jit.temporal_shift.exported]
+    for each in ({}, table):
+        assert own_operators(program.run_decompositions(each).graph) == {"tsm_jit.temporal_shift.exported"}
+
+
+def test_compilers_of_exported_programs_use_the_kernels():
+    x = torch.randn(8, 7, requires_grad=True)
+    module = export(tsm_jit.TemporalShift(nn.Identity(), 4, 2), (x,)).module()
+    operators = []
+
+    def compiler(graph, inputs):
+        operators.append(own_operators(graph.graph))
+        return graph
+
+    compiled = torch.compile(module, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler))
+    weight = torch.randn(8, 7)
+    (grad,) = torch.autograd.grad((compiled(x) * weight).sum(), x)
+    assert operators == [{"tsm_jit.temporal_shift.kernel"}, {"tsm_jit.temporal_shift_backward.kernel"}]
+    expected = torch.autograd.grad((tsm_jit.temporal_shift(x, 4, 2) * weight).sum(), x)[0]
+    torch.testing.assert_close(grad, expected, rtol=0, atol=0)
 
 
 def test_onnx_of_an_exported_program():
     onnxruntime = pytest.importorskip("onnxruntime")
     net = resnet(inplace=True)
     x = torch.randn(8, 3, 32, 32)
-    program = torch.onnx.export(decompose(export(net, (x,))), (), dynamo=True)
+    program = torch.onnx.export(export(net, (x,)), (), dynamo=True)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     (scores,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(scores), net(x), rtol=1e-4, atol=1e-4)

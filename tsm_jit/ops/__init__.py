@@ -7,7 +7,6 @@ from tsm_jit.ops.sharded_shift import (
     sum_over_ranks,
 )
 from tsm_jit.ops.temporal_shift import (
-    decompositions,
     has_no_overlap,
     recomputing_shift,
     shifted_in_place,
@@ -20,7 +19,6 @@ from tsm_jit.ops.temporal_shift import (
 
 __all__ = [
     "TimeShard",
-    "decompositions",
     "eager",
     "has_no_overlap",
     "recomputing_shift",

@@ -18,6 +18,7 @@ try:
     _hooks_are_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     _needed: tuple = (forward_ad._current_level, torch.compiler._is_exporting_flag)
     _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor, Tensor._version)
+    _needed = (torch._C.DispatchKey.CompositeImplicitAutograd, torch.ops.aten.clone.default.py_kernels)
     from torch.utils._pytree import tree_map_only
 except (ImportError, AttributeError) as error:
     raise ImportError(f"tsm_jit does not support PyTorch {torch.__version__}, which lacks a private name: {error}")
@@ -57,6 +58,11 @@ def transforms_are_active() -> bool:
 def is_exporting() -> bool:
     """Whether ``torch.export`` is active. PyTorch 2.11's own ``is_exporting`` is also true under ``torch.compile``."""
     return torch.compiler._is_exporting_flag
+
+
+def is_decomposing(overload: Any) -> bool:
+    """Whether ``run_decompositions`` is running for a composite operator: it then replaces the operator's kernel."""
+    return torch._C.DispatchKey.CompositeImplicitAutograd in overload.py_kernels
 
 
 def has_saved_tensor_hooks() -> bool:

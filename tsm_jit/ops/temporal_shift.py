@@ -12,6 +12,8 @@ Each operator takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
   under ``no_grad``. So eager mode calls this overload from an autograd function, and compiled graphs contain it.
 - The overload ``.recompute`` of the first, for a backward that shifts again. With any other overload, compilers would
   save the result of the forward instead.
+- The overload ``.exported`` of the first, in exported programs. ``run_decompositions`` and the exporters of ONNX and
+  ExecuTorch decompose it into core ATen operators. Anywhere else, AOTInductor included, it calls the default overload.
 
 The compiled kernels (``kernels/bindings``) register for CPU and CUDA and take precedence over the PyTorch fallback.
 """
@@ -36,6 +38,8 @@ from tsm_jit.ops.compat import (
     eager,
     has_saved_tensor_hooks,
     is_batched_gradient,
+    is_decomposing,
+    is_exporting,
     is_tracing,
     onnx_has_unflatten,
     transforms_are_active,
@@ -50,6 +54,7 @@ for _schema in (
     "temporal_shift(Tensor x, str shift) -> Tensor",
     "temporal_shift.kernel(Tensor x, str shift) -> Tensor",
     "temporal_shift.recompute(Tensor x, str shift) -> Tensor",
+    "temporal_shift.exported(Tensor x, str shift) -> Tensor",
     "temporal_shift_(Tensor(a!) x, str shift) -> ()",
     "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward.kernel(Tensor grad, str shift) -> Tensor",
@@ -62,6 +67,7 @@ for _schema in (
 
 _forward = torch.ops.tsm_jit.temporal_shift.default
 _forward_kernel = direct(torch.ops.tsm_jit.temporal_shift.kernel)
+_forward_exported = torch.ops.tsm_jit.temporal_shift.exported
 _forward_in_place = direct(torch.ops.tsm_jit.temporal_shift_.default)
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
 _backward_kernel = direct(torch.ops.tsm_jit.temporal_shift_backward.kernel)
@@ -204,7 +210,9 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
         # ONNX and TorchScript graphs must run without tsm_jit. Under transforms, PyTorch would drop the tangent of an
         # operator with a Python autograd kernel.
         needs_pytorch_ops = torch.onnx.is_in_onnx_export() or is_tracing() or transforms_are_active()
-        return reference.sliced(x, decode(shift), onnx_has_unflatten()) if needs_pytorch_ops else _forward(x, shift)
+        if needs_pytorch_ops:
+            return reference.sliced(x, decode(shift), onnx_has_unflatten())
+        return _forward_exported(x, shift) if is_exporting() else _forward(x, shift)
     return _TransformableShift.apply(x, shift)
 
 
@@ -427,26 +435,9 @@ _register(
 )
 
 
-def decompositions() -> dict[Any, Callable]:
-    """Returns the decompositions of this package's operators, for ``ExportedProgram.run_decompositions``.
+def _compute_exported(x: Tensor, shift: str) -> Tensor:
+    return reference.sliced(x, decode(shift)) if is_decomposing(_forward_exported) else _forward(x, shift)
 
-    They replace each temporal shift (TSM, arXiv:1811.08383) by slices and concatenations, which are core ATen
-    operators. The result is bit-identical. The exporters of ONNX and ExecuTorch need that if they start from an
-    exported program.
 
-    Returns:
-        A dictionary that maps each operator to a function with the same arguments.
-
-    Example::
-
-        net = tsm_jit.TemporalShift(torch.nn.Conv2d(16, 32, 1), n_segment=8)
-        program = torch.export.export(net, (torch.randn(8, 16, 7, 7),))
-        table = torch.export.default_decompositions()
-        table.update(tsm_jit.decompositions())
-        program = program.run_decompositions(table)
-    """
-
-    def decomposed(x: Tensor, shift: str) -> Tensor:
-        return reference.sliced(x, decode(shift))
-
-    return dict.fromkeys((_schemas.temporal_shift.default, _schemas.temporal_shift.kernel), decomposed)
+# A composite operator without kernels of its own. Only such operators are decomposed without an entry in a table.
+_library.impl(_forward_exported, _compute_exported, "CompositeImplicitAutograd")
