@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -22,3 +22,11 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def refuse_scripting(module: Any = None) -> NoReturn:
+    """Raises the error of ``torch.jit.script``, which calls ``__prepare_scriptable__`` of what it will compile."""
+    name = "a function" if module is None else type(module).__name__
+    raise NotImplementedError(
+        f"torch.jit.script does not support temporal shifts, got {name}: use torch.jit.trace or torch.export"
+    )

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tsm_jit import ops
-from tsm_jit._checks import integer, one_of
+from tsm_jit._checks import integer, one_of, refuse_scripting
 from tsm_jit.plans import PADDINGS, Direction, Padding, Plan, Shift, temporal
 from tsm_jit.reference import has_clip_dim
 
@@ -128,6 +128,11 @@ def shift_groups(
         )  # fmt: skip
     shift = _encode_groups(_dense_shape(x), n_segment, _as_plan(groups), n_segment_shifted, padding, channel_dim)
     return ops.temporal_shift_(x, shift) if inplace else ops.temporal_shift(x, shift)
+
+
+_function: Any
+for _function in (temporal_shift, shift_groups):
+    _function.__prepare_scriptable__ = refuse_scripting
 
 
 def encode_temporal(

@@ -229,3 +229,23 @@ def test_a_network_that_should_pool_and_does_not_is_an_error():
     tsm_jit.make_temporal_shift(other, 8, temporal_pool=True)
     tsm_jit.remove_temporal_shift(other)
     assert not other._forward_pre_hooks
+
+
+def calls_shift_groups(x):
+    return tsm_jit.shift_groups(x, 4, [(1, 1)])
+
+
+SCRIPTED = {
+    **NETWORKS,
+    "tokens": lambda: tsm_jit.TokenShift(nn.Linear(8, 8), 4),
+    "clips": lambda: tsm_jit.VideoModel(nn.Conv2d(3, 3, 1)),
+    "stream": lambda: tsm_jit.online.convert(resnet(direction="past")),
+    "a function": lambda: tsm_jit.temporal_shift,
+    "a function that calls it": lambda: calls_shift_groups,
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_scripting_is_refused(name):
+    with pytest.raises(NotImplementedError, match=r"torch.jit.script does not support .* use torch.jit.trace"):
+        torch.jit.script(SCRIPTED[name]())

@@ -46,5 +46,8 @@ def test_clips_of_another_length():
         assert model(torch.randn(1, 16, 3, 32, 32)).shape == (1, 7)
     with pytest.raises(ValueError, match=re.escape("clips must be [N, T, C, H, W], got [8, 3, 32, 32]")):
         model(torch.randn(8, 3, 32, 32))
+    for each in (model, tsm_jit.VideoModel(nn.Identity())):
+        with pytest.raises(ValueError, match=re.escape("clips must have at least one frame, got [1, 0, 3, 32, 32]")):
+            each(torch.randn(1, 0, 3, 32, 32))
     with pytest.raises(TypeError, match="clips must be a tensor, got list"):
         model([1])

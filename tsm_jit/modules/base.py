@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from tsm_jit import ops
+from tsm_jit._checks import refuse_scripting
 from tsm_jit.ops.compat import in_backward
 
 # These modules neither change nor return their input. So the input may be shifted in place for them and restored.
@@ -25,6 +26,7 @@ class ClipModule(nn.Module):
     n_segment: int
     halves_clip = False  # whether it halves the clip length before it calls its module
     time_shard: ops.TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
+    __prepare_scriptable__ = refuse_scripting
 
     def split_shard(self) -> ops.TimeShard | None:
         """Returns the part of each clip that this process holds, or None if it holds all frames."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsm_jit._checks import refuse_scripting
 from tsm_jit.modules.base import ShiftedModule
 from tsm_jit.ops.compat import map_tensors, version
 from tsm_jit.plans import Padding, Plan
@@ -211,6 +212,8 @@ class OnlineNetwork(nn.Module):
         outputs = [stream(frames) for frames in video]  # None for the first 8 frames: stream.latency is 8
         outputs = outputs[stream.latency :] + list(stream.flush())  # 20 times [1, 1000]
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, net: nn.Module, frame: FrameState):
         super().__init__()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from tsm_jit import ops
+from tsm_jit._checks import refuse_scripting
 from tsm_jit.modules.base import ClipModule
 
 
@@ -24,8 +25,8 @@ class VideoModel(nn.Module):
 
     Raises:
         TypeError: in ``forward``: ``clips`` is not a tensor.
-        ValueError: in ``forward``: ``clips`` is not five-dimensional, or its length differs from the ``n_segment`` of
-            the backbone. ``tsm_jit.n_segment(model, length)`` changes it.
+        ValueError: in ``forward``: ``clips`` is not five-dimensional or has no frames, or its length differs from the
+            ``n_segment`` of the backbone. ``tsm_jit.n_segment(model, length)`` changes it.
 
     If :func:`tsm_jit.distributed.parallelize_time` splits the clips over ranks, the input is the frames of this rank,
     ``[N*L, C, H, W]`` or ``[N, L, C, H, W]``. The scores are the mean over the frames of all ranks.
@@ -38,6 +39,8 @@ class VideoModel(nn.Module):
         model = tsm_jit.VideoModel(net, torch.nn.Linear(2048, 400), dropout=0.5)
         scores = model(torch.randn(2, 8, 3, 112, 112))
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, backbone: nn.Module, head: nn.Module | None = None, dropout: float = 0.0):
         super().__init__()
@@ -59,10 +62,13 @@ class VideoModel(nn.Module):
             return self._mean_over_ranks(clips, length, shard)
         if clips.dim() != 5:
             raise ValueError(f"clips must be [N, T, C, H, W], got {list(clips.shape)}")
+        if clips.shape[1] == 0:
+            raise ValueError(f"clips must have at least one frame, got {list(clips.shape)}")
         if length not in (None, clips.shape[1]):
             raise ValueError(
                 f"clips must have n_segment={length} frames, as the backbone is converted for, got "
-                f"{clips.shape[1]} frames: tsm_jit.n_segment(model, {clips.shape[1]}) changes it"
+                f"{clips.shape[1]} frames: tsm_jit.n_segment(model, {clips.shape[1]}) changes it, unless "
+                "a pool or audio segments forbid that length"
             )
         scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1))))
         frames = scores.shape[0] // (clips.shape[0] if clips.shape[0] > 0 else 1)  # max() would be constant in traces
