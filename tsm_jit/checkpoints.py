@@ -15,6 +15,8 @@ Example::
     net.load_state_dict(converted.state_dict)
 """
 
-from tsm_jit.convert.checkpoints import Conversion, Layout, convert, load
+from tsm_jit.convert.checkpoint_files import load
+from tsm_jit.convert.checkpoint_names import Layout
+from tsm_jit.convert.checkpoints import Conversion, convert
 
 __all__ = ["Conversion", "Layout", "convert", "load"]
