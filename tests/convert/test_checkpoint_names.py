@@ -138,6 +138,61 @@ def test_online_networks():
         assert (list(converted.state_dict), converted.unplaced) == (list(target.state_dict()), {})
 
 
+def undotted(net):
+    """What LitEma stores: the parameters, with names without dots."""
+    counts = {"decay": torch.tensor(0.9), "num_updates": torch.tensor(3)}
+    return counts | {name.replace(".", ""): weight.detach() for name, weight in net.named_parameters()}
+
+
+TARGETS = {
+    "a network": ours,
+    "clips": lambda: ours(clips=True),
+    "compiled": lambda: torch.compile(ours(), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model_ema."])
+@pytest.mark.parametrize("source", ["torchvision", "torchvision, no shifts", "video_model"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_names_without_dots(target, source, prefix):
+    net, theirs = on_meta(TARGETS[target]), on_meta(LAYOUTS[source])
+    weights = prefixed(prefix, undotted(theirs))
+    converted = checkpoints.convert(weights, target=net)
+    assert set(converted.unplaced) == {f"{prefix}decay", f"{prefix}num_updates"}
+    expected = checkpoints.convert(dict(theirs.named_parameters()), target=net).state_dict
+    assert list(converted.state_dict) == list(expected)
+    assert converted.missing == [name for name, _ in net.named_buffers()]
+    both = weights | prefixed("model.", networks("torchvision")[2])
+    assert checkpoints.convert(both, target=net).missing == []  # averaged weights come last
+
+
+def test_names_without_dots_that_belong_to_two_layers_are_unplaced():
+    blocks = [nn.Conv2d(2, 2, 1) for _ in range(12)]
+    net = nn.ModuleDict({"a1": nn.Sequential(*blocks), "a": nn.Sequential(*blocks)})
+    weights = {name.replace(".", ""): value for name, value in net.state_dict().items()}
+    converted = checkpoints.convert(weights, target=net)
+    assert set(converted.unplaced) == {"a10weight", "a10bias", "a11weight", "a11bias"}
+    for name, value in converted.state_dict.items():
+        assert value is weights[name.replace(".", "")]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.features."])
+@pytest.mark.parametrize("source", ["torchvision", "torchvision, no shifts", "torchvision, MobileNetV2"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_children_in_a_list(target, source, prefix):
+    theirs = on_meta(LAYOUTS[source])
+    net = on_meta(lambda: ours("mobilenet_v2") if "Mobile" in source else TARGETS[target]())
+    listed = prefixed(prefix, nn.Sequential(*theirs.children()).state_dict())
+    converted = checkpoints.convert(listed, target=net)
+    assert (converted.unplaced, converted.missing) == ({}, [])
+    expected = checkpoints.convert(theirs.state_dict(), target=net).state_dict
+    assert list(converted.state_dict) == list(expected)
+    backbone = prefixed(prefix, nn.Sequential(*list(theirs.children())[:-1]).state_dict())
+    converted = checkpoints.convert(backbone | {"new_fc.weight": torch.empty(5, 512, device="meta")}, target=net)
+    assert set(converted.unplaced) <= {"new_fc.weight"}
+    assert all(".bn" not in name and ".conv" not in name for name in converted.missing)
+
+
 def test_several_copies_in_one_state_dict():
     """One without an averaging word is taken, then the first; the others are reported. Shapes decide before that."""
     net = on_meta(ours)

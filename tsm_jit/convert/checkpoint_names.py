@@ -55,7 +55,7 @@ _NON_LOCAL = re.compile(r"(?:.*\.)?layer\d\.\d+")  # a block inside TSM's non-lo
 _CONV_MODULE = re.compile(r"(?:^|\.)layer\d\.(?:net\.)?\d+\.(?:net\.|block\.)?conv1\.conv\.")
 
 
-# ---- Names
+# ---- _Names
 
 
 @dataclass
@@ -80,9 +80,13 @@ class Weights:
     head: str | None  # the name of the last layer, if it is inside the backbone
 
 
-def split_names(keys: Iterable[str], source: Layout | None) -> _Names:
-    """Splits the names of one state dict into parts."""
-    visible = {key: _without_wrapper_parts(key) for key in keys}
+def own_names(keys: Iterable[str]) -> dict[str, str]:
+    """The name of each key, without what PyTorch and Lightning insert."""
+    return {key: _without_wrapper_parts(key) for key in keys}
+
+
+def split_names(visible: dict[str, str], source: Layout | None) -> _Names:
+    """Splits the names of one state dict, from :func:`own_names`, into parts."""
     has_conv_modules = False
     if source in (None, "mmaction2"):
         visible, has_conv_modules = _from_mmaction2_mobilenet(visible)
@@ -201,6 +205,55 @@ def _mobilenet_layer(match: re.Match[str], last: int) -> str:
         return f"{index + is_norm}."
     # The shift is around the convolution, in mmaction2 around convolution and norm.
     return f"{index}.1." if is_norm else f"{index}.0.{match[6] or ''}"
+
+
+# ---- Other spellings of the names of a network
+
+
+def from_indices(names: dict[str, str], children: list[str], below: Iterable[str]) -> dict[str, str]:
+    """Renames the weights of ``nn.Sequential(*net.children())``: ``4.0.bn1.bias`` becomes ``layer1.0.bn1.bias``.
+
+    ``children`` are the names of the children of ``net``, ``below`` all of its names.
+    """
+    known = {join(_split(name)) for name in below}
+    votes: Counter[str] = Counter()
+    for name in names.values():
+        for prefix, rest in _prefixes(name):
+            if join(_split(_with_child(rest, children))) in known and rest[:1].isdecimal():
+                votes[prefix] += 1
+    prefix = _most_votes(votes)
+    renamed = {key: name for key, name in names.items() if name.startswith(prefix)}
+    return names | {key: prefix + _with_child(name.removeprefix(prefix), children) for key, name in renamed.items()}
+
+
+def _with_child(name: str, children: list[str]) -> str:
+    index, _, rest = name.partition(".")
+    return f"{children[int(index)]}.{rest}" if index.isdecimal() and int(index) < len(children) else name
+
+
+def with_dots(names: dict[str, str], dotted: Iterable[str]) -> dict[str, str]:
+    """Renames weights whose names have lost their dots, as in LitEma's copies: ``layer10bn1bias``.
+
+    ``dotted`` are the names in the target. Of two that differ only in their dots neither is used.
+    """
+    heads = [f"{head}.{last}" for head in _HEAD_NAMES for last in ("weight", "bias")]
+    spelled: dict[str, set[str]] = {}
+    for name in [*dotted, *heads]:
+        for each in (name, join(_split(name))):
+            spelled.setdefault(each.replace(".", ""), set()).add(each)
+    unique = {name: next(iter(each)) for name, each in spelled.items() if len(each) == 1 and name not in each}
+    votes: Counter[str] = Counter()
+    for name in names.values():
+        for start in range(name.rfind(".") + 1, len(name)):
+            if name[start:] in unique:
+                votes[name[:start]] += 1
+    prefix = _most_votes(votes)
+    renamed = dict(names)
+    for above in (prefix[: prefix.rfind(".") + 1], prefix):  # a last layer may be outside the prefix
+        for key, name in names.items():
+            if name.startswith(above) and (found := unique.get(name.removeprefix(above))):
+                renamed[key] = f"{above.removesuffix('.')}.{found}".lstrip(".")
+    return renamed
 
 
 # ---- Prefixes

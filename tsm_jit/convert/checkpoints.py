@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,14 @@ from tsm_jit.convert.checkpoint_names import (
     TEMPORAL_PARTS,
     Layout,
     Weights,
+    from_indices,
     join,
     matching_prefixes,
+    own_names,
     own_prefix,
     parse,
     split_names,
+    with_dots,
 )
 
 
@@ -75,6 +78,9 @@ def convert(
     averaging word (``ema``, ``swa``, ``avg``, ``teacher``, ``momentum``) is taken, then the first one. Only known
     prefixes are removed if the target is a layout and the architecture is unknown.
 
+    If the target is a network, names may also be those of ``nn.Sequential(*net.children())``
+    (``4.0.conv1.weight``), or names without dots, as in LitEma's copies (``layer10conv1weight``).
+
     Shifts before whole blocks, temporal pools and TSM's non-local blocks are supported. The last layer may
     have different names in source and target.
 
@@ -108,7 +114,7 @@ def convert(
     if isinstance(target, nn.Module):
         return _convert_for_network(state_dict, source, target)
     one_of("target", target, tuple(LAYOUTS))
-    names = split_names(state_dict, source)
+    names = split_names(own_names(state_dict), source)
     weights = parse(names, own_prefix(names), state_dict, source)
     keys = _keys_in_layout(weights, target)
     result, unplaced = _place(state_dict, keys, {}, weights)
@@ -211,23 +217,49 @@ def _in_conv_module(parts: list[str], i: int) -> str:
 
 def _convert_for_network(state_dict: Mapping[str, Tensor], source: Layout | None, network: nn.Module) -> Conversion:
     there = {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
-    names, target_names = split_names(state_dict, source), split_names(there, None)
-    prefix, target_prefix = matching_prefixes(names, state_dict, target_names, there)
-    weights = parse(names, prefix, state_dict, source)
-    target = parse(target_names, target_prefix, there, None)
-    keys = _keys_in_network(weights, target)
-    result, unplaced = _place(state_dict, keys, there, weights)
-    missing = [key for key in there if key not in result]
+    attempts = _attempts(state_dict, source, network, there)
+    conversion, target = max(attempts, key=lambda attempt: len(attempt[0].state_dict))  # the first of equal ones
     buffers = dict(network.named_buffers(remove_duplicate=False))
     needed = [key for key in there if key not in buffers and not target.plain.get(key, "").startswith(HEAD)]
-    placed = sum(key in result for key in needed)
-    if 2 * placed < len(needed) or not result:
+    placed = sum(key in conversion.state_dict for key in needed)
+    if 2 * placed < len(needed) or not conversion.state_dict:
         raise ValueError(
             f"state_dict must hold at least half of the target's {len(needed)} parameters apart from the last layer, "
-            f"got {placed} (source layout: {weights.layout!r}). Unplaced: {_first(unplaced, there)}. Missing: "
-            f"{_first(dict.fromkeys(missing), state_dict)}"
+            f"got {placed} (source layout: {conversion.source!r}). Unplaced: {_first(conversion.unplaced, there)}. "
+            f"Missing: {_first(dict.fromkeys(conversion.missing), state_dict)}"
         )
-    return Conversion(with_versions(result, _renamed_versions(state_dict, keys)), weights.layout, unplaced, missing)
+    return conversion
+
+
+def _attempts(
+    state_dict: Mapping[str, Tensor], source: Layout | None, network: nn.Module, there: Mapping[str, Tensor]
+) -> Iterator[tuple[Conversion, Weights]]:
+    """The conversion of each spelling of the source's names, and the names of the target. Ends if all are placed."""
+    target_names = split_names(own_names(there), None)
+    for spelled in _spellings(own_names(state_dict), network, there):
+        names = split_names(spelled, source)
+        prefix, target_prefix = matching_prefixes(names, state_dict, target_names, there)
+        weights = parse(names, prefix, state_dict, source)
+        target = parse(target_names, target_prefix, there, None)
+        keys = _keys_in_network(weights, target)
+        result, unplaced = _place(state_dict, keys, there, weights)
+        missing = [key for key in there if key not in result]
+        versions = _renamed_versions(state_dict, keys)
+        yield Conversion(with_versions(result, versions), weights.layout, unplaced, missing), target
+        if not unplaced:
+            return
+
+
+def _spellings(names: dict[str, str], network: nn.Module, there: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+    """The names of the source: as they are, then with the names of children for their indices, then with dots."""
+    yield names
+    for path, module in network.named_modules():
+        above = f"{path}." if path else ""
+        below = [key.removeprefix(above) for key in there if key.startswith(above)]
+        if 2 * len(below) > len(there):  # the network, or what a wrapper contains
+            known = own_names(below).values()
+            yield from_indices(names, [name for name, _ in module.named_children()], known)
+            yield with_dots(names, known)
 
 
 def _renamed_versions(state_dict: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Any] | None:
