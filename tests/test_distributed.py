@@ -7,10 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import gradients, train
 from support import assert_same_bits
 from torch import nn
-from torch.nn.parallel import parallel_apply, replicate
+from torch.distributed import pipelining
+from torch.nn.parallel import DistributedDataParallel, parallel_apply, replicate
+from torch.utils.checkpoint import checkpoint
 
 import tsm_jit
 from tsm_jit import reference
@@ -116,3 +119,67 @@ def test_threads(device):
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(32)))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Checkpointed(nn.Module):
+    """A residual block whose backward computes its forward again."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.block, self.reentrant = Block(True), reentrant
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=self.reentrant)
+
+
+def two_lengths(reentrant: bool) -> tuple[nn.Module, torch.Tensor, dict[str, torch.Tensor]]:
+    """A network for clips of 4 frames, frames, and its gradients for clips of 2."""
+    net = nn.Sequential(Checkpointed(reentrant), Block(True)).double()
+    x = torch.randn(4 * CLIP, 16, 5, 5, dtype=torch.float64, requires_grad=True)
+    expected = copy.deepcopy(net)
+    with tsm_jit.n_segment(expected, 2):
+        return net, x, gradients(expected, x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_static_graph_of_ddp(one_process, reentrant):
+    net, x, expected = two_lengths(reentrant)
+    wrapped = DistributedDataParallel(net, static_graph=True)
+    for _ in range(2):  # the first step records the graph
+        net.zero_grad()
+        with tsm_jit.n_segment(net, 2):
+            actual = gradients(wrapped, x)
+        torch.testing.assert_close({name.removeprefix("module."): grad for name, grad in actual.items()}, expected)
+    with tsm_jit.n_segment(net, 2):
+        y = wrapped(x)
+    with pytest.raises(RuntimeError, match=r"n_segment must be the clip length of the forward .* got 4 .* 2"):
+        y.sum().backward()
+
+
+SCHEDULES = ("ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_pipeline_stages(one_process, name):
+    """Of microbatches, the gradients of inputs and weights may be computed apart."""
+    net, x, expected = two_lengths(False)
+    stages = [pipelining.PipelineStage(stage, i, 2, torch.device("cpu")) for i, stage in enumerate(net)]
+    schedule = getattr(pipelining, name)(stages, 4, loss_fn=lambda y, _: y.square().mean())
+    with tsm_jit.n_segment(net, 2):
+        schedule.step(x.detach(), target=torch.zeros(len(x)))
+    torch.testing.assert_close({name: weight.grad for name, weight in net.named_parameters()}, expected)
+
+
+def test_microbatches_of_parts_of_clips_are_an_error(one_process):
+    net, x, _ = two_lengths(False)
+    stages = [pipelining.PipelineStage(stage, i, 2, torch.device("cpu")) for i, stage in enumerate(net)]
+    schedule = pipelining.ScheduleInterleaved1F1B(stages, 8, loss_fn=lambda y, _: y.square().mean())
+    with pytest.raises((RuntimeError, ValueError), match="n_segment must divide the 2 frames of x, got 4"):
+        schedule.step(x.detach(), target=torch.zeros(len(x)))
