@@ -154,6 +154,29 @@ def test_onnx_of_an_exported_program():
     torch.testing.assert_close(torch.from_numpy(scores), net(x), rtol=1e-4, atol=1e-4)
 
 
+def small() -> tuple[nn.Module, torch.Tensor]:
+    shift = tsm_jit.TemporalShift(nn.Conv2d(16, 8, 3, padding=1), 4, inplace=True)
+    return nn.Sequential(shift, nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval(), torch.randn(8, 16, 5, 7)
+
+
+def test_openvino_runs_exported_programs():
+    openvino = pytest.importorskip("openvino", reason="needs openvino")
+    net, x = small()
+    model = openvino.Core().compile_model(
+        openvino.convert_model(export(net, (x,))), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    torch.testing.assert_close(torch.from_numpy(model(x.numpy())[0]), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_executorch_runs_exported_programs():
+    exir = pytest.importorskip("executorch.exir", reason="needs executorch")
+    runtime = pytest.importorskip("executorch.runtime", reason="needs executorch").Runtime.get()
+    net, x = small()
+    program = exir.to_edge(export(net, (x,))).to_executorch()
+    (y,) = runtime.load_program(program.buffer).load_method("forward").execute([x])
+    torch.testing.assert_close(y, net(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("opset", [11, 13, 17])
 def test_onnx_by_tracing(opset):
     onnxruntime = pytest.importorskip("onnxruntime")
