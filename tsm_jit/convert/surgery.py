@@ -16,6 +16,10 @@ class n_segment:
     As a context manager it restores the previous clip length on exit. In a network with a temporal pool the stages
     after it get half the clip length. In a TSAM network the number of audio segments does not change.
 
+    Activation checkpointing computes forwards again in the backward. Call ``backward()`` before the clip length
+    changes. Otherwise the backward raises ``RuntimeError``. Compiled networks inside an eager checkpoint are the
+    exception: they cannot tell a recomputation from a forward, so their gradients would be wrong.
+
     Args:
         net: a network with temporal modules. It is changed in place.
         n_segment: the clip length in frames at the input of the network.
