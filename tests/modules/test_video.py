@@ -49,5 +49,7 @@ def test_clips_of_another_length():
     for each in (model, tsm_jit.VideoModel(nn.Identity())):
         with pytest.raises(ValueError, match=re.escape("clips must have at least one frame, got [1, 0, 3, 32, 32]")):
             each(torch.randn(1, 0, 3, 32, 32))
+    with pytest.raises(ValueError, match=re.escape("[N, T, C, H, W], not [N, C, T, H, W]")):
+        model(torch.randn(1, 3, 8, 32, 32))
     with pytest.raises(TypeError, match="clips must be a tensor, got list"):
         model([1])

@@ -65,10 +65,15 @@ class VideoModel(nn.Module):
         if clips.shape[1] == 0:
             raise ValueError(f"clips must have at least one frame, got {list(clips.shape)}")
         if length not in (None, clips.shape[1]):
+            remedy = (
+                "clips must be [N, T, C, H, W], not [N, C, T, H, W]"
+                if clips.shape[2] == length
+                else f"tsm_jit.n_segment(model, {clips.shape[1]}) changes it, unless a pool or audio segments forbid "
+                "that length"
+            )
             raise ValueError(
-                f"clips must have n_segment={length} frames, as the backbone is converted for, got "
-                f"{clips.shape[1]} frames: tsm_jit.n_segment(model, {clips.shape[1]}) changes it, unless "
-                "a pool or audio segments forbid that length"
+                f"clips must have n_segment={length} frames, as the backbone is converted for, got {clips.shape[1]} "
+                f"frames in {list(clips.shape)}: {remedy}"
             )
         scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1))))
         frames = scores.shape[0] // (clips.shape[0] if clips.shape[0] > 0 else 1)  # max() would be constant in traces
