@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch.nn.modules import module as all_modules
 from tsm_jit import ops
 from tsm_jit._checks import refuse_scripting
 from tsm_jit.ops.compat import in_backward
+
+if TYPE_CHECKING:
+    from tsm_jit.ops.sharded_shift import TimeShard
 
 # These modules neither change nor return their input. So the input may be shifted in place for them and restored.
 _READ_ONLY_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -25,10 +29,10 @@ class ClipModule(nn.Module):
 
     n_segment: int
     halves_clip = False  # whether it halves the clip length before it calls its module
-    time_shard: ops.TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
+    time_shard: TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
     __prepare_scriptable__ = refuse_scripting
 
-    def split_shard(self) -> ops.TimeShard | None:
+    def split_shard(self) -> TimeShard | None:
         """Returns the part of each clip that this process holds, or None if it holds all frames."""
         shard = self.time_shard
         return shard if shard is not None and shard.ranks > 1 else None
@@ -107,8 +111,11 @@ class ShiftedModule(ClipModule):
         only_reads = eager and only_reads_input(net)
         shard = self.split_shard()
         temporal_shift: Callable[[Tensor, str], Tensor]
-        if shard is not None:  # a recomputation in the backward takes the edges that have arrived in the forward
-            temporal_shift = functools.partial(ops.sharded_shift, shard=shard, transfers=[])
+        if shard is not None:
+            from tsm_jit.ops.sharded_shift import sharded_shift  # keeps `import tsm_jit` fast
+
+            # A recomputation in the backward takes the edges that have arrived in the forward.
+            temporal_shift = functools.partial(sharded_shift, shard=shard, transfers=[])
         else:
             temporal_shift = ops.temporal_shift_for_single_consumer if only_reads else ops.temporal_shift
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
-from tsm_jit import ops
 from tsm_jit._checks import refuse_scripting
 from tsm_jit.modules.base import ClipModule
+
+if TYPE_CHECKING:
+    from tsm_jit.ops.sharded_shift import TimeShard
 
 
 class VideoModel(nn.Module):
@@ -79,8 +83,10 @@ class VideoModel(nn.Module):
         frames = scores.shape[0] // (clips.shape[0] if clips.shape[0] > 0 else 1)  # max() would be constant in traces
         return scores.reshape(clips.shape[0], frames, *scores.shape[1:]).mean(1)
 
-    def _mean_over_ranks(self, clips: Tensor, n_segment: int, shard: ops.TimeShard) -> Tensor:
+    def _mean_over_ranks(self, clips: Tensor, n_segment: int, shard: TimeShard) -> Tensor:
         """The scores of split clips. The frames of this rank are ``[N, L, C, H, W]`` or ``[N*L, C, H, W]``."""
+        from tsm_jit.ops.sharded_shift import sum_over_ranks  # keeps `import tsm_jit` fast
+
         held = shard.length(n_segment)
         if clips.dim() not in (4, 5) or (clips.shape[1] != held if clips.dim() == 5 else clips.shape[0] % held != 0):
             raise ValueError(
@@ -92,4 +98,4 @@ class VideoModel(nn.Module):
         if shard.ranks == 1:
             return scores.mean(1)
         total = scores.sum(1, dtype=torch.promote_types(scores.dtype, torch.float32))  # rounds once, at the end
-        return (ops.sum_over_ranks(total, shard) / n_segment).to(scores.dtype)
+        return (sum_over_ranks(total, shard) / n_segment).to(scores.dtype)

@@ -1,11 +1,6 @@
 """The operators ``torch.ops.tsm_jit.*``: schemas, PyTorch fallback, fake implementations and autograd."""
 
 from tsm_jit.ops.compat import eager, transforms_are_active
-from tsm_jit.ops.sharded_shift import (
-    TimeShard,
-    sharded_shift,
-    sum_over_ranks,
-)
 from tsm_jit.ops.temporal_shift import (
     has_no_overlap,
     recomputing_shift,
@@ -18,13 +13,10 @@ from tsm_jit.ops.temporal_shift import (
 )
 
 __all__ = [
-    "TimeShard",
     "eager",
     "has_no_overlap",
     "recomputing_shift",
-    "sharded_shift",
     "shifted_in_place",
-    "sum_over_ranks",
     "temporal_shift",
     "temporal_shift_",
     "temporal_shift_backward",
