@@ -33,6 +33,7 @@ _COLUMNS = {
     ),
 }  # fmt: skip
 _HEADS = {
+    "depth": "shift",
     "who": "implementation",
     "microseconds": "us",
     "milliseconds": "ms",
@@ -49,12 +50,12 @@ _HEADS = {
     "of_no_shift": "vs no shift",
     "of_no_shift_memory": "memory vs no shift",
 }
-_TEXT = ("shape", "dtype", "layout", "operation", "call", "who", "network", "family")
+_TEXT = ("shape", "dtype", "layout", "depth", "operation", "call", "who", "network", "family")
 _WIDTHS = {"shape": 26, "dtype": 8, "layout": 13, "call": 25, "who": 27, "network": 10} | dict.fromkeys(operations, 20)
 _TITLES = {
     "calls": "CPU overhead of one call, 8 frames of 64 channels of 2x2. vs stock: times as fast as TSM's own code",
-    "peers": "Single calls, on CUDA with cold caches. of copy: bandwidth relative to a copy of the tensor. "
-    "vs eager: times as fast as eager PyTorch",
+    "peers": "Single calls, on CUDA with cold caches. TSAM, 2: of depth 2. of copy: bandwidth relative to a copy of the "
+    "tensor. vs eager: times as fast as eager PyTorch",
     "floor": "Many calls in a row: microseconds, and % of the bandwidth of a copy of the same number of bytes",
     "sweep": "Sizes from small to large, float32 NCHW TSM: microseconds, and % of the bandwidth of a copy",
     "online": "One frame of a TSM-ResNet-50, 224x224 float32: from the frame on the device to scores there. "
@@ -105,6 +106,8 @@ def _aligned(column: str, text: str) -> str:
 def _text(column: str, value: Any) -> str:
     if value is None:
         return "-"
+    if column == "depth":
+        return f"TSAM, {value}" if value else "TSM"
     if column in operations:
         return f"{value['microseconds']:.1f} us, {value['of_floor']:.1%}"
     if isinstance(value, bool):

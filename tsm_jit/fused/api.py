@@ -23,7 +23,8 @@ def fuse(net: nn.Module) -> None:
 
     The kernel that adds the identity and applies the ReLU also applies the batch normalization and writes shifted
     activations. So the shift needs no separate pass over memory. Outputs and gradients equal the unfused ones up to
-    rounding. State-dict keys do not change.
+    rounding. State-dict keys do not change. The input of ``net`` stays frames ``[N*T, C, H, W]``, in float64, float32,
+    bfloat16 or float16, also under autocast.
 
     Double backward is not supported. Under ``torch.export``, tracing and ``torch.func`` the network runs unfused. When
     training on a GPU, a block is one operator for dispatch modes such as selective checkpointing. The cast of its
