@@ -67,7 +67,8 @@ def pictures_of(container, stop: threading.Event | None = None) -> Iterator[Pict
             return
         seconds = last + 0.04 if frame.time is None else frame.time
         first, last = seconds if first is None else first, seconds
-        yield Picture(frame.to_image(), seconds - first, time.perf_counter())
+        upright = frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)  # of phones; PyAV 14 reads it
+        yield Picture(upright, seconds - first, time.perf_counter())
 
 
 def pictures_of_file(path: Path) -> Iterator[Picture]:

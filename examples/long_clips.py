@@ -11,10 +11,8 @@ motion if the video is short. ``examples/README.md``, "Long clips", explains the
 
 import argparse
 import os
-import pickle
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +27,9 @@ from tsm_jit.distributed import parallelize_time, shard_frames
 
 try:
     import torchvision
+    import training
     from tqdm import tqdm
+    from training import WrongInputError, positive
 
     from tsm_jit.video_io import UnusableVideoError, default_clip, read_frames
 except ImportError as error:
@@ -37,10 +37,6 @@ except ImportError as error:
     raise SystemExit(2)
 
 SLOWEST = 0.25  # frames of the video for each frame of a clip
-
-
-class WrongInputError(Exception):
-    """Nothing can be trained. The message is one line with the reason."""
 
 
 def start_processes() -> torch.device:
@@ -114,12 +110,6 @@ class Training:
         self.generator = torch.Generator().manual_seed(options.seed)
         self.step = 0
 
-    def autocast(self):
-        """bfloat16, which needs no loss scale, where the GPU has it."""
-        if self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.autocast("cuda", torch.bfloat16)
-        return nullcontext()
-
     def train_step(self) -> tuple[Tensor, Tensor]:
         """Returns the mean loss and the accuracy over all clips of the step."""
         drawn = self.clips.draw(self.options.batch, self.generator)  # the same on all ranks
@@ -127,7 +117,7 @@ class Training:
         frames, corners, labels = (each.tensor_split(data.size())[data.get_local_rank()] for each in drawn)
         x = self.clips.load(shard_frames(frames, self.mesh["time"]), corners, self.device)
         labels = labels.to(self.device)
-        with self.autocast():
+        with training.autocast(self.device):
             scores = self.wrapped(x).float()
         loss = F.cross_entropy(scores, labels)  # equal on the ranks of a group, and not scaled
         self.optimizer.zero_grad(set_to_none=True)
@@ -144,48 +134,38 @@ class Training:
         return {name: getattr(self.options, name) for name in ("net", "frames", "side", "batch", "seed")}
 
     def save(self, path: Path) -> None:
-        """Writes the checkpoint. It appears under its name only when it is complete."""
+        """Writes the checkpoint."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state | {"random": self.generator.get_state(), "run": self.identity()}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        training.save(state | {"random": self.generator.get_state(), "run": self.identity()}, path)
 
     def load(self, path: Path) -> None:
         """Continues from a checkpoint of :meth:`save`. The grid of processes may be another one."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            run = state["run"]
-        except FileNotFoundError:
-            raise WrongInputError(f"{path} does not exist: nothing to resume") from None
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-            raise WrongInputError(f"{path} is no checkpoint of this example") from None
-        for name, value in self.identity().items():
-            if run[name] != value:
-                raise WrongInputError(f"{path} is of another run: its {name} is {run[name]}, not {value}")
+        state = training.load(path, self.identity())
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["random"])
         self.step = state["step"]
 
 
-def train(training: Training, path: Path) -> None:
+def train(state: Training, path: Path) -> None:
     """Trains the steps that are left. The first process shows the progress and writes the checkpoints."""
-    options, is_first = training.options, dist.get_rank() == 0
+    options, is_first = state.options, dist.get_rank() == 0
     mean = None
-    with tqdm(total=options.steps, initial=training.step, unit="step", disable=not is_first) as bar:
-        while training.step < options.steps:
-            results = torch.stack(training.train_step())
+    with tqdm(total=options.steps, initial=state.step, unit="step", disable=not is_first) as bar:
+        while state.step < options.steps:
+            results = torch.stack(state.train_step())
             mean = results if mean is None else 0.95 * mean + 0.05 * results
             bar.update()
-            if training.step % 10 == 0 or training.step == options.steps:  # reading the numbers waits for the GPU
+            if state.step % 10 == 0 or state.step == options.steps:  # reading the numbers waits for the GPU
                 loss, accuracy = mean.tolist()
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {100 * accuracy:.0f} %")
-            if is_first and (training.step % options.save_every == 0 or training.step == options.steps):
-                training.save(path)
+            if is_first and (state.step % options.save_every == 0 or state.step == options.steps):
+                state.save(path)
     if is_first and mean is not None:
         loss, accuracy = mean.tolist()
-        print(f"step {training.step}: loss {loss:.4f}, accuracy {100 * accuracy:.0f} %, checkpoint {path}")
-        if training.device.type == "cuda":
+        print(f"step {state.step}: loss {loss:.4f}, accuracy {100 * accuracy:.0f} %, checkpoint {path}")
+        if state.device.type == "cuda":
             print(f"peak memory of one GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
@@ -205,19 +185,13 @@ def run(options: argparse.Namespace) -> None:
         if len(video) < SLOWEST * options.frames:
             needed = int(SLOWEST * options.frames)
             raise WrongInputError(f"{path} is too short: {len(video)} frames, {needed} are needed")
-        training = Training(Clips(video, options.frames, options.side), mesh, device, options)
+        state = Training(Clips(video, options.frames, options.side), mesh, device, options)
         checkpoint = options.output / "checkpoint.pt"
         if options.resume:
-            training.load(checkpoint)
-        train(training, checkpoint)
+            state.load(checkpoint)
+        train(state, checkpoint)
     finally:
         dist.destroy_process_group()
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,15 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of weights and clips (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
     parser.add_argument("--output", type=Path, default=Path("long_clips"), help="folder (default: %(default)s)")
-    try:
-        run(parser.parse_args(arguments))
-    except (WrongInputError, UnusableVideoError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except OSError as error:
-        sys.stderr.write(f"{error.filename or 'the output'}: {error.strerror or error}\n")
-        return 2
-    return 0
+    options = parser.parse_args(arguments)
+    return training.exit_code(lambda: run(options), UnusableVideoError)
 
 
 if __name__ == "__main__":

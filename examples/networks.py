@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from training import WrongInputError
+from training import WrongInputError, save
 
 import tsm_jit
 
@@ -81,8 +81,7 @@ def start_from(model: tsm_jit.VideoModel, recipe: Recipe, weights: str) -> str:
 
 def save_trained(model: nn.Module, recipe: Recipe, path: Path) -> None:
     """Writes a file for :func:`load_trained`, which :func:`tsm_jit.checkpoints.load` reads as well."""
-    torch.save({"state_dict": model.state_dict(), "recipe": asdict(recipe)}, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    save({"state_dict": model.state_dict(), "recipe": asdict(recipe)}, path)
 
 
 def load_trained(path: Path) -> tuple[tsm_jit.VideoModel, Recipe]:

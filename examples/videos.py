@@ -81,7 +81,7 @@ def _read_folder(folder: Path, classes: Sequence[str] | None) -> tuple[list[Vide
         Video(path, classes.index(each.name))
         for each in folders
         for path in sorted(each.iterdir())
-        if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
+        if not path.name.startswith(".") and (path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES)
     ]
     return videos, classes
 

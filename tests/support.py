@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,22 @@ OTHERS = (
 DTYPES = FLOATING + OTHERS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def rotated_video(folder: Path, frames: int) -> Path:
+    """Writes a video of 48x64 with a white top left corner, which asks to be turned clockwise by 90 degrees."""
+    from tsm_jit import video_io
+
+    upright = torch.zeros(frames, 3, 48, 64, dtype=torch.uint8)
+    upright[:, :, :12, :16] = 255
+    path = folder / "rotated.mp4"
+    video_io.write_video(path, upright)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # the display matrix of the track, ISO 14496-12
+    assert struct.unpack_from(">9i", data, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", data, matrix, 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
 
 
 def random_bits(shape, dtype: torch.dtype, device="cpu") -> Tensor:

@@ -1,11 +1,10 @@
 """Reading and writing videos: which frames are read from which container, scaling, rotation."""
 
 import random
-import struct
 
 import pytest
 import torch
-from support import assert_same_bits
+from support import assert_same_bits, rotated_video
 
 av = pytest.importorskip("av", reason="needs the demo extra")
 
@@ -61,15 +60,7 @@ def test_the_shorter_side_is_scaled(height, width, scaled, tmp_path):
 def test_a_rotation_that_the_file_asks_for_is_applied(tmp_path):
     if not hasattr(av.VideoFrame, "rotation"):
         pytest.skip("this PyAV does not read rotations")
-    upright = torch.zeros(FRAMES, 3, 48, 64, dtype=torch.uint8)
-    upright[:, :, :12, :16] = 255  # the top left corner is white
-    video_io.write_video(tmp_path / "upright.mp4", upright)
-    data = bytearray((tmp_path / "upright.mp4").read_bytes())
-    matrix = data.index(b"tkhd") + 44  # the display matrix of the track, ISO 14496-12
-    assert struct.unpack_from(">9i", data, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    struct.pack_into(">9i", data, matrix, 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)  # 90 degrees clockwise
-    (tmp_path / "rotated.mp4").write_bytes(data)
-    (frame,) = video_io.read_frames(tmp_path / "rotated.mp4", lambda _: [0])
+    (frame,) = video_io.read_frames(rotated_video(tmp_path, FRAMES), lambda _: [0])
     assert frame.shape == (3, 64, 48)
     bright = frame.float().mean(0)
     assert bright[:16, -12:].mean() > 200  # top right
@@ -84,6 +75,27 @@ def test_an_odd_row_and_column_are_dropped(tmp_path):
 def test_duration(tmp_path):
     video_io.write_video(tmp_path / "grey.mp4", grey(), rate=10)
     assert video_io.duration(tmp_path / "grey.mp4") == pytest.approx(FRAMES / 10, rel=0.05)
+
+
+def test_frames_of_different_sizes_are_refused(tmp_path):
+    parts = []
+    for i, height in enumerate((32, 48)):
+        video_io.write_video(tmp_path / f"{i}.ts", grey(height=height))
+        parts.append((tmp_path / f"{i}.ts").read_bytes())
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    with pytest.raises(video_io.UnusableVideoError, match=r"both\.ts has frames of different sizes"):
+        video_io.read_frames(tmp_path / "both.ts", range)
+
+
+def test_packets_before_the_first_keyframe_are_no_frames(tmp_path):
+    """Of a stream that was recorded from its middle."""
+    video_io.write_video(tmp_path / "whole.ts", torch.cat([grey()] * 4))
+    data = (tmp_path / "whole.ts").read_bytes()
+    with video_io.open_video(tmp_path / "whole.ts") as container:
+        first = [packet for packet in container.demux(video=0) if packet.size][1]
+    start = first.pos // 188 * 188
+    (tmp_path / "cut.ts").write_bytes(data[: 2 * 188] + data[start:])
+    assert 0 < len(video_io.read_frames(tmp_path / "cut.ts", range)) < 4 * FRAMES
 
 
 def test_a_video_without_its_end_is_refused(tmp_path):

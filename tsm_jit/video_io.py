@@ -95,7 +95,8 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], shorter: int
         The frames in the order of their numbers in ``choose``, uint8 ``[F, 3, H, W]``.
 
     Raises:
-        UnusableVideoError: the file is missing or damaged, or has no video stream or no frame.
+        UnusableVideoError: the file is missing or damaged, has no video stream or no frame, or has frames of different
+            sizes.
 
     Example::
 
@@ -105,6 +106,8 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], shorter: int
     with open_video(path) as container:
         has_times = container.format.name != "avi"  # FFmpeg's are wrong if the video has B-frames
         packets = [(p.pts, p.is_keyframe) for p in container.demux(video=0) if p.size and not p.is_discard]
+    # Nothing before the first keyframe can be decoded.
+    packets = packets[next((i for i, (_, is_key) in enumerate(packets) if is_key), 0) :]
     if not packets:
         raise UnusableVideoError(f"{path} has no frames")
     numbers = list(choose(len(packets)))
@@ -118,6 +121,8 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], shorter: int
         raise UnusableVideoError(
             f"{path} is damaged: only {len(frames)} of {len(wanted)} sampled frames could be decoded"
         )
+    if len({frame.shape for frame in frames.values()}) > 1:
+        raise UnusableVideoError(f"{path} has frames of different sizes")
     return torch.stack([frames[number] for number in numbers])
 
 

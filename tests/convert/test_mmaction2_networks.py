@@ -20,7 +20,8 @@ HOME = "mmaction.models.backbones.resnet_tsm"
 
 @pytest.fixture(autouse=True)
 def original():
-    """mmaction2 has its own class after each test."""
+    """mmaction2 has its own class before and after each test."""
+    mmaction2.restore()
     yield
     mmaction2.restore()
 

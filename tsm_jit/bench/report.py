@@ -54,8 +54,8 @@ _TEXT = ("shape", "dtype", "layout", "depth", "operation", "call", "who", "netwo
 _WIDTHS = {"shape": 26, "dtype": 8, "layout": 13, "call": 25, "who": 27, "network": 10} | dict.fromkeys(operations, 20)
 _TITLES = {
     "calls": "CPU overhead of one call, 8 frames of 64 channels of 2x2. vs stock: times as fast as TSM's own code",
-    "peers": "Single calls, on CUDA with cold caches. TSAM, 2: of depth 2. of copy: bandwidth relative to a copy of the "
-    "tensor. vs eager: times as fast as eager PyTorch",
+    "peers": "Single calls, on CUDA with cold caches. TSAM, 2: of depth 2. of copy: bandwidth relative to a copy of "
+    "the tensor. vs eager: times as fast as eager PyTorch",
     "floor": "Many calls in a row: microseconds, and % of the bandwidth of a copy of the same number of bytes",
     "sweep": "Sizes from small to large, float32 NCHW TSM: microseconds, and % of the bandwidth of a copy",
     "online": "One frame of a TSM-ResNet-50, 224x224 float32: from the frame on the device to scores there. "
@@ -99,7 +99,7 @@ class Progress:
 
 def _aligned(column: str, text: str) -> str:
     """Pads a cell. Columns of text are aligned to the left, numbers to the right."""
-    width = max(_WIDTHS.get(column, 8), len(_HEADS.get(column, column)))
+    width = max(_WIDTHS.get(column, 9), len(_HEADS.get(column, column)))
     return text.ljust(width) if column in _TEXT else text.rjust(width)
 
 
@@ -196,8 +196,9 @@ def markdown(results: Row) -> str:
         "from the frame on the GPU to its scores:",
         "",
     ]
-    lines += ["| | " + " | ".join(f"{n}: median | {n}: p99" for n in ("1 stream", "8 streams")) + " |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
+    counts = _stream_counts(online)
+    lines += ["| | " + " | ".join(f"{n}: median | {n}: p99" for n in counts) + " |"]
+    lines += ["| --- |" + " --- | --- |" * len(counts)]
     for who in dict.fromkeys(row["who"] for row in online):
         rows = [row for row in online if row["who"] == who]
         cells = [f"{row['median_milliseconds']:.2f} | {row['p99_milliseconds']:.2f}" for row in rows]
@@ -205,9 +206,13 @@ def markdown(results: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _stream_counts(rows: list[Row]) -> list[str]:
+    return [f"{n} stream{'s' if n > 1 else ''}" for n in dict.fromkeys(row["streams"] for row in rows)]
+
+
 def _streams_markdown(rows: list[Row], title: str) -> str:
     columns = ("median_milliseconds", "p99_milliseconds", "state_mebibytes", "peak_mebibytes")
-    heads = [f"{n}: {head}" for n in ("1 stream", "8 streams") for head in ("median", "p99", "state", "peak memory")]
+    heads = [f"{n}: {head}" for n in _stream_counts(rows) for head in ("median", "p99", "state", "peak memory")]
     lines = [
         f"{title}. A frame of each stream through a ResNet-50, 224x224 float32, milliseconds and MiB:",
         "",

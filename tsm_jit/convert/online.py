@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tsm_jit import plans
 from tsm_jit.convert.delays import insert_delays
 from tsm_jit.modules import tsam
-from tsm_jit.modules.base import ClipModule
+from tsm_jit.modules.base import ClipModule, class_name
 from tsm_jit.modules.online import FrameShift, FrameState, OnlineNetwork, OnlineShift
 from tsm_jit.modules.tsm import TemporalShift, TokenShift
 from tsm_jit.modules.video import VideoModel
@@ -75,10 +75,9 @@ def _check_temporal_modules(model: nn.Module) -> None:
         if isinstance(module, VideoModel):
             raise ValueError(f"model must be a network of frames, got a VideoModel at {name!r}: convert its backbone")
         if isinstance(module, ClipModule) and not isinstance(module, (TemporalShift, tsam.TemporalShift)):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ValueError(
                 "model must have no temporal modules except TemporalShift, TokenShift and tsam.TemporalShift, since "
-                f"others need the whole clip, got {kind} at {name!r}"
+                f"others need the whole clip, got {class_name(type(module))} at {name!r}"
             )
 
 
