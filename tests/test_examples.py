@@ -11,7 +11,10 @@ from support import EXAMPLES
 import tsm_jit
 
 # These train for minutes, need arguments or are modules of the others. They have their own tests.
-TESTED_ELSEWHERE = ("arrow_of_time", "camera", "finetune", "moving_shapes", "networks", "training", "videos")
+TESTED_ELSEWHERE = (
+    *("arrow_of_time", "camera", "finetune", "long_clips"),
+    *("moving_shapes", "networks", "training", "videos"),
+)
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in TESTED_ELSEWHERE)
 
 

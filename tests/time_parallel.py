@@ -427,6 +427,9 @@ def refused(mesh):
     for shape, rule in (((3,), r"must be \[N, T, \.\.\.\], got \[3\]"), ((3, 1), r"each of 2 ranks, got \[3, 1\]")):
         with pytest.raises(ValueError, match=rule):
             shard_frames(torch.randn(shape), mesh)
+    split = resnet_split(mesh)
+    with pytest.raises(ValueError, match="net must get its shifts before parallelize_time splits its clips"):
+        tsm_jit.shift_before(split, {"layer1.0.conv2": functools.partial(tsm_jit.TemporalShift, n_segment=5)})
     shift = tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 2)
     parallelize_time(shift, mesh)
     for trace in (

@@ -131,7 +131,7 @@ def test_wrapped_targets(make, wrapper):
 
 
 def test_online_networks():
-    net = on_meta(lambda: ours(direction="past"))
+    net = on_meta(lambda: ours(direction="past")).eval()
     online = tsm_jit.online.convert(net)
     for source, target in ((net, online), (online, net)):
         converted = checkpoints.convert(source.state_dict(), target=target)

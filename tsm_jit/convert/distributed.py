@@ -42,7 +42,8 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
             length below the number of ranks; or ``net`` has temporal pools or non-local blocks, which combine frames in
             other ways. ``net`` is then unchanged.
         ValueError: in ``forward`` and ``backward``, on all ranks: ranks differ in shape, dtype or clip length. On GPUs
-            shapes are compared when they are new: see "One clip over several GPUs" in examples/README.md.
+            shapes are compared when they are new: see "One clip over several GPUs" in examples/README.md. A rank whose
+            input does not have the frames that it must hold raises alone: the others wait until the time-out.
         RuntimeError: in ``forward`` and ``backward``: another rank died or does not answer within the time-out of the
             process group.
         NotImplementedError: in ``forward``: ``net`` is exported, traced or transformed by ``torch.func``.

@@ -151,7 +151,8 @@ def shift_before(net: nn.Module, places: Mapping[str, Callable[[nn.Module], nn.M
     Raises:
         TypeError: ``net`` is not a module; ``places`` is not a mapping; or one of its functions does not return a
             temporal module.
-        ValueError: ``places`` names a module that ``net`` does not have, or one with a shift.
+        ValueError: ``places`` names a module that ``net`` does not have, or one with a shift; or
+            :func:`tsm_jit.distributed.parallelize_time` has split the clips of ``net``.
 
     Example::
 
@@ -163,6 +164,10 @@ def shift_before(net: nn.Module, places: Mapping[str, Callable[[nn.Module], nn.M
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     if not isinstance(places, Mapping):
         raise TypeError(f"places must be a mapping from module names, got {type(places).__name__}")
+    if any(isinstance(module, ClipModule) and module.time_shard is not None for module in net.modules()):
+        raise ValueError(
+            "net must get its shifts before parallelize_time splits its clips, got a network that is split"
+        )
     wrapped = []
     for place, wrap in places.items():
         parent, child = _place(net, place)
