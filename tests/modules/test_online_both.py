@@ -139,8 +139,8 @@ def test_one_shift_against_values_by_hand():
 
 
 def test_modules_in_two_places_and_nested_ones():
-    shift = tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 5, 4).double()
-    for model in (nn.Sequential(shift, nn.ReLU(), shift), tsm_jit.TemporalShift(shift, 5, 4)):
+    shift = tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 5, 4).eval().double()
+    for model in (nn.Sequential(shift, nn.ReLU(), shift).eval(), tsm_jit.TemporalShift(shift, 5, 4)):
         x = torch.randn(STREAMS, 5, 8, 2, 3, dtype=torch.float64)
         stream = online.convert(model)
         assert stream.latency == 2
@@ -169,7 +169,7 @@ class Random(nn.Module):
 
 def test_random_networks():
     for _ in range(6):
-        net, frames = Random(random.randrange(8)).double(), random.randrange(1, 9)
+        net, frames = Random(random.randrange(8)).eval().double(), random.randrange(1, 9)
         x, stream = torch.randn(STREAMS, frames, 8, 3, 4, dtype=torch.float64), online.convert(net)
         with torch.no_grad(), tsm_jit.n_segment(net, frames):
             expected = net(x.flatten(0, 1))
@@ -458,9 +458,9 @@ def test_what_cannot_run_on_a_stream():
         (non_local, "since others need the whole clip, got tsm_jit.modules.non_local.NL3DWrapper at 'layer2.0'"),
         (resnet().train(), "got BatchNorm2d at 'bn1' in training mode or without running_mean: call model.eval()"),
         (batch_statistics, "got BatchNorm2d at '1' in training mode or without running_mean"),
-        (Joined(branch_on_values), "model must have a forward that torch.fx can trace"),
+        (Joined(branch_on_values).eval(), "model must have a forward that torch.fx can trace"),
         (
-            Joined(shift_by_a_function),
+            Joined(shift_by_a_function).eval(),
             "model must shift by modules such as TemporalShift, got a call of temporal_shift",
         ),
         (twice, "model must call each shift once per frame, got a second call at 'conv'"),

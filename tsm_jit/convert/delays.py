@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,19 +23,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from tsm_jit.functional import shift_groups, temporal_shift
-from tsm_jit.modules.online import Delay, FrameShift, FrameState
+from tsm_jit.modules.online import Delay, FrameShift, FrameState, OnlineShift
 
 # Properties that do not differ between frames: layers may read them at any time.
 _METADATA = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad")
 _METADATA_METHODS = ("size", "dim", "ndimension", "numel", "stride", "is_floating_point", "get_device", "is_contiguous")
+_AUGMENTED = ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 
 def insert_delays(net: nn.Module, frame: FrameState) -> fx.GraphModule:
     """Returns a graph of ``net`` whose joins wait for shifts that read later frames. Sets the latency of ``frame``.
 
     Raises:
-        ValueError: torch.fx cannot trace the modules around the shifts, or they do not call each shift exactly once.
+        ValueError: the modules around the shifts are in training mode, torch.fx cannot trace them, they do not call
+            each shift exactly once, or they write frames into a tensor that does not depend on frames.
     """
+    _check_mode(net)
     graph = _trace(net)
     modules = dict(net.named_modules())
     shifts = {
@@ -44,6 +48,7 @@ def insert_delays(net: nn.Module, frame: FrameState) -> fx.GraphModule:
     }
     _check(graph, modules, shifts)
     schedule = _Schedule(graph, shifts)
+    _check_writes(schedule)
     delays: dict[tuple[fx.Node, int], fx.Node] = {}
 
     def delayed(value: fx.Node, by: int, user: fx.Node) -> fx.Node:
@@ -51,11 +56,8 @@ def insert_delays(net: nn.Module, frame: FrameState) -> fx.GraphModule:
             return value
         if (value, by) not in delays:
             previous = delayed(value, by - 1, user)
-            name = f"delay_{len(delays)}"
-            while hasattr(net, name):
-                name = f"_{name}"
-            place = str(value.target) if value.op == "call_module" else value.name
-            net.add_module(name, Delay(place, frame))
+            name = _free_name(net, f"delay_{len(delays)}")
+            net.add_module(name, Delay(_place(value), frame))
             with graph.inserting_before(user):
                 delays[value, by] = graph.call_module(name, (previous,))
         return delays[value, by]
@@ -70,10 +72,7 @@ def insert_delays(net: nn.Module, frame: FrameState) -> fx.GraphModule:
         shift.delay = schedule.start[node]
     frame.latency = schedule.latency
     frame.reach = max(schedule.latency + 1, *(shift.delay + shift.behind for shift in shifts.values()))
-    result = fx.GraphModule(net, graph, type(net).__name__)
-    for name, module in result.named_modules():
-        module.training = net.get_submodule(name).training  # fx creates containers with training=True
-    return result
+    return _GraphModule(net, graph, type(net).__name__)
 
 
 class _Schedule:
@@ -111,10 +110,47 @@ def _ahead(node: fx.Node, shifts: dict[fx.Node, FrameShift]) -> int:
     return shifts[node].ahead if node in shifts else 0
 
 
+def _place(node: fx.Node) -> str:
+    return str(node.target) if node.op in ("call_module", "get_attr") else node.name
+
+
 def _is_metadata(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _METADATA_METHODS
     return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
+
+
+def _check_mode(net: nn.Module) -> None:
+    for name, module in net.named_modules():
+        if _is_traced(module) and module.training and not isinstance(module, OnlineShift):
+            raise ValueError(
+                "model must be in eval mode, since a trace keeps the mode of modules with shifts, got "
+                f"{type(module).__name__} at {name!r} in training mode: call model.eval()"
+            )
+
+
+def _check_writes(schedule: _Schedule) -> None:
+    """Refuses to write frames into a tensor that has no age, since its other readers would not wait for the frames."""
+    for node in schedule.start:
+        target = _written(node)
+        if target is not None and target not in schedule.start:
+            raise ValueError(
+                "model must not write frames into a tensor that does not depend on frames, got "
+                f"{getattr(node.target, '__name__', node.target)} into {_place(target)!r}"
+            )
+
+
+def _written(node: fx.Node) -> fx.Node | None:
+    """Returns the tensor that a node changes in place."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    name = str(getattr(node.target, "__name__", node.target))
+    is_operator = getattr(node.target, "__module__", "") == "_operator"  # operator.and_ does not write
+    if name.strip("_") in (*_AUGMENTED, "setitem") or (re.search("[^_]_$", name) and not is_operator):
+        target = node.args[0] if node.args else node.kwargs.get("input")
+    else:
+        target = node.kwargs.get("out")
+    return target if isinstance(target, fx.Node) else None
 
 
 def _check(graph: fx.Graph, modules: dict[str, nn.Module], shifts: dict[fx.Node, FrameShift]) -> None:
@@ -135,31 +171,37 @@ class _Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
-for _name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+for _name in _AUGMENTED:
     setattr(_Proxy, f"__{_name}__", functools.partialmethod(_Proxy._in_place, getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
     """Traces only modules that contain shifts."""
 
+    proxy_buffer_attributes = True
+
     def __init__(self) -> None:
         super().__init__()
-        self._autocast = _autocast()
+        self._modes = _modes()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _autocast() != self._autocast:  # fx does not record it
-            raise ValueError("a module with shifts switches autocast in its forward")
+        if _modes() != self._modes:  # fx does not record it
+            raise ValueError("a module with shifts switches autocast or gradients in its forward")
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, FrameShift) or not any(isinstance(each, FrameShift) for each in module.modules())
+        return not _is_traced(module)
 
 
-def _autocast() -> list[bool]:
-    return [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+def _is_traced(module: nn.Module) -> bool:
+    return not isinstance(module, FrameShift) and any(isinstance(each, FrameShift) for each in module.modules())
+
+
+def _modes() -> list[bool]:
+    return [torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))]
 
 
 class _Caller(nn.Module):
@@ -174,8 +216,13 @@ class _Caller(nn.Module):
 
 
 def _trace(net: nn.Module) -> fx.Graph:
+    caller = _Caller(net)
     try:
-        graph = _Tracer().trace(_Caller(net))
+        with torch.enable_grad():
+            graph = _Tracer().trace(caller)
+        for name, buffer in net.named_buffers():
+            if isinstance(buffer, fx.Proxy):  # the graph would not assign it
+                raise ValueError(f"a module with shifts assigns its buffer {name!r} in its forward")
     except Exception as error:
         raise ValueError(
             "model must have a forward that torch.fx can trace, to delay what its shifts wait for, got "
@@ -183,5 +230,52 @@ def _trace(net: nn.Module) -> fx.Graph:
         ) from error
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
+            if not node.target.startswith("net."):  # a tensor that the forward creates
+                name = _free_name(net, node.target)
+                net.register_buffer(name, getattr(caller, node.target), persistent=False)
+                node.target = name
             node.target = node.target.removeprefix("net.")
     return graph
+
+
+def _free_name(net: nn.Module, name: str) -> str:
+    while hasattr(net, name):
+        name = f"_{name}"
+    return name
+
+
+class _GraphModule(fx.GraphModule):
+    """Also has the modules, parameters and buffers that the graph does not read, so the same state-dict keys."""
+
+    def __init__(self, net: nn.Module, graph: fx.Graph, class_name: str = "GraphModule"):
+        super().__init__(net, graph, class_name)
+        _complete(self, net, {})
+
+    def _deepcopy_init(self) -> Callable[..., None]:
+        return _GraphModule.__init__
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return _rebuild, super().__reduce__()
+
+
+def _rebuild(rebuild: Callable, arguments: tuple) -> fx.GraphModule:
+    net = nn.Module()
+    traced = rebuild(*arguments)
+    net.__dict__.update(arguments[0])
+    return _GraphModule(net, traced.graph, type(traced).__name__)
+
+
+def _complete(result: nn.Module, net: nn.Module, copies: dict[nn.Module, nn.Module]) -> None:
+    """Adds to the containers that fx created what it left out, in the order of ``net``."""
+    copies[net] = result
+    result.training = net.training
+    others = {name: value for name, value in result._buffers.items() if name not in net._buffers}
+    result._parameters = dict(net._parameters)
+    result._buffers = {**net._buffers, **others}
+    result._non_persistent_buffers_set = net._non_persistent_buffers_set | set(others)
+    modules, result._modules = result._modules, {}
+    for name, child in net._modules.items():
+        copied = modules.get(name)
+        if child is not None and copied is not None and copied is not child:
+            _complete(copied, child, copies)
+        result._modules[name] = None if child is None else copies.get(child, child)

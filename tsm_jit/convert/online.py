@@ -29,7 +29,9 @@ def convert(model: nn.Module) -> OnlineNetwork:
             :class:`tsm_jit.tsam.TemporalShift` modules. A TSAM stream has video segments only. No other layer may
             combine frames, so batch normalization must be in ``eval`` mode. If shifts read later frames, torch.fx must
             be able to trace the modules that contain the shifts. It traces all networks of
-            :func:`tsm_jit.make_temporal_shift`, timm's ViT with ``dynamic_img_size=False``.
+            :func:`tsm_jit.make_temporal_shift`, timm's ViT with ``dynamic_img_size=False``. Traced modules must
+            be in ``eval`` mode, and their forward keeps it after ``stream.train()``. In their forward, tests such
+            as ``isinstance(x, Tensor)`` or ``x.dtype is torch.float32`` are False for activations.
 
     Returns:
         The streaming network. It takes frames ``[S, C, H, W]`` of S streams.
@@ -38,7 +40,8 @@ def convert(model: nn.Module) -> OnlineNetwork:
         TypeError: ``model`` is not a module.
         ValueError: ``model`` has no temporal shift; it has other temporal modules, such as a temporal pool or non-local
             blocks; it normalizes by the statistics of a batch; it is a :class:`tsm_jit.VideoModel`, which takes clips;
-            or torch.fx cannot trace it.
+            or its shifts read later frames, and torch.fx cannot trace it, it is in training mode, or it writes frames
+            into a tensor that does not depend on frames.
 
     Example::
 

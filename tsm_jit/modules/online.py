@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tsm_jit._checks import refuse_scripting
 from tsm_jit.modules.base import ShiftedModule
-from tsm_jit.ops.compat import map_tensors, version
+from tsm_jit.ops.compat import version
 from tsm_jit.plans import Padding, Plan
 
 State = list[Tensor]
@@ -59,6 +59,8 @@ class FrameState:
             before = None
         if before is None:
             before = torch.zeros_like(value)
+        elif self.is_explicit:
+            before = before.clone()
         self.after[index] = value
         return before
 
@@ -161,6 +163,8 @@ class Delay(nn.Module):
             raise ValueError(f"model must delay only tensors, got {type(x).__name__} at {self._place!r}")
         # A stored state gets a copy of `x` at the end of the frame.
         before = self._frame.exchange(self._index, x.clone() if self._frame.is_explicit else x)
+        if not self._frame.is_explicit:  # the next frame overwrites a stored state; outputs and backward may read it
+            before = before.clone()
         self._frame.watch(self._place, x)
         self._frame.watch(self._place, before)
         return before
@@ -201,7 +205,7 @@ class OnlineNetwork(nn.Module):
         ValueError: the frames differ from the state in the number of streams, size or dtype; ``state`` has another
             number of tensors; the network calls a shift not exactly once per frame; or a layer changes an activation
             in place while the stream stores it for later frames.
-        RuntimeError: :meth:`flush` has begun and is not finished.
+        RuntimeError: an earlier :meth:`flush` has begun and is not finished.
 
     Example::
 
@@ -222,7 +226,7 @@ class OnlineNetwork(nn.Module):
         self._frame = frame
         self._state: list[Tensor | None] = [None] * len(frame.places)
         self._is_reset = True
-        self._is_flushing = False
+        self._open_flush: object | None = None  # identifies the flush() that has begun and is not finished
         self._num_waiting = 0  # frames whose output is still to come, at most the latency
         self._last_frames: tuple[torch.Size, torch.dtype, torch.device] | None = None
 
@@ -246,7 +250,7 @@ class OnlineNetwork(nn.Module):
     def forward(self, frames: Tensor, state: Sequence[Tensor] | None = None) -> Any:
         if state is not None:
             return self._run(frames, self._checked(state), is_explicit=True)
-        if self._is_flushing:
+        if self._open_flush is not None:
             raise RuntimeError("flush() must be iterated to its end, or reset() called, before the next frame")
         out = self._step(frames)
         self._last_frames = frames.shape, frames.dtype, frames.device
@@ -262,30 +266,31 @@ class OnlineNetwork(nn.Module):
 
         Raises:
             ValueError: ``state`` was assigned and no frame followed, so the frame size is unknown.
+            RuntimeError: an earlier ``flush()`` has begun and is not finished.
         """
+        if self._open_flush is not None:
+            raise RuntimeError("flush() must be iterated to its end, or reset() called, before another flush()")
         if not self._num_waiting:
             self.reset()
             return
         if self._last_frames is None:
             raise ValueError("flush() must follow a frame, got an assigned state and no frame")
         shape, dtype, device = self._last_frames
-        self._is_flushing = True
+        this = self._open_flush = object()
         try:
             for i in range(self.latency):
-                if not self._is_flushing:  # reset() has been called
+                if self._open_flush is not this:  # reset() has been called
                     return
                 self.state[0][:, 0] = True  # the frame of the next call does not exist
                 out = self._step(torch.zeros(shape, dtype=dtype, device=device))
                 if i >= self.latency - self._num_waiting:
                     yield out
         finally:
-            if self._is_flushing:
+            if self._open_flush is this:
                 self.reset()
 
     def _step(self, frames: Tensor) -> Tensor:
         out, after = self._run(frames, self._state, may_differ=self._is_reset)
-        if self.latency:  # the output may be a part of the state
-            out = map_tensors(torch.clone, out)
         self._store(after)
         self._is_reset = False
         return out
@@ -343,7 +348,7 @@ class OnlineNetwork(nn.Module):
     @state.setter
     def state(self, state: Sequence[Tensor]) -> None:
         self._store(self._checked(state))
-        self._is_reset = self._is_flushing = False
+        self._is_reset, self._open_flush = False, None
         exists = self.state[0].any(0).tolist() if self._frame.reach else []  # waits for the device
         self._num_waiting = max((k for k in range(1, self.latency + 1) if exists[k]), default=0)
 
@@ -366,7 +371,7 @@ class OnlineNetwork(nn.Module):
             ValueError: ``mask`` has another dtype or length, or it is given before the first frame.
         """
         if mask is None:
-            self._is_reset, self._is_flushing, self._num_waiting = True, False, 0
+            self._is_reset, self._open_flush, self._num_waiting = True, None, 0
             for value in self._state:
                 if value is not None:
                     value.zero_()
@@ -389,6 +394,10 @@ class OnlineNetwork(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> OnlineNetwork:
         with torch.inference_mode(False):
             self._state = [None if value is None else fn(value) for value in self._state]
+            if self._last_frames is not None:
+                shape, dtype, device = self._last_frames
+                like = fn(torch.empty(0, dtype=dtype, device=device))
+                self._last_frames = shape, like.dtype, like.device
         return super()._apply(fn, *args, **kwargs)
 
     def _checked(self, state: Sequence[Tensor]) -> list[Tensor]:
