@@ -228,6 +228,7 @@ def test_one_graph(name):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @shows("ONNX")
 def test_onnx(name):
     pytest.importorskip("onnxscript", reason="needs onnx, onnxscript and onnxruntime: pip install 'tsm-jit[test]'")
