@@ -195,6 +195,7 @@ def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path, fused):
             optimizer = build_optim_wrapper(model, config.optim_wrapper)
             steps = [model.train_step({"inputs": clips, "data_samples": samples}, optimizer) for _ in range(2)]
             losses.append(torch.stack([step["loss"] for step in steps]))
+    # float64. The gradients of mmaction2 round at the first and last frames; a fused block sums in another order.
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=1e-9)
     for key, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-9, atol=1e-9)
@@ -203,7 +204,7 @@ def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path, fused):
     with torch.no_grad():
         predictions = [model.test_step({"inputs": clips, "data_samples": samples}) for model in (theirs, ours)]
     for expected, actual in zip(*predictions, strict=True):
-        torch.testing.assert_close(actual.pred_score, expected.pred_score, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(actual.pred_score, expected.pred_score, rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture

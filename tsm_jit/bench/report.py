@@ -122,9 +122,12 @@ def _text(column: str, value: Any) -> str:
 def write(results: Row, folder: Path) -> str:
     """Writes ``bench.json``, ``network.json`` or ``streams.json``. Returns the file name."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = "bench.json"
-    if "calls" not in results:
-        name = "network.json" if "network" in results else "streams.json" if "online" in results else name
+    if "network" in results:
+        name = "network.json"
+    elif "online" in results and "calls" not in results:
+        name = "streams.json"
+    else:
+        name = "bench.json"
     partial = folder / f"{name}.partial"  # an interrupted write leaves the earlier file intact
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(folder / name)

@@ -38,10 +38,11 @@ def convert(model: nn.Module) -> OnlineNetwork:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` has no temporal shift; it has other temporal modules, such as a temporal pool or non-local
-            blocks; it normalizes by the statistics of a batch; it is a :class:`tsm_jit.VideoModel`, which takes clips;
-            or its shifts read later frames, and torch.fx cannot trace it, it is in training mode, or it writes frames
-            into a tensor that does not depend on frames.
+        ValueError: ``model`` has no temporal shift, or it normalizes by the statistics of a batch. It has other
+            temporal modules, such as a temporal pool or non-local blocks. It is a :class:`tsm_jit.VideoModel`, which
+            takes clips.
+        ValueError: its shifts read later frames, and it is in training mode or torch.fx cannot trace it. Or it then
+            writes frames into a tensor that does not depend on frames.
 
     Example::
 

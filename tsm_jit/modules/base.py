@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tsm_jit.ops.sharded_shift import TimeShard
 
 # These modules neither change nor return their input. So the input may be shifted in place for them and restored.
-_READ_ONLY_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# So do modules that compute what nn.Conv2d computes: see is_conv2d.
+_READ_ONLY_MODULES = (nn.Conv1d, nn.Conv3d, nn.Linear)
 
 # Subclasses of nn.Conv2d that compute the same. mmcv's also takes empty tensors, for PyTorch 1.4.
 _SAME_AS_CONV2D = ("mmcv.cnn.bricks.wrappers.Conv2d",)
