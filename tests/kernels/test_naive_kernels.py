@@ -70,7 +70,7 @@ def library(device: str) -> ctypes.CDLL:
 @pytest.fixture
 def naive(device):
     """Calls a function of ``tests/kernels/naive/naive.cu``."""
-    if tsm_jit.info()["devices"][device.type] != "compiled kernels":
+    if not tsm_jit.info()["devices"][device.type].startswith("compiled kernels"):
         pytest.skip(f"no kernels were compiled for {device.type}")
     if shutil.which("nvcc" if device.type == "cuda" else "g++") is None:
         pytest.skip("needs nvcc for a GPU, or g++")
