@@ -12,10 +12,11 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory
 import torchvision
 from support import assert_same_bits
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -26,19 +27,18 @@ from tsm_jit.distributed import parallelize_time, shard_frames
 from tsm_jit.modules.base import ShiftedModule
 from tsm_jit.plans import Shift
 
-WORLD = 4
 MESHES = {}
-CASES = {}  # name: (number of ranks, what each of them does with their mesh)
+CASES = {}  # name: (number of ranks, types of device, what each rank does with their mesh)
 close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
-def case(ranks, **arguments):
-    """Registers a function as a case, for each number of ranks."""
+def case(ranks, on=("cpu", "cuda"), **arguments):
+    """Registers a function as a case, for each number of ranks, on processes with these types of device."""
 
     def register(function):
         for count in ranks:
             name = "-".join([function.__name__, *map(str, arguments.values()), f"{count} ranks"])
-            CASES[name] = (count, functools.partial(function, **arguments))
+            CASES[name] = (count, on, functools.partial(function, **arguments))
         return function
 
     return register
@@ -198,9 +198,9 @@ def loss_of(scores: Tensor) -> Tensor:
     return (scores.square() * torch.arange(1, 4)).mean()
 
 
-def compare(model, mesh, clips, run=None) -> None:
-    """Scores, gradients of clips and of weights of the split ``model`` equal those of one process."""
-    whole, x = copy.deepcopy(model), clips.clone().requires_grad_()
+def compare(model, mesh, clips, run=None, whole=None, close=close) -> None:
+    """Scores, gradients of clips and of weights of the split ``model`` equal those of one process, with ``whole``."""
+    whole, x = copy.deepcopy(model) if whole is None else whole, clips.clone().requires_grad_()
     expected = whole(x)
     loss_of(expected).backward()
     parallelize_time(model, mesh)
@@ -257,7 +257,7 @@ def autocast(mesh):
     model, clips = model_of().float(), new_clips().float()
     whole = copy.deepcopy(model)
     parallelize_time(model, mesh)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(clips.device.type, torch.bfloat16):
         expected, scores = whole(clips), model(shard_frames(clips, mesh))
     assert scores.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(scores, expected, rtol=0.02, atol=0.02)
@@ -301,7 +301,16 @@ def fused(mesh):
         close(net(shard_frames(frames[None], mesh)), share(expected[None], mesh))
 
 
-@case((2,))
+@case((2, 3), on=("cuda",))
+def training_with_synchronized_norm(mesh):
+    plain = resnet().train()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain), mesh.get_group())
+    clips = torch.randn(2, 5, 3, 32, 32, dtype=torch.float64)
+    near = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)  # it exchanges inverses of deviations
+    compare(tsm_jit.VideoModel(model), mesh, clips, whole=tsm_jit.VideoModel(plain), close=near)
+
+
+@case((2,), on=("cpu",))
 def synchronized_norm(mesh):
     """PyTorch's has no training on CPUs. In evaluation it is exact, and surgery finds the shifts inside."""
     net = nn.SyncBatchNorm.convert_sync_batchnorm(resnet())
@@ -320,30 +329,30 @@ def compare_weights(model, whole, all_clips) -> None:
         close(grad, single.grad)
 
 
-@case((4,))
+@case((2, 4))
 def ddp(mesh):
     """Over all ranks, data and time, with a layer after the mean; the loss is not scaled."""
-    both = MESHES["data and time"]
+    both = MESHES["data and time", mesh.size()]
     model, clips = nn.Sequential(model_of(), nn.Linear(3, 3).double()), new_clips(clips=4)
     whole = copy.deepcopy(model)
     parallelize_time(model, both["time"])
-    wrapped = DistributedDataParallel(model)
-    mine = clips.chunk(2)[both.get_local_rank("data")]
+    wrapped = DistributedDataParallel(model, process_group=mesh.get_group())
+    mine = clips.chunk(both["data"].size())[both.get_local_rank("data")]
     loss_of(wrapped(shard_frames(mine, both["time"]))).backward()
     compare_weights(model, whole, clips)
 
 
-@case((4,))
+@case((2, 4))
 def fsdp2(mesh):
     """Weights sharded over data, gradients averaged over time as well."""
-    both = MESHES["time and data"]
+    both = MESHES["time and data", mesh.size()]
     model, clips = model_of(), new_clips(clips=4)
     whole = copy.deepcopy(model)
     parallelize_time(model, both["time"])
     for block in model.backbone[:2]:
         fully_shard(block, mesh=both)
     fully_shard(model, mesh=both)
-    mine = clips.chunk(2)[both.get_local_rank("data")]
+    mine = clips.chunk(both["data"].size())[both.get_local_rank("data")]
     loss_of(model(shard_frames(mine, both["time"]))).backward()
     compare_weights(model, whole, clips)
 
@@ -392,7 +401,7 @@ def resnet_split(mesh) -> nn.Module:
     return net
 
 
-@case((2,))
+@case((2,), on=("cpu",))
 def refused(mesh):
     model = model_of()
     parallelize_time(model, mesh)
@@ -442,10 +451,10 @@ def refused(mesh):
             trace(nn.Sequential(shift))
 
 
-@case((4,))
+@case((4,), on=("cpu",))
 def mesh_of_two_dimensions(mesh):
     with pytest.raises(ValueError, match=r"mesh must have one dimension, such as mesh.'time'., got 2 dimensions"):
-        parallelize_time(model_of(), MESHES["time and data"])
+        parallelize_time(model_of(), MESHES["time and data", 4])
     if dist.get_rank() == 3:
         with pytest.raises(ValueError, match=r"mesh must have this process as one of its ranks, got ranks \[0, 1\]"):
             parallelize_time(model_of(), MESHES[2])
@@ -454,7 +463,23 @@ def mesh_of_two_dimensions(mesh):
 # --- ranks that differ -----------------------------------------------------------------------------------------------
 
 
-@case((3,))
+@case((2, 3), on=("cuda",))
+def other_new_shapes(mesh):
+    """Those that are new to all ranks, which can go on."""
+    model, rank = model_of(), mesh.get_local_rank()
+    parallelize_time(model, mesh)
+    model(shard_frames(new_clips(), mesh))
+    with pytest.raises(
+        ValueError, match=r"same shape.*rank 0: clips \[3, 7, 8, 3, 4\].*rank 1: clips \[4, 7, 8, 3, 4\]"
+    ):
+        model(shard_frames(new_clips(3 + rank), mesh))
+    lengths = r"rank 0: clips \[2, 8, 8.*rank 1: clips \[2, 9, 8"
+    with tsm_jit.n_segment(model, 8 + rank), pytest.raises(ValueError, match=lengths):
+        model(shard_frames(new_clips(2, 8 + rank), mesh))
+    compare(model_of(), mesh, new_clips())
+
+
+@case((3,), on=("cpu",))
 def other_shapes(mesh):
     """All ranks name the shapes, whether they have seen them before or not, and can go on."""
     model, rank = model_of(), mesh.get_local_rank()
@@ -483,7 +508,7 @@ def other_shapes(mesh):
         loss_of(scores).backward() if rank == 0 else model(shard_frames(new_clips(), mesh))
 
 
-@case((4,))
+@case((4,), on=("cpu",))
 def ranks_that_hang_or_die(mesh):  # the last case
     """Of two ranks that share clips, one hangs; of two others, one dies. The other ranks get an error."""
     mesh, model, rank = MESHES["pair"], model_of(), dist.get_rank()
@@ -502,36 +527,221 @@ def ranks_that_hang_or_die(mesh):  # the last case
     assert time.monotonic() - begin < 60
 
 
+# --- CUDA graphs and streams of GPUs ---------------------------------------------------------------------------------
+
+
+def captured(function, *arguments):
+    """Captures ``function`` as a CUDA graph. Returns a function that takes the values of other arguments."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function(*arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*arguments)
+
+    def replay(*new):
+        for argument, value in zip(arguments, new, strict=True):
+            argument.copy_(value)
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+class Delays:
+    """Lets each rank be late at other times than the others."""
+
+    def __init__(self, rank: int):
+        self.random = random.Random(random.random() + rank)
+
+    def __call__(self) -> None:
+        if self.random.random() < 0.5:
+            torch.cuda._sleep(self.random.randrange(500_000))  # up to about 300 us
+
+
+@case((2, 3, 4), on=("cuda",))
+def buffers_are_read_before_they_are_written_again(mesh):
+    """Eager calls, graphs of one and of three exchanges, larger clips, two streams: the host never waits."""
+    delay, shift, results = Delays(mesh.get_local_rank()), tsm_jit.TemporalShift(nn.Identity(), 7, 4), []
+    parallelize_time(shift, mesh)
+
+    def three(x):
+        return shift(shift(shift(x)))
+
+    def new(size=5):
+        return torch.randn(1, 7, 8, size, 3)
+
+    def expected(x, times):
+        for _ in range(times):
+            x = tsm_jit.temporal_shift(x, fold_div=4)
+        return share(x, mesh)
+
+    with torch.no_grad():
+        graphs = [captured(shift, shard_frames(new(), mesh)), captured(three, shard_frames(new(), mesh))]
+        other = torch.cuda.Stream()
+        for _ in range(100):
+            which, x = random.randrange(5), new()
+            delay()
+            if which < 2:
+                for _ in range(random.randint(1, 3)):
+                    x = new()
+                    results.append((graphs[which](shard_frames(x, mesh)), x, (1, 3)[which]))
+                    delay()
+            elif which == 2:
+                results.append((three(shard_frames(x, mesh)), x, 3))
+            elif which == 3:
+                x = new(100_000 if random.random() < 0.2 else 7)
+                results.append((shift(shard_frames(x, mesh)), x, 1))
+            else:
+                mine = shard_frames(x, mesh)
+                other.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(other):
+                    delay()
+                    results.append((shift(mine), x, 1))
+                torch.cuda.current_stream().wait_stream(other)
+        for out, x, times in results:
+            assert_same_bits(out, expected(x, times))
+
+
+@case((2, 3, 4), on=("cuda",))
+def inference_as_a_graph(mesh):
+    model, delay = model_of(), Delays(mesh.get_local_rank())
+    whole = copy.deepcopy(model)
+    parallelize_time(model, mesh)
+    with torch.inference_mode():
+        graph = captured(model, shard_frames(new_clips(), mesh))
+        for _ in range(5):
+            clips = new_clips()
+            delay()
+            close(graph(shard_frames(clips, mesh)), whole(clips))
+        with pytest.raises(RuntimeError, match="split clips must run once before a CUDA graph captures them"):
+            captured_at_once(model, shard_frames(new_clips(9), mesh))
+
+
+def captured_at_once(function, *arguments):
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        function(*arguments)
+
+
+@case((2,), on=("cuda",), inplace=False)
+@case((2,), on=("cuda",), inplace=True)
+def training_as_a_graph(mesh, inplace):
+    model, clips = model_of(inplace=inplace), new_clips()
+    split = copy.deepcopy(model)
+    parallelize_time(split, mesh)
+    mine = shard_frames(clips, mesh).requires_grad_()
+    graphed = torch.cuda.make_graphed_callables(split, (mine.detach().clone().requires_grad_(),))
+    delay = Delays(mesh.get_local_rank())
+    for _ in range(3):
+        clips = new_clips()
+        split.zero_grad()
+        model.zero_grad()
+        delay()
+        scores = graphed(shard_frames(clips, mesh).requires_grad_())
+        loss_of(scores).backward()
+        average(split, mesh.get_group())
+        expected = model(clips)
+        loss_of(expected).backward()
+        close(scores, expected)
+        for weight, single in zip(split.parameters(), model.parameters(), strict=True):
+            close(weight.grad, single.grad)
+
+
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def make_meshes(rank: int) -> None:
+def make_meshes(rank: int, world: int, device: str) -> None:
     """All processes take part in each, and in the same order."""
-    for ranks in (2, 3, 4):
-        MESHES[ranks] = DeviceMesh("cpu", list(range(ranks)))
-    MESHES["data and time"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "time"))
-    MESHES["time and data"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("time", "data"))
-    pairs = [dist.new_group(ranks, timeout=datetime.timedelta(seconds=5)) for ranks in ([0, 1], [2, 3])]
-    MESHES["pair"] = DeviceMesh.from_group(pairs[rank // 2], "cpu")
-    MESHES["one"] = DeviceMesh.from_group([dist.new_group([each]) for each in range(WORLD)][rank], "cpu")
+    for ranks in range(2, world + 1):
+        MESHES[ranks] = DeviceMesh(device, list(range(ranks)))
+        if ranks % 2 == 0:
+            rows = [[first, first + 1] for first in range(0, ranks, 2)]
+            columns = list(map(list, zip(*rows, strict=True)))
+            MESHES["data and time", ranks] = DeviceMesh(device, rows, mesh_dim_names=("data", "time"))
+            MESHES["time and data", ranks] = DeviceMesh(device, columns, mesh_dim_names=("time", "data"))
+    pairs = [[first, first + 1] for first in range(0, world - 1, 2)]
+    groups = [dist.new_group(ranks, timeout=datetime.timedelta(seconds=5)) for ranks in pairs]
+    if rank // 2 < len(groups):
+        MESHES["pair"] = DeviceMesh.from_group(groups[rank // 2], device)
+    MESHES["one"] = DeviceMesh.from_group([dist.new_group([each]) for each in range(world)][rank], device)
 
 
-def run(rank: int, folder, seed: int) -> None:
-    """One of the processes: runs all cases, and writes what failed into ``folder``."""
+def start(rank: int, world: int, folder, device: str, seconds: int) -> None:
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=120)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device("cuda")
+    timeout = datetime.timedelta(seconds=seconds)
+    backend = "gloo" if device == "cpu" else "nccl"
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timeout
+        backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timeout
     )
-    make_meshes(rank)
+
+
+def without_links() -> None:
+    """Lets the GPUs of this process look as if they did not reach each other's memory."""
+    torch.cuda.can_device_access_peer = lambda *_: False
+
+
+def counted(module, name: str) -> list:
+    """Wraps a function so that the arguments of each call are in the list returned."""
+    function, calls = getattr(module, name), []
+
+    def wrapper(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    setattr(module, name, wrapper)
+    return calls
+
+
+def run(rank: int, world: int, folder, seed: int, device: str, has_links: bool) -> None:
+    """One of the processes: runs all cases, and writes what failed into ``folder``."""
+    start(rank, world, folder, device, 120 if device == "cpu" else 40)
+    if device == "cuda" and not has_links:
+        without_links()
+    shared = counted(torch.distributed._symmetric_memory, "rendezvous")
+    make_meshes(rank, world, device)
     failures = {}
-    for number, (name, (ranks, function)) in enumerate(CASES.items()):
+    for number, (name, (ranks, devices, function)) in enumerate(CASES.items()):
+        if rank >= ranks or ranks > world or device not in devices:
+            continue
+        (folder / f"{rank}.case").write_text(name)  # the process may not return from it
         random.seed(seed + number)
         torch.manual_seed(seed + number)
         try:
-            if rank < ranks:
-                function(MESHES[ranks])
+            function(MESHES[ranks])
+            if device == "cuda":
+                torch.cuda.synchronize()
         except BaseException:
             failures[name] = traceback.format_exc()
         torch.save(failures, folder / f"{rank}.pt")
+    if bool(shared) != has_links:
+        failures["shared memory"] = f"GPUs with links: {has_links}, buffers that they shared: {len(shared)}"
+        torch.save(failures, folder / f"{rank}.pt")
     os._exit(0)  # without the goodbyes of process groups whose ranks are dead
+
+
+def run_with_a_rank_that_dies(rank: int, folder, has_links: bool) -> None:
+    """Ends normally, with the code 0, only if a shift gets frames of a rank that is dead."""
+    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
+    start(rank, 2, folder, "cuda", 10)
+    if not has_links:
+        without_links()
+    model, mesh = model_of(), DeviceMesh("cuda", [0, 1])
+    parallelize_time(model, mesh)
+    model(shard_frames(new_clips(), mesh))
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
+    if rank == 1:
+        os._exit(0)
+    try:
+        with torch.no_grad():
+            model(shard_frames(new_clips(), mesh))
+            torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(1)
+    os._exit(0)

@@ -45,7 +45,7 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
             shapes are compared when they are new: see "One clip over several GPUs" in examples/README.md. A rank whose
             input does not have the frames that it must hold raises alone: the others wait until the time-out.
         RuntimeError: in ``forward`` and ``backward``: another rank died or does not answer within the time-out of the
-            process group.
+            process group; or a CUDA graph captures a shape that has not run before.
         NotImplementedError: in ``forward``: ``net`` is exported, traced or transformed by ``torch.func``.
 
     Example::

@@ -110,13 +110,15 @@ class ShiftedModule(ClipModule):
         net = self.shifted_module()
         eager = ops.eager()
         only_reads = eager and only_reads_input(net)
+        inplace = eager and (self.inplace if inplace is None else inplace)
+        recomputes = inplace and torch.is_grad_enabled()
         shard = self.split_shard()
         temporal_shift: Callable[[Tensor, str], Tensor]
         if shard is not None:
             from tsm_jit.ops.sharded_shift import sharded_shift  # keeps `import tsm_jit` fast
 
             # A recomputation in the backward takes the edges that have arrived in the forward.
-            temporal_shift = functools.partial(sharded_shift, shard=shard, transfers=[])
+            temporal_shift = functools.partial(sharded_shift, shard=shard, transfers=[] if recomputes else None)
         else:
             temporal_shift = ops.temporal_shift_for_single_consumer if only_reads else ops.temporal_shift
 
@@ -124,9 +126,9 @@ class ShiftedModule(ClipModule):
             moved = temporal_shift(x[:, num_prefix_tokens:] if num_prefix_tokens else x, shift)
             return torch.cat([x[:, :num_prefix_tokens], moved], 1) if num_prefix_tokens else moved
 
-        if not (self.inplace if inplace is None else inplace) or not eager:
+        if not inplace:
             return net(shifted(x))
-        if torch.is_grad_enabled():
+        if recomputes:
             with ops.recomputing_shift(x, shifted) as copy:
                 return net(copy)
         # Memory of the CPU may be a read-only file, or other threads may read it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -104,8 +106,25 @@ def collectives() -> Any:
     return torch.ops._c10d_functional
 
 
+@functools.cache
+def _resolve_process_group() -> Callable[[str], Any]:
+    from torch.distributed import distributed_c10d  # not in every build of PyTorch
+
+    return distributed_c10d._resolve_process_group  # type: ignore[return-value]
+
+
 def process_group(name: str) -> Any:
     """Returns the process group with this name. The collective operators take its name, others take the group."""
-    from torch.distributed.distributed_c10d import _resolve_process_group  # not in every build of PyTorch
+    return _resolve_process_group()(name)
 
-    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+def symmetric_memory() -> Any:
+    """Returns the module for GPU memory that the processes of a group share."""
+    import torch.distributed._symmetric_memory as module  # not in every build of PyTorch
+
+    return module
+
+
+def time_out(group: Any, device: torch.device) -> timedelta:
+    """Returns how long an operation of a process group may wait for other ranks."""
+    return group._get_backend(device).options._timeout

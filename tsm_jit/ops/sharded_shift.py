@@ -11,9 +11,9 @@ A frame may read a frame of another rank. Only these edges travel::
   other. ``shift`` is the encoded shift of the whole clip.
 - ``sum_over_ranks(x, shard) -> Tensor``, which is its own adjoint.
 
-Each call packs all edges into one buffer and starts one ``all_to_all_single``: one message to each rank that needs one.
-Meanwhile the local frames are shifted with zero padding. Then the edges that arrived are written. The adjoint sends the
-gradients of the edges back and adds them. On a GPU the host waits only in :func:`_check_calls`.
+Each call sends all edges, one message to each rank that needs one (:mod:`tsm_jit.ops.exchange`). Meanwhile the local
+frames are shifted with zero padding. Then the edges that arrived are written. The adjoint sends the gradients of the
+edges back and adds them.
 
 Backward computes gradients of the sum of the losses of all ranks. In compiled graphs these operators are opaque.
 """
@@ -21,7 +21,6 @@ Backward computes gradients of the sum of the losses of all ranks. In compiled g
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -33,7 +32,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from tsm_jit.ops.compat import collectives, eager, is_exporting, process_group, transforms_are_active
+from tsm_jit.ops.compat import collectives, eager, is_exporting, transforms_are_active
+from tsm_jit.ops.exchange import Messages, Ranks, Strided, ranks_of
 from tsm_jit.ops.temporal_shift import (
     has_no_overlap,
     mark_clip_length,
@@ -154,108 +154,129 @@ def _local_shift(shift: Shift, held: range) -> Shift:
 # --- communication ---------------------------------------------------------------------------------------------------
 
 
+class _Call:
+    """A shift of tensors with one shape, dtype and layout, or its adjoint: what this rank sends and receives."""
+
+    def __init__(self, x: Tensor, encoded: str, shard: TimeShard, ranks: Ranks, is_gradient: bool):
+        shift = decode(encoded)
+        self.exchange = exchange = _exchange_of(encoded, shard.rank, shard.ranks)
+        self.adds = is_gradient and shift.needs_sum
+        self._dim = dim = shift.channel_dim - x.dim()  # counted from the end
+        self._has_clip_dim = has_clip_dim(x.dim(), shift.channel_dim)
+        self._sent, self._received = exchange.sent, exchange.received
+        if is_gradient:
+            self._sent, self._received = self._received, self._sent
+        self._is_gradient = is_gradient
+        self._targets: dict[tuple[int, ...], list[Strided]] = {}
+        if not exchange.is_needed:
+            return
+        clips, frame = x.shape[0] // exchange.length, list(x.shape[1:])
+        if self._has_clip_dim:
+            clips, _, *frame = x.shape
+        whose = "the gradient of " if is_gradient else ""
+        self.text = f"{whose}clips {[clips, shift.n_segment, *frame]} {x.dtype}, {encoded}"
+        all_messages = chain(*[_exchange_of(encoded, rank, shard.ranks).sent for rank in range(shard.ranks)])
+        most = max([sum([edge.width * edge.length for edge in edges]) for edges in all_messages])
+        self.message_bytes = most * clips * math.prod(frame) // frame[dim] * x.element_size()
+        ranks.compare(self.text, self.message_bytes)
+        sent, received = [
+            tuple([_parts(edges, clips, frame, dim) for edges in direction])
+            for direction in (self._sent, self._received)
+        ]
+        self.courier = ranks.courier(self.text, Messages(x.dtype, sent, received))
+        self._sources = self._places(x, self._sent, at_source=not is_gradient)
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """The frames ``[N, length, ...]`` of ``x`` that this rank sends."""
+        return _views(x, self._sources)
+
+    def targets(self, out: Tensor) -> list[Tensor]:
+        """The frames ``[N, length, ...]`` of the result that receive what arrives."""
+        places = self._targets.get(out.stride())
+        if places is None:
+            places = self._places(out, self._received, at_source=self._is_gradient)
+            self._targets[out.stride()] = places
+        return _views(out, places)
+
+    def _places(self, x: Tensor, edges_of_ranks: tuple[tuple[_Edge, ...], ...], *, at_source: bool) -> list[Strided]:
+        x = torch.empty_strided(x.shape, x.stride(), device="meta")
+        if not self._has_clip_dim:
+            x = x.unflatten(0, (-1, self.exchange.length))
+        frames = [(edge.source if at_source else edge.target, edge) for edge in chain(*edges_of_ranks)]
+        views = [x.narrow(1, at, edge.length).narrow(self._dim, edge.channel, edge.width) for at, edge in frames]
+        return [(view.shape, view.stride(), int(view.storage_offset())) for view in views]
+
+
+def _parts(edges: tuple[_Edge, ...], clips: int, frame: list[int], dim: int) -> tuple[Strided, ...]:
+    """The places of edges in a message, one after another, with the channels innermost."""
+    parts, begin = [], 0
+    for edge in edges:
+        pixels = [size for each, size in enumerate(frame, -len(frame)) if each != dim]
+        part = torch.empty(clips, edge.length, *pixels, edge.width, device="meta").movedim(-1, dim)
+        parts.append((part.shape, part.stride(), begin))
+        begin += part.numel()
+    return tuple(parts)
+
+
+def _views(x: Tensor, places: list[Strided]) -> list[Tensor]:
+    begin = x.storage_offset()
+    return [x.as_strided(size, stride, begin + offset) for size, stride, offset in places]
+
+
 class _Transfer:
     """The edges of ``x`` on their way to the frames that read them, or the gradients of edges on their way back.
 
-    The constructor starts the transfer, :meth:`write` waits for it.
+    They travel while the code in its context runs, and have arrived at its end. The next transfer overwrites them,
+    unless ``keep``.
     """
 
-    def __init__(self, x: Tensor, encoded: str, shard: TimeShard, *, is_gradient: bool = False):
-        shift = decode(encoded)
-        self.channel_dim, self.is_gradient = shift.channel_dim, is_gradient
-        self.adds = is_gradient and shift.needs_sum
-        self.exchange = exchange = _exchange_of(encoded, shard.rank, shard.ranks)
-        self.arrived: Tensor | None = None
-        if not exchange.is_needed:
-            return
-        if has_clip_dim(x.dim(), shift.channel_dim):
-            clips, _, *frame = x.shape
-        else:
-            clips, frame = x.shape[0] // exchange.length, list(x.shape[1:])
-        _check_calls(
-            f"{'the gradient of ' if is_gradient else ''}clips {[clips, shift.n_segment, *frame]} {x.dtype}, {encoded}",
-            x.device,
-            shard,
-        )
-        sent, received = exchange.sent, exchange.received
-        if is_gradient:
-            sent, received = received, sent
-        views = self._views(x, sent, at_source=not is_gradient)
-        buffer = torch.empty(sum([view.numel() for view in views]), dtype=x.dtype, device=x.device)
-        for view, part in _pairs(views, buffer):
-            part.copy_(view)
-        bytes_per_channel = clips * math.prod(frame) // frame[shift.channel_dim - x.dim()] * x.element_size()
-        self._pending = collectives().all_to_all_single(
-            buffer.view(torch.uint8),  # not every backend transfers every dtype
-            [bytes_per_channel * sum([edge.width * edge.length for edge in edges]) for edges in received],
-            [bytes_per_channel * sum([edge.width * edge.length for edge in edges]) for edges in sent],
-            shard.group,
-        )
-        self._dtype = x.dtype
+    def __init__(self, x: Tensor, encoded: str, shard: TimeShard, *, is_gradient: bool = False, keep: bool = False):
+        ranks = ranks_of(shard.group, x.device)
+        key = x.shape, x.stride(), x.dtype, encoded, is_gradient
+        call = ranks.prepared.get(key)
+        if call is None:
+            call = ranks.prepared[key] = _Call(x, encoded, shard, ranks, is_gradient)
+        elif call.exchange.is_needed and x.device.type == "cpu":
+            ranks.compare(call.text)
+        self._call, self._x, self._keep = call, x, keep
+        self.local = call.exchange.local
 
-    def write(self, x: Tensor) -> None:
-        """Writes the edges into ``x``, or adds gradients that meet. ``x`` has the shape of the tensor that was sent."""
-        exchange = self.exchange
-        if not exchange.is_needed:
-            return
-        if self.arrived is None:
-            self.arrived = collectives().wait_tensor(self._pending).view(self._dtype)
-        views = self._views(x, exchange.sent if self.is_gradient else exchange.received, at_source=self.is_gradient)
-        for view, part in _pairs(views, self.arrived):
-            view.add_(part) if self.adds else view.copy_(part)
+    _pending: Any
 
-    def _views(self, x: Tensor, edges_of_ranks: tuple[tuple[_Edge, ...], ...], *, at_source: bool) -> list[Tensor]:
-        """The frames ``[N, length, ...]`` of ``x`` that the edges read (``at_source``) or write."""
-        channel_dim = self.channel_dim
-        if not has_clip_dim(x.dim(), channel_dim):
-            x, channel_dim = x.unflatten(0, (-1, self.exchange.length)), channel_dim + 1
-        frames = [(edge.source if at_source else edge.target, edge) for edge in chain(*edges_of_ranks)]
-        return [x.narrow(1, first, edge.length).narrow(channel_dim, edge.channel, edge.width) for first, edge in frames]
+    def __enter__(self) -> _Transfer:
+        if self._call.exchange.is_needed:
+            self._pending = self._call.courier.start(self._call.values(self._x))
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        if self._call.exchange.is_needed:
+            self._arrived = self._call.courier.finish(self._pending, self._keep)
+        del self._x
 
-def _pairs(views: list[Tensor], buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields each view with its part of the flat ``buffer``, in the same shape."""
-    for view, part in zip(views, buffer.split([view.numel() for view in views]), strict=True):
-        yield view, part.view(view.shape)
-
-
-_known_calls: set[tuple[str, str]] = set()
-
-
-def _check_calls(call: str, device: torch.device, shard: TimeShard) -> None:
-    """Raises ValueError on all ranks, before any data moves, unless all ranks make the same ``call``.
-
-    The ranks must agree on when they compare calls: a comparison on one rank would meet another operation on the next.
-    On CPUs, where communication blocks the host anyway, they compare at each call. On GPUs the comparison waits for the
-    device, so a rank takes part when it first sees a call. All earlier calls were equal, so a call is new to all ranks
-    or to none. If ranks differ and for one of them the call is not new, the time-out of the group ends all of them.
-    """
-    if device.type != "cpu" and (shard.group, call) in _known_calls:
-        return
-    digest = int.from_bytes(hashlib.blake2b(call.encode(), digest_size=8).digest(), "little", signed=True)
-    own, ones = torch.full((shard.ranks,), digest, dtype=torch.int64, device=device), [1] * shard.ranks
-    others = collectives().wait_tensor(collectives().all_to_all_single(own, ones, ones, shard.group))
-    if not torch.equal(own, others):
-        calls: list[Any] = [None] * shard.ranks
-        torch.distributed.all_gather_object(calls, call, group=process_group(shard.group))
-        got = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(calls))
-        raise ValueError(f"all ranks must call a shift with the same shape, dtype and clip length, got {got}")
-    _known_calls.add((shard.group, call))
+    def write(self, out: Tensor) -> None:
+        """Writes the edges into ``out``, or adds gradients that meet. ``out`` has the shape of the tensor sent."""
+        if self._call.exchange.is_needed:
+            for target, part in zip(self._call.targets(out), self._arrived, strict=True):
+                target.add_(part) if self._call.adds else target.copy_(part)
 
 
 # --- the maps, without autograd --------------------------------------------------------------------------------------
 
 
 def _shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Transfer] | None = None) -> Tensor:
-    transfer = transfers[0] if transfers else _Transfer(x, shift, shard)
-    if transfers is not None and not transfers:
+    if transfers:
+        return _written(temporal_shift(x, transfers[0].local), transfers[0])
+    with _Transfer(x, shift, shard, keep=transfers is not None) as transfer:
+        out = temporal_shift(x, transfer.local)
+    if transfers is not None:
         transfers.append(transfer)
-    return _written(temporal_shift(x, transfer.exchange.local), transfer)
+    return _written(out, transfer)
 
 
 def _shift_adjoint(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
-    transfer = _Transfer(grad, shift, shard, is_gradient=True)
-    return _written(temporal_shift_backward(grad, transfer.exchange.local), transfer)
+    with _Transfer(grad, shift, shard, is_gradient=True) as transfer:
+        out = temporal_shift_backward(grad, transfer.local)
+    return _written(out, transfer)
 
 
 def _written(out: Tensor, transfer: _Transfer) -> Tensor:
@@ -266,7 +287,7 @@ def _written(out: Tensor, transfer: _Transfer) -> Tensor:
 
 
 def _sum(x: Tensor, shard: TimeShard) -> Tensor:
-    _check_calls(f"the sum of {list(x.shape)} {x.dtype} over ranks", x.device, shard)
+    ranks_of(shard.group, x.device).compare(f"the sum of {list(x.shape)} {x.dtype} over ranks")
     return collectives().wait_tensor(collectives().all_reduce(x.contiguous(), "sum", shard.group))
 
 
