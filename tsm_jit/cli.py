@@ -80,8 +80,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     )
     bench.add_argument("--quick", action="store_true", help="a minimal run, in under a minute")
     instead = bench.add_mutually_exclusive_group()
-    instead.add_argument("--network", action="store_true", help="time whole networks instead, training and inference")
-    instead.add_argument("--streams", action="store_true", help="time networks on live streams instead, frame by frame")
+    for name, summary in {
+        "network": "time whole networks instead, training and inference",
+        "streams": "time networks on live streams instead, frame by frame",
+        "time-parallel": "time clips of 512 frames instead, each split over 1, 2, 4, ... GPUs",
+    }.items():
+        instead.add_argument(
+            f"--{name}", dest="instead", action="store_const", const=name.replace("-", "_"), help=summary
+        )
     bench.add_argument(
         "--shape",
         action="append",
@@ -208,7 +214,7 @@ def _bench(options: argparse.Namespace) -> int:
             return 2
     _jit.load()  # after the checks of the arguments, as it may compile
     try:
-        bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.network, options.streams)
+        bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.instead)
     except bench.Mismatch as error:
         sys.stderr.write(f"{error}\n")
         return 1

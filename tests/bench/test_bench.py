@@ -174,3 +174,20 @@ def test_a_row_of_the_floor(device, depth, layout):
     for operation in ("forward", "backward", "forward in place", "backward in place"):
         assert row[operation]["microseconds"] > 0
         assert row[operation]["of_floor"] > 0
+
+
+def test_time_parallel(tmp_path, capsys):
+    assert cli.main(["bench", "--time-parallel", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "time_parallel.json").read_text())["time_parallel"]
+    assert [(row["ranks"], row["training"], row["graph"]) for row in rows] == [
+        (ranks, training, False) for ranks in (1, 2) for training in (False, True)
+    ]
+    for one, two in zip(rows[:2], rows[2:], strict=True):
+        assert one["efficiency"] == 1
+        assert two["efficiency"] == pytest.approx(one["milliseconds"] / two["milliseconds"] / 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"time_parallel.json", "time_parallel.png"}
+    results = {"environment": {"driver": "1", "device": "GPU", "torch": "2", "commit": "0"}, "time_parallel": rows}
+    (tmp_path / "gpu.json").write_text(json.dumps(results))
+    capsys.readouterr()
+    assert cli.main(["bench", "--report", str(tmp_path / "gpu.json")]) == 0
+    assert re.search(r"\| training, eager \| [\d.]+ \| [\d.]+ \([\d.]+%\) \|", capsys.readouterr().out)

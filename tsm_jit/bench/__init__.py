@@ -318,18 +318,17 @@ def run(
     device: torch.device,
     shapes: tuple[Shape, ...],
     quick: bool,
-    network: bool = False,
-    streams: bool = False,
+    instead: str | None = None,
 ) -> Row:
     """Runs the benchmark, or a minimal part if ``quick``. Writes ``bench.json`` and plots into ``output``.
 
-    With ``network`` it times whole networks instead and writes ``network.json``. With ``streams`` it times streaming
-    networks instead and writes ``streams.json``.
+    ``instead`` names another measurement, which writes its own JSON: of whole networks (``"network"``), of streaming
+    networks (``"streams"``) or of clips that are split over several GPUs (``"time_parallel"``).
     """
     from tsm_jit.bench import report
 
     torch.manual_seed(0)
-    parts = _parts(device, shapes, quick, network, streams)
+    parts = _parts(device, shapes, quick, instead)
     results: Row = {"environment": environment(device)}
     try:
         with report.Progress(results["environment"], sum(part.measurements for part in parts)) as progress:
@@ -352,16 +351,22 @@ class Part(NamedTuple):
     rows: Iterable[list[Row]]
 
 
-def _parts(device: torch.device, shapes: tuple[Shape, ...], quick: bool, network: bool, streams: bool) -> list[Part]:
+def _parts(device: torch.device, shapes: tuple[Shape, ...], quick: bool, instead: str | None) -> list[Part]:
     cuda = device.type == "cuda"
-    if network:
+    if instead == "network":
         from tsm_jit.bench import network as networks
 
         selected_networks = networks.cases(cuda, quick)
         rows = networks.rows(device, selected_networks, 5 if quick else 50)
         return [Part("network", len(selected_networks), rows)]
-    if streams:
+    if instead == "streams":
         return [_streams_part(device, quick)]
+    if instead == "time_parallel":
+        from tsm_jit.bench import time_parallel
+
+        counts = time_parallel.ranks(device)
+        case = time_parallel.Case() if cuda and not quick else time_parallel.QUICK
+        return [Part("time_parallel", len(counts), time_parallel.rows(device, counts, case))]
 
     selected = shapes or (QUICK_SHAPES if quick else SHAPES if cuda else SHAPES[:3])
     dtypes, layouts = (DTYPES[:1], LAYOUTS[:1]) if quick else (DTYPES, LAYOUTS)

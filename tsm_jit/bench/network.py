@@ -167,7 +167,7 @@ def _prepared(net: nn.Module, case: Case, device: torch.device) -> tuple[timing.
 
     peak = timing.peak_bytes(infer, device)
     held = _bytes(net.parameters()) + _bytes(net.buffers()) + _bytes([frames])
-    return _captured(infer) if device.type == "cuda" else infer, None if peak is None else peak + held
+    return timing.captured(infer) if device.type == "cuda" else infer, None if peak is None else peak + held
 
 
 def _step(net: nn.Module, call: Callable[[Tensor], Tensor], frames: Tensor, case: Case) -> timing.Call:
@@ -185,23 +185,6 @@ def _step(net: nn.Module, call: Callable[[Tensor], Tensor], frames: Tensor, case
         optimizer.step()
 
     return step
-
-
-def _captured(infer: timing.Call) -> timing.Call:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        infer()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        infer()
-
-    def replay() -> None:
-        graph.replay()
-        infer.__name__  # noqa: B018  keeps the tensors of the graph alive
-
-    return replay
 
 
 def _bytes(tensors) -> int:

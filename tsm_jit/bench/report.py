@@ -31,6 +31,10 @@ _COLUMNS = {
         "network", "family", "batch", "training", "compiled", "who",
         "milliseconds", "of_no_shift", "peak_mebibytes", "of_no_shift_memory",
     ),
+    "time_parallel": (
+        "network", "frames", "training", "graph", "ranks",
+        "milliseconds", "efficiency", "peak_mebibytes", "of_one_rank_memory",
+    ),
 }  # fmt: skip
 _HEADS = {
     "depth": "shift",
@@ -49,6 +53,7 @@ _HEADS = {
     "cheaper_than_stock": "vs stock",
     "of_no_shift": "vs no shift",
     "of_no_shift_memory": "memory vs no shift",
+    "of_one_rank_memory": "of one rank",
 }
 _TEXT = ("shape", "dtype", "layout", "depth", "operation", "call", "who", "network", "family")
 _WIDTHS = {"shape": 26, "dtype": 8, "layout": 13, "call": 25, "who": 27, "network": 10} | dict.fromkeys(operations, 20)
@@ -62,6 +67,8 @@ _TITLES = {
     "latency: the scores are those of the frame that arrived this number of frames before",
     "network": "Networks with 8 frames per clip (TSAM: and a segment of audio), channels_last, on CUDA in bfloat16. "
     "Training: a step of SGD. Inference: on CUDA as a CUDA graph",
+    "time_parallel": "One clip split over ranks, channels_last, on CUDA in bfloat16, 224x224. Training: a step of SGD. "
+    "efficiency: time of one rank / time / ranks",
 }
 
 
@@ -112,7 +119,7 @@ def _text(column: str, value: Any) -> str:
         return f"{value['microseconds']:.1f} us, {value['of_floor']:.1%}"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if column in ("of_copy", "of_no_shift", "of_no_shift_memory"):
+    if column in ("of_copy", "of_no_shift", "of_no_shift_memory", "efficiency", "of_one_rank_memory"):
         return f"{value:.1%}"
     if column in ("against_eager", "cheaper_than_stock"):
         return f"{value:.2f}x"
@@ -120,10 +127,11 @@ def _text(column: str, value: Any) -> str:
 
 
 def write(results: Row, folder: Path) -> str:
-    """Writes ``bench.json``, ``network.json`` or ``streams.json``. Returns the file name."""
+    """Writes a JSON file, which has the name of the measurement. Returns the file name."""
     folder.mkdir(parents=True, exist_ok=True)
-    if "network" in results:
-        name = "network.json"
+    instead = [each for each in ("network", "time_parallel") if each in results]
+    if instead:
+        name = f"{instead[0]}.json"
     elif "online" in results and "calls" not in results:
         name = "streams.json"
     else:
@@ -143,7 +151,8 @@ def save(results: Row, folder: Path) -> None:
 def draw(results: Row, folder: Path) -> list[str]:
     """Draws a PNG file for every plot. Returns the file names."""
     written = []
-    for name, plot in (("sweep", draw_sweep), ("peers", draw_peers), ("network", draw_network)):
+    plots = {"sweep": draw_sweep, "peers": draw_peers, "network": draw_network, "time_parallel": draw_time_parallel}
+    for name, plot in plots.items():
         if results.get(name):
             plot(results[name], results["environment"]).savefig(folder / f"{name}.png", dpi=110)
             written.append(f"{name}.png")
@@ -158,6 +167,8 @@ def markdown(results: Row) -> str:
     title = f"{about['device']}, driver {about['driver']}, torch {about['torch']}, commit {about['commit']}"
     if "network" in results:
         return _network_markdown(results["network"], title)
+    if "time_parallel" in results:
+        return _time_parallel_markdown(results["time_parallel"], title)
     if "calls" not in results:
         return _streams_markdown(results["online"], title)
     whose = {
@@ -227,6 +238,57 @@ def _streams_markdown(rows: list[Row], title: str) -> str:
         cells = ["-" if row[column] is None else f"{row[column]:.2f}" for row in of_who for column in columns]
         lines.append(f"| {who} | {of_who[0]['latency_frames']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _time_parallel_markdown(rows: list[Row], title: str) -> str:
+    counts = list(dict.fromkeys(row["ranks"] for row in rows))
+    heads = [f"{n} GPU{'s' if n > 1 else ''}" for n in counts]
+    lines = [
+        f"{title}. One clip of {rows[0]['frames']} frames. Milliseconds; with several GPUs the efficiency, and the "
+        "peak memory of each relative to one GPU:",
+        "",
+        "| | " + " | ".join(heads) + " |",
+        "| --- |" + " --- |" * len(heads),
+    ]
+    for mode, by_ranks in _by_mode(rows).items():
+        cells = []
+        for row in by_ranks:
+            memory = "" if row["peak_mebibytes"] is None else f"{row['peak_mebibytes']:.0f} MiB"
+            cell = f"{row['milliseconds']:.2f}"
+            if row["ranks"] > 1:
+                cell += f" ({row['efficiency']:.1%})"
+                memory = memory and f"{row['of_one_rank_memory']:.2f}"
+            cells.append(f"{cell}, {memory}" if memory else cell)
+        lines.append(f"| {mode} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_mode(rows: list[Row]) -> dict[str, list[Row]]:
+    modes: dict[str, list[Row]] = {}
+    for row in rows:
+        mode = f"{'training' if row['training'] else 'inference'}, {'CUDA graph' if row['graph'] else 'eager'}"
+        modes.setdefault(mode, []).append(row)
+    return modes
+
+
+def draw_time_parallel(rows: list[Row], environment: Row) -> Figure:
+    """Draws the efficiency and the memory of each rank against the number of ranks."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    efficiency, memory = figure.subplots(1, 2)
+    for mode, by_ranks in _by_mode(rows).items():
+        counts = [row["ranks"] for row in by_ranks]
+        efficiency.plot(counts, [100 * row["efficiency"] for row in by_ranks], marker="o", label=mode)
+        if all(row["peak_mebibytes"] is not None for row in by_ranks):
+            memory.plot(counts, [row["peak_mebibytes"] / 1024 for row in by_ranks], marker="o", label=mode)
+    efficiency.set(ylabel="efficiency, %", ylim=(0, 110))
+    efficiency.legend()
+    memory.set(ylabel="peak memory of a rank, GiB", ylim=(0, None))
+    for axis in (efficiency, memory):
+        axis.set(xscale="log", xlabel="ranks", xticks=counts, xticklabels=counts)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{rows[0]['network']}, a clip of {rows[0]['frames']} frames, on {environment['device']}")
+    return figure
 
 
 def _network_markdown(rows: list[Row], title: str) -> str:

@@ -95,6 +95,25 @@ def in_a_row(calls: Sequence[Call], device: torch.device, prepare: Call, repeats
     return (seconds[3] - seconds[1]) / (2 * len(calls))
 
 
+def captured(call: Call) -> Call:
+    """Captures a call as a CUDA graph. Returns a function that replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replay() -> None:
+        graph.replay()
+        call.__name__  # noqa: B018  keeps the tensors of the graph alive
+
+    return replay
+
+
 def host_seconds(call: Call, calls: int = 2000, repeats: int = 9) -> float:
     """Returns the CPU seconds of one call, the best of several rounds. It is for very small tensors."""
     for _ in range(100):
