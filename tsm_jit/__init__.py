@@ -21,7 +21,7 @@ from tsm_jit import _command_line, _jit, plans
 from tsm_jit._jit.info import info
 from tsm_jit.convert.surgery import n_segment, remove_temporal_shift, shift_before
 from tsm_jit.convert.tsm import make_temporal_pool, make_temporal_shift
-from tsm_jit.functional import shift_groups, temporal_shift
+from tsm_jit.functional import shift_conv1x1, shift_groups, shift_linear, temporal_shift
 from tsm_jit.modules.tsm import TemporalPool, TemporalShift, TokenShift
 from tsm_jit.modules.video import VideoModel
 
@@ -43,7 +43,9 @@ __all__ = [
     "remove_temporal_shift",
     "residual",
     "shift_before",
+    "shift_conv1x1",
     "shift_groups",
+    "shift_linear",
     "temporal_shift",
     "tsam",
 ]

@@ -130,8 +130,108 @@ def shift_groups(
     return ops.temporal_shift_(x, shift) if inplace else ops.temporal_shift(x, shift)
 
 
+def shift_conv1x1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    n_segment: int,
+    groups: Sequence[tuple[int, int]],
+    *,
+    stride: int = 1,
+    padding: Padding = "zeros",
+    n_segment_shifted: int | None = None,
+) -> Tensor:
+    """Computes ``conv2d(shift_groups(x), weight, bias, stride)`` for a 1x1 convolution, without a shifted copy.
+
+    On an NVIDIA GPU with tensor cores, the loads of the matrix product read the shifted rows (``kernels/README.md``).
+    This needs float16 or bfloat16 (float32 if PyTorch may use TF32), channels_last, widths in multiples of 8, and
+    enough rows to fill the GPU. Elsewhere, under compilers, exporters and ``torch.func``, and if deterministic
+    algorithms are required, it is the shift followed by the convolution. Both round as PyTorch's convolution does: sums
+    in float32, one rounding of the result.
+
+    Paper: TSM, arXiv:1811.08383, which shifts before the first 1x1 convolution of a residual block.
+
+    Args:
+        x: frames ``[N*T, C, H, W]``.
+        weight: ``[O, C, 1, 1]`` with the dtype of ``x``.
+        bias: ``[O]`` or None.
+        n_segment, groups, padding, n_segment_shifted: as in :func:`shift_groups`.
+        stride: 1 or 2. With 2, the convolution reads every second row and column.
+
+    Returns:
+        ``[N*T, O, H', W']`` with the dtype and memory layout that PyTorch's convolution returns.
+
+    Raises:
+        TypeError, ValueError: as :func:`shift_groups`. ValueError also if ``weight`` is not ``[O, C, 1, 1]``, ``x`` is
+            not ``[N*T, C, H, W]`` or ``stride`` is neither 1 nor 2.
+
+    Example::
+
+        x = torch.randn(2 * 8, 64, 56, 56)
+        weight = torch.randn(32, 64, 1, 1)
+        y = tsm_jit.shift_conv1x1(x, weight, None, 8, tsm_jit.plans.temporal(64))  # [16, 32, 56, 56]
+    """
+    shape = _dense_shape(x)
+    if len(shape) != 4:
+        raise ValueError(f"x must be frames [N*T, C, H, W], got the shape {list(shape)}")
+    if tuple(weight.shape[1:]) != (shape[1], 1, 1):
+        raise ValueError(f"weight must be [O, {shape[1]}, 1, 1] for x {list(shape)}, got the shape {list(weight.shape)}")
+    if integer("stride", stride) not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride}")
+    shift = _encode_groups(shape, n_segment, _as_plan(groups), n_segment_shifted, padding, 1)
+    return ops.shift_conv1x1(x, weight, bias, shift, stride)
+
+
+def shift_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    n_segment: int,
+    groups: Sequence[tuple[int, int]],
+    *,
+    num_prefix_tokens: int = 0,
+    padding: Padding = "zeros",
+    n_segment_shifted: int | None = None,
+) -> Tensor:
+    """Computes ``linear(shift_groups(x), weight, bias)`` for tokens, without a shifted copy.
+
+    Where and how it does so, and how it rounds: see :func:`shift_conv1x1`.
+
+    Paper: TSM, arXiv:1811.08383.
+
+    Args:
+        x: tokens ``[N*T, L, C]``.
+        weight: ``[O, C]`` with the dtype of ``x``.
+        bias: ``[O]`` or None.
+        n_segment, groups, padding, n_segment_shifted: as in :func:`shift_groups`.
+        num_prefix_tokens: the number of leading tokens of each frame, such as a class token, that are not shifted.
+
+    Returns:
+        ``[N*T, L, O]`` with the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: as :func:`shift_groups`. ValueError also if ``weight`` is not ``[O, C]``, ``x`` is not
+            ``[N*T, L, C]`` or ``num_prefix_tokens`` is not from 0 to ``L``.
+
+    Example::
+
+        x = torch.randn(2 * 8, 197, 192)
+        weight = torch.randn(576, 192)
+        y = tsm_jit.shift_linear(x, weight, None, 8, tsm_jit.plans.temporal(192), num_prefix_tokens=1)  # [16, 197, 576]
+    """
+    shape = _dense_shape(x)
+    if len(shape) != 3:
+        raise ValueError(f"x must be tokens [N*T, L, C], got the shape {list(shape)}")
+    if tuple(weight.shape[1:]) != (shape[2],):
+        raise ValueError(f"weight must be [O, {shape[2]}] for x {list(shape)}, got the shape {list(weight.shape)}")
+    if integer("num_prefix_tokens", num_prefix_tokens, 0) > shape[1]:
+        raise ValueError(f"num_prefix_tokens must be at most the {shape[1]} tokens of x, got {num_prefix_tokens}")
+    shift = _encode_groups(shape, n_segment, _as_plan(groups), n_segment_shifted, padding, 2)
+    return ops.shift_linear(x, weight, bias, shift, num_prefix_tokens)
+
+
 _function: Any
-for _function in (temporal_shift, shift_groups):
+for _function in (temporal_shift, shift_groups, shift_conv1x1, shift_linear):
     _function.__prepare_scriptable__ = refuse_scripting
 
 

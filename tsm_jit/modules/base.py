@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from tsm_jit.ops.compat import in_backward
 if TYPE_CHECKING:
     from tsm_jit.ops.sharded_shift import TimeShard
 
-# These modules neither change nor return their input. So the input may be shifted in place for them and restored.
+# These modules neither change nor return their input. So they may share it with the backward, which computes it again.
 # So do modules that compute what nn.Conv2d computes: see is_conv2d.
 _READ_ONLY_MODULES = (nn.Conv1d, nn.Conv3d, nn.Linear)
 
@@ -103,40 +103,44 @@ class ShiftedModule(ClipModule):
         return x.new_empty([*x.shape[:dim], x.shape[dim] // held * length, *x.shape[dim + 1 :]], device="meta")
 
     def call_shifted(self, x: Tensor, shift: str, num_prefix_tokens: int = 0, *, inplace: bool | None = None) -> Tensor:
-        """Calls the wrapped module with the shifted ``x``. Afterwards ``x`` has the same bits as before.
+        """Calls the wrapped module with the shifted ``x``, which is never written.
 
         The first ``num_prefix_tokens`` tokens are not shifted.
         """
         net = self.shifted_module()
         eager = ops.eager()
         only_reads = eager and only_reads_input(net)
-        inplace = eager and (self.inplace if inplace is None else inplace)
-        recomputes = inplace and torch.is_grad_enabled()
         shard = self.split_shard()
+        if only_reads and shard is None and (product := _product(net, x, shift, num_prefix_tokens)) is not None:
+            return product()
         temporal_shift: Callable[[Tensor, str], Tensor]
         if shard is not None:
             from tsm_jit.ops.sharded_shift import sharded_shift  # keeps `import tsm_jit` fast
 
             # A recomputation in the backward takes the edges that have arrived in the forward.
-            temporal_shift = functools.partial(sharded_shift, shard=shard, transfers=[] if recomputes else None)
+            temporal_shift = functools.partial(sharded_shift, shard=shard, transfers=[])
         else:
             temporal_shift = ops.temporal_shift_for_single_consumer if only_reads else ops.temporal_shift
 
         def shifted(x: Tensor) -> Tensor:
-            moved = temporal_shift(x[:, num_prefix_tokens:] if num_prefix_tokens else x, shift)
-            return torch.cat([x[:, :num_prefix_tokens], moved], 1) if num_prefix_tokens else moved
+            return ops.shift_tokens(x, shift, num_prefix_tokens, temporal_shift)
 
-        if not inplace:
-            return net(shifted(x))
-        if recomputes:
+        if eager and (self.inplace if inplace is None else inplace) and torch.is_grad_enabled():
             with ops.recomputing_shift(x, shifted) as copy:
                 return net(copy)
-        # Memory of the CPU may be a read-only file, or other threads may read it.
-        may_write = shard is None and x.is_cuda and only_reads
-        if may_write and ops.has_no_overlap(x) and not x.is_conj() and not x.is_neg():
-            with ops.shifted_in_place(x[:, num_prefix_tokens:] if num_prefix_tokens else x, shift):
-                return net(x)
         return net(shifted(x))
+
+
+def _product(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> Callable[[], Tensor] | None:
+    """Returns what computes ``net(shifted x)`` without a shifted copy, or None if no kernel serves."""
+    if type(net) is nn.Linear:
+        return ops.served_linear(x, net.weight, net.bias, shift, num_prefix_tokens)
+    if num_prefix_tokens or not is_conv2d(net):
+        return None
+    conv: Any = net
+    if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.padding != (0, 0) or conv.stride not in ((1, 1), (2, 2)):
+        return None
+    return ops.served_conv1x1(x, conv.weight, conv.bias, shift, conv.stride[0])
 
 
 def only_reads_input(net: nn.Module) -> bool:

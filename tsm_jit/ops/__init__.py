@@ -1,10 +1,10 @@
 """The operators ``torch.ops.tsm_jit.*``: schemas, PyTorch fallback, fake implementations and autograd."""
 
 from tsm_jit.ops.compat import eager, transforms_are_active
+from tsm_jit.ops.shift_conv import served_conv1x1, served_linear, shift_conv1x1, shift_linear, shift_tokens
 from tsm_jit.ops.temporal_shift import (
     has_no_overlap,
     recomputing_shift,
-    shifted_in_place,
     temporal_shift,
     temporal_shift_,
     temporal_shift_backward,
@@ -16,7 +16,11 @@ __all__ = [
     "eager",
     "has_no_overlap",
     "recomputing_shift",
-    "shifted_in_place",
+    "served_conv1x1",
+    "served_linear",
+    "shift_conv1x1",
+    "shift_linear",
+    "shift_tokens",
     "temporal_shift",
     "temporal_shift_",
     "temporal_shift_backward",

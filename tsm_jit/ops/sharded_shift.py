@@ -36,7 +36,7 @@ from tsm_jit.ops.compat import collectives, eager, is_exporting, transforms_are_
 from tsm_jit.ops.exchange import Messages, Ranks, Strided, ranks_of
 from tsm_jit.ops.temporal_shift import (
     has_no_overlap,
-    mark_clip_length,
+    clip_length_mark,
     temporal_shift,
     temporal_shift_backward,
 )
@@ -298,7 +298,7 @@ class _Shift(Function):
     @staticmethod
     def forward(ctx, x, shift, shard, kernel):
         ctx.call = shift, shard
-        mark_clip_length(ctx, x, shift)
+        ctx.save_for_backward(*clip_length_mark(x, shift))
         return kernel(x, shift, shard)
 
     @staticmethod

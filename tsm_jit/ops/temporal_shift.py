@@ -86,7 +86,7 @@ def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Fun
         @staticmethod
         def forward(ctx, x, shift):
             ctx.shift = shift
-            mark_clip_length(ctx, x, shift)
+            ctx.save_for_backward(*clip_length_mark(x, shift))
             return kernel(x, shift)
 
         @staticmethod
@@ -119,15 +119,16 @@ def _linear_function(kernel, forward, adjoint) -> tuple[type[Function], type[Fun
     return Eager, Transformable
 
 
-def mark_clip_length(ctx, x: Tensor, shift: str) -> None:
-    """Saves an empty tensor whose shape tells the clip length.
+def clip_length_mark(x: Tensor, shift: str) -> tuple[Tensor, ...]:
+    """Returns what to save for the backward: an empty tensor whose shape tells the clip length.
 
     Activation checkpointing compares the shapes of saved tensors with the recomputed ones. So it raises an error if the
     recomputation sees another clip length, whose gradients would be wrong.
     """
-    if has_saved_tensor_hooks():
-        plan = decode(shift)
-        ctx.save_for_backward(x.new_empty((0, plan.n_segment, plan.n_segment_shifted)))
+    if not has_saved_tensor_hooks():
+        return ()
+    plan = decode(shift)
+    return (x.new_empty((0, plan.n_segment, plan.n_segment_shifted)),)
 
 
 def _vmapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, int]:
@@ -154,7 +155,7 @@ class _ShiftForSingleConsumer(Function):
     @staticmethod
     def forward(ctx, x, shift):
         ctx.shift = shift
-        mark_clip_length(ctx, x, shift)
+        ctx.save_for_backward(*clip_length_mark(x, shift))
         return _forward_kernel(x, shift)
 
     @staticmethod

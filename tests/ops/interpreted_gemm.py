@@ -1,0 +1,56 @@
+"""The kernels of ``shift_gemm`` in Triton's interpreter on the CPU, for ``test_shift_conv.py``: random products."""
+
+import random
+from types import SimpleNamespace
+
+import torch
+from torch.nn.functional import conv2d
+
+import tsm_jit
+from tsm_jit import plans
+from tsm_jit.ops import shift_conv
+
+
+def check(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    length, clips, stride = random.randint(1, 5), random.randint(1, 3), random.choice((1, 2))
+    channels, outputs = 8 * random.randint(1, 8), 8 * random.randint(1, 6)
+    left, groups = channels // 8, []
+    for _ in range(random.randint(1, 4)):
+        width = random.randint(0, left)
+        left -= width
+        groups.append((8 * width, random.randint(-length, length)))
+    padding, shifted = random.choice(plans.PADDINGS), random.randint(1, length)
+    tokens = stride == 1 and random.random() < 0.5
+    prefix = random.randint(0, 1) if tokens else 0
+    height, width = random.randint(1, 5), 1 if tokens else random.randint(1, 5)
+    x = torch.randn(length * clips, channels, height, width, dtype=torch.float64)
+    weight = torch.randn(outputs, channels, 1, 1, dtype=torch.float64).requires_grad_()
+    moved = tsm_jit.shift_groups(x[:, :, prefix:], length, groups, padding=padding, n_segment_shifted=shifted)
+    z = conv2d(torch.cat([x[:, :, :prefix], moved], 2), weight, None, stride)
+    dz = torch.randn_like(z)
+    (dw,) = torch.autograd.grad(z, weight, dz)
+
+    plan = plans.Shift(length, shifted, 2 if tokens else 1, padding, tuple(groups)).canonical()
+    rows = [each.detach().float().permute(0, 2, 3, 1).contiguous() for each in (x, dz)]
+    if tokens:
+        rows = [each.flatten(1, 2) for each in rows]
+    shape = rows[0].shape if tokens else x.shape
+    product = shift_conv._Product(
+        shape, outputs, plan, plan.encode(), stride, prefix, torch.float32, torch.device("cpu"), processors=5
+    )
+    given = [each if tokens else each.permute(0, 3, 1, 2) for each in rows]
+    w = weight.detach().float().flatten(1)
+    found = product.forward(given[0], w, None)
+    close(found if tokens else found.permute(0, 2, 3, 1), z.permute(0, 2, 3, 1))
+    close(product.weight_grad(given[1], given[0]), dw)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual.double().flatten(), expected.flatten(), rtol=1e-4, atol=1e-4)
+
+
+for seed in [random.SystemRandom().randrange(2**31) for _ in range(12)]:
+    print("seed", seed)
+    check(seed)

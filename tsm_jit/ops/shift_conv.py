@@ -1,0 +1,310 @@
+"""A 1x1 convolution or a linear layer of shifted frames, without a shifted copy.
+
+Both are one matrix product, whose loads can read shifted rows: see :mod:`tsm_jit.ops.shift_gemm`. This module decides
+where its kernels serve, chooses their tiles, and gives the product a backward. Elsewhere the product is what it stands
+for: the shift, then PyTorch's own convolution or linear layer. So it is for compilers, exporters, ``torch.func``, fake
+tensors and the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from tsm_jit.ops.compat import eager, is_batched_gradient
+from tsm_jit.ops.temporal_shift import clip_length_mark, temporal_shift, temporal_shift_backward_
+from tsm_jit.plans import Shift, decode
+
+
+def shift_conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int = 1) -> Tensor:
+    """``conv2d(temporal_shift(x), weight, bias, stride)`` for frames ``[N*T, C, H, W]`` and a 1x1 convolution."""
+    product = served_conv1x1(x, weight, bias, shift, stride)
+    return product() if product is not None else F.conv2d(temporal_shift(x, shift), weight, bias, stride)
+
+
+def shift_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, num_prefix_tokens: int = 0) -> Tensor:
+    """``linear(temporal_shift(x), weight, bias)`` for tokens ``[N*T, L, C]``. The first tokens do not move."""
+    product = served_linear(x, weight, bias, shift, num_prefix_tokens)
+    return product() if product is not None else F.linear(shift_tokens(x, shift, num_prefix_tokens), weight, bias)
+
+
+def shift_tokens(x: Tensor, shift: str, num_prefix_tokens: int, function: Callable = temporal_shift) -> Tensor:
+    """Shifts tokens ``[N*T, L, C]`` but the first ``num_prefix_tokens`` of each frame."""
+    if not num_prefix_tokens:
+        return function(x, shift)
+    return torch.cat([x[:, :num_prefix_tokens], function(x[:, num_prefix_tokens:], shift)], 1)
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def served_conv1x1(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int
+) -> Callable[[], Tensor] | None:
+    """Returns what computes :func:`shift_conv1x1` without a shifted copy, or None if the kernels do not serve."""
+    if not x.is_cuda or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return _served(x, weight, bias, shift, stride, 0)
+
+
+def served_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, num_prefix_tokens: int
+) -> Callable[[], Tensor] | None:
+    """Returns what computes :func:`shift_linear` without a shifted copy, or None if the kernels do not serve."""
+    if not x.is_cuda or x.dim() != 3 or not x.is_contiguous():
+        return None
+    return _served(x, weight, bias, shift, 1, num_prefix_tokens)
+
+
+def _served(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int, num_prefix_tokens: int
+) -> Callable[[], Tensor] | None:
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
+    serves = (
+        eager()
+        and (dtype in _HALF or (dtype is torch.float32 and _tf32_is_allowed(x.dim() == 4)))
+        and type(x) is Tensor  # not a fake or distributed tensor
+        and type(weight) in _DENSE
+        and (weight.dtype is dtype if not autocast else weight.dtype in _CAST)
+        and (x.dtype is dtype or (autocast and x.dtype in _CAST))
+        and weight.device == x.device
+        and weight.stride()[:2] == (weight.shape[1], 1)
+        and x.data_ptr() % 16 == 0
+        and weight.data_ptr() % 16 == 0
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+    if not serves:
+        return None
+    product = _product(x.shape, weight.shape[0], shift, stride, num_prefix_tokens, dtype, x.device)
+    if product is None:
+        return None
+    return lambda: product(x if x.dtype is dtype else x.to(dtype), weight, bias)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_CAST = (*_HALF, torch.float32)  # what autocast casts
+_DENSE = (Tensor, torch.nn.Parameter)
+
+
+def _tf32_is_allowed(convolution: bool) -> bool:
+    backends: Any = torch.backends
+    return (backends.cudnn.conv if convolution else backends.cuda.matmul).fp32_precision == "tf32"
+
+
+@functools.lru_cache(maxsize=4096)
+def _product(
+    shape: torch.Size,
+    out_channels: int,
+    shift: str,
+    stride: int,
+    num_prefix_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Product | None:
+    """Returns the product for such an ``x``, or None where a separate shift is faster or the only way.
+
+    The columns must move in groups of 8, which a thread loads at once, and a product of few tiles leaves processors
+    idle: PyTorch's own splits its sum.
+    """
+    plan = decode(shift)
+    channel_dim = 1 if len(shape) == 4 else 2
+    widths = [shape[channel_dim], out_channels, *(width for width, _ in plan.plan)]
+    if plan.channel_dim != channel_dim or any(width % 8 for width in widths) or 0 in (*shape, out_channels):
+        return None
+    if not plan.plan or not _has_triton(device):
+        return None
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    product = _Product(shape, out_channels, plan, shift, stride, num_prefix_tokens, dtype, device, processors)
+    return product if product.tiles >= product.processors else None
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton can be imported, and the GPU has tensor cores and the shared memory that the tiles take."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.cuda is None or properties.major < 8 or properties.shared_memory_per_block_optin < 160 * 1024:
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+# --- the product -----------------------------------------------------------------------------------------------------
+
+
+class _Kernel:
+    """A Triton kernel with all its arguments but the tensors, which come first.
+
+    Triton looks up the compiled kernel from the types and values of all arguments, in 20 us. Here they are the same in
+    each call, so only the first call looks it up.
+    """
+
+    def __init__(self, name: str, grid: tuple[int, int, int], sizes: tuple, constants: dict, warps: int, stages: int):
+        from tsm_jit.ops import shift_gemm  # imports Triton, which takes a second
+
+        self._kernel = getattr(shift_gemm, name)
+        self._grid = grid
+        self._sizes, self._constants = sizes, constants
+        self._options = {"num_warps": warps, "num_stages": stages}
+        self._launch: Callable | None = None
+        self._arguments = (*sizes, *constants.values())
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if self._launch is not None:
+            self._launch(*tensors, *self._arguments)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._sizes, **self._constants, **self._options)
+        if compiled is not None:  # None from Triton's interpreter
+            self._launch = compiled[self._grid]
+
+
+class _Product:
+    """The product of shifted rows ``[M, K]`` with a weight ``[N, K]``, for one shape of ``x``."""
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        out_channels: int,
+        shift: Shift,
+        encoded: str,
+        stride: int,
+        num_prefix_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        processors: int,
+    ):
+        frames, self.k, self.n = shape[0], shape[shift.channel_dim], out_channels
+        height, width = (shape[2], shape[3]) if len(shape) == 4 else (shape[1], 1)
+        out_height, out_width = [(size - 1) // stride + 1 for size in (height, width)]
+        positions = out_height * out_width
+        self.shift, self.encoded, self.num_prefix_tokens = shift, encoded, num_prefix_tokens
+        self.shape, self.stride, self.dtype, self.device = shape, stride, dtype, device
+        self.out_shape = (frames, out_channels, out_height, out_width) if len(shape) == 4 else (*shape[:2], self.n)
+        self.rows = frames * positions
+        self.processors = processors
+        # Tiles, warps and stages as measured: two or three programs per processor hide the latency of the loads.
+        self.block_n = 64 if self.n <= 64 else 128
+        self.depth = 128 // dtype.itemsize  # the block of the dimension that is summed, in rows of 128 bytes
+        self.tiles = _ceil_div(self.rows, 128) * _ceil_div(self.n, self.block_n)
+        ends, plan = 0, []
+        for group, offset in shift.plan:
+            ends += group
+            plan += [ends // 8, offset]
+        self.sizes = (
+            *(tuple(plan), self.rows, self.n // 8, self.k // 8, height * width, shift.n_segment),
+            *(shift.n_segment_shifted, num_prefix_tokens, width, positions, out_width),
+        )
+        self.forward_kernels: dict[torch.dtype | None, _Kernel] = {}
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self(x, weight, bias)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _DifferentiableProduct.apply(x, weight, bias, self)
+        return self.forward(x, weight if weight.dtype is self.dtype else weight.to(self.dtype), bias)
+
+    def _kernel(self, name: str, tiles: int, parts: int, blocks: tuple[int, int, int], warps: int) -> _Kernel:
+        import triton.language as tl
+
+        constants: dict[str, Any] = {
+            "PADDING": self.shift.padding,
+            "STRIDE": self.stride,
+            "HAS_PREFIX": self.num_prefix_tokens > 0,
+            "INDEX": tl.int64 if max(self.shape.numel(), self.rows * self.n) >= 2**31 else tl.int32,
+            **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)),
+        }
+        return _Kernel(name, (tiles, parts, 1), self.sizes, constants, warps, stages=3)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        format = torch.channels_last if len(self.out_shape) == 4 else torch.contiguous_format
+        z = torch.empty(self.out_shape, dtype=self.dtype, device=x.device, memory_format=format)
+        key = None if bias is None else bias.dtype
+        kernel = self.forward_kernels.get(key)
+        if kernel is None:
+            blocks = (128, self.block_n, self.depth)
+            kernel = self._kernel("forward", self.tiles, 1, blocks, warps=4 if self.block_n == 64 else 8)
+            self.forward_kernels[key] = kernel
+        kernel(x, weight, bias, z)
+        return z
+
+    def input_grad(self, dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        # PyTorch's product, then the adjoint of the shift in place: stores to shifted rows were slower.
+        if dz.dim() == 4:
+            options = ([self.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
+            dx = torch.ops.aten.convolution_backward(dz, x, weight.view(self.n, self.k, 1, 1), None, *options)[0]
+        else:
+            dx = dz @ weight
+        moving = dx[:, self.num_prefix_tokens :] if self.num_prefix_tokens else dx
+        temporal_shift_backward_(moving, self.encoded)
+        return dx
+
+    @functools.cached_property
+    def _weight_grad(self) -> tuple[_Kernel, int]:
+        # One program per processor: it sums a part of the rows, and its tile covers as much of dw as registers can.
+        block_n = 64 if self.n <= 64 else 128 if self.n <= 128 else 256
+        block_k = 256 if block_n < 256 else 128
+        tiles = _ceil_div(self.n, block_n) * _ceil_div(self.k, block_k)
+        parts = max(1, min(_ceil_div(self.rows, 256), self.processors // tiles))
+        return self._kernel("weight_grad", tiles, parts, (self.depth, block_n, block_k), warps=8), parts
+
+    def weight_grad(self, dz: Tensor, x: Tensor) -> Tensor:
+        kernel, parts = self._weight_grad
+        dw = torch.empty(parts, self.n, self.k, dtype=torch.float32, device=x.device)
+        kernel(dz, x, dw)
+        return dw.sum(0) if parts > 1 else dw[0]
+
+    def composed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same product by differentiable operators."""
+        weight = weight.to(x.dtype)
+        if x.dim() == 4:
+            return F.conv2d(temporal_shift(x, self.encoded), weight, None, self.stride)
+        return F.linear(shift_tokens(x, self.encoded, self.num_prefix_tokens), weight)
+
+
+class _DifferentiableProduct(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, product):
+        ctx.product = product
+        cast = weight if weight.dtype is product.dtype else weight.to(product.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, cast, *clip_length_mark(x, product.encoded))
+        return product.forward(x, cast, bias)
+
+    @staticmethod
+    def backward(ctx, dz):
+        product = ctx.product
+        x, weight, cast = ctx.saved_tensors[:3]
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        db = dz.sum([i for i in range(dz.dim()) if i != _channel_dim(dz)], dtype=ctx.bias_dtype) if needs_bias else None
+        is_plain = type(dz) is Tensor and not is_batched_gradient(dz) and eager()
+        if torch.is_grad_enabled() or not is_plain:  # double backward, or many gradients at once
+            needed = [each for each, needs in ((x, needs_x), (weight, needs_weight)) if needs]
+            with torch.enable_grad():
+                z = product.composed(x, weight)
+            grads = iter(torch.autograd.grad(z, needed, dz, create_graph=torch.is_grad_enabled()) if needed else ())
+            return next(grads) if needs_x else None, next(grads) if needs_weight else None, db, None
+        dz = dz.contiguous(memory_format=torch.channels_last if dz.dim() == 4 else torch.contiguous_format)
+        with torch.cuda.device(product.device):
+            dx = product.input_grad(dz, x, cast) if needs_x else None
+            dw = product.weight_grad(dz, x).to(weight.dtype).view(weight.shape) if needs_weight else None
+        return dx, dw, db, None
+
+
+def _channel_dim(z: Tensor) -> int:
+    return 1 if z.dim() == 4 else 2
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

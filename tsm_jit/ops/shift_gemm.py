@@ -1,0 +1,119 @@
+"""Triton kernels of a matrix product whose loads read shifted rows.
+
+A 1x1 convolution in channels_last and a linear layer are products ``z[M, N] = a[M, K] @ w[N, K].T``. The ``M`` rows are
+the positions of all frames, the ``K`` columns are channels. With a temporal shift, a column reads another frame::
+
+    a[m, k] = x[row of the same position, offset(k) frames later, k]      0 if there is no such frame (zero padding)
+
+So the kernels read ``x`` at other rows, and no shifted copy exists:
+
+- ``forward``: ``z = a @ w.T``.
+- ``weight_grad``: ``dw = dz.T @ a``.
+
+Each program computes one tile of the result. The columns move in groups of 8, so that each thread loads 8 columns of
+one row at once. All tensors are dense, with rows of ``K`` or ``N`` elements, both multiples of 8. The result shares no
+memory with the inputs. The bytes moved are those of the product without a shift. Sums are in float32, rounded once.
+"""
+
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+_SIZES = ["plan", "M", "N8", "K8", "P", "T", "S", "PREFIX", "W", "OUT_P", "OUT_W"]  # one compilation for all sizes
+
+
+@triton.jit
+def _input_row(m, P, OUT_P, OUT_W, W, STRIDE: constexpr):
+    """The row of ``x`` at the position of the output row ``m``. ``P`` positions form a frame of ``x``."""
+    if STRIDE == 1:
+        row = m
+    else:
+        position = m % OUT_P
+        row = m // OUT_P * P + (position // OUT_W * W + position % OUT_W) * STRIDE
+    return row
+
+
+@triton.jit
+def _offset_of(column, plan):
+    """The offset of each column. ``plan`` has the end, in units of 8 columns, and the offset of each group."""
+    offset = column * 0
+    for i in tl.static_range(len(plan) // 2 - 1, -1, -1):
+        offset = tl.where(column < plan[2 * i] * 8, plan[2 * i + 1], offset)
+    return offset
+
+
+@triton.jit
+def _source(row, offset, P, T, S, PREFIX, PADDING: constexpr, HAS_PREFIX: constexpr):
+    """The row of ``x`` from which each row and column is read ``[rows, columns]``, and whether it exists."""
+    here = (row % (T * P))[:, None]  # the row within its clip
+    there = here + offset[None, :] * P
+    exists = (there >= 0) & (there < S * P)
+    moves = here < S * P
+    if HAS_PREFIX:
+        moves = moves & (here % P >= PREFIX)
+    if PADDING == "zeros":
+        valid = exists | (moves == 0)
+    else:
+        valid = there == there
+    if PADDING == "replicate":
+        there = tl.minimum(tl.maximum(there, here % P), (S - 1) * P + here % P)
+    elif PADDING == "circular":
+        there = (there + S * P) % (S * P)
+    else:
+        there = tl.where(exists, there, here)
+    return row[:, None] + tl.where(moves, there - here, 0), valid
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def forward(
+    x, w, bias, z, plan, M, N8, K8, P, T, S, PREFIX, W, OUT_P, OUT_W,
+    PADDING: constexpr, STRIDE: constexpr, HAS_PREFIX: constexpr, INDEX: constexpr,
+    BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr,
+):  # fmt: skip
+    N = N8 * 8
+    K = K8 * 8
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = m < M
+    row = _input_row(m.to(INDEX), P, OUT_P, OUT_W, W, STRIDE)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        column = k + tl.arange(0, BLOCK_K)
+        source, valid = _source(row, _offset_of(column, plan), P, T, S, PREFIX, PADDING, HAS_PREFIX)
+        mask = valid & rows[:, None] & (column < K)[None, :]
+        a = tl.load(x + source * K + column[None, :], mask=mask, other=0.0)
+        b = tl.load(w + n[None, :] * K + column[:, None], mask=(column < K)[:, None] & (n < N)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc)
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    out = z + m.to(INDEX)[:, None] * N + n[None, :]
+    tl.store(out, acc.to(z.dtype.element_ty), mask=rows[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def weight_grad(
+    dz, x, dw, plan, M, N8, K8, P, T, S, PREFIX, W, OUT_P, OUT_W,
+    PADDING: constexpr, STRIDE: constexpr, HAS_PREFIX: constexpr, INDEX: constexpr,
+    BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr,
+):  # fmt: skip
+    """``dw`` is ``[parts, N, K]``: a program sums over one part of the rows."""
+    N = N8 * 8
+    K = K8 * 8
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    n = tl.program_id(0) // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    part = tl.program_id(1)
+    length = tl.cdiv(tl.cdiv(M, tl.num_programs(1)), BLOCK_M) * BLOCK_M
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for first in range(part * length, tl.minimum(M, (part + 1) * length), BLOCK_M):
+        m = (first + tl.arange(0, BLOCK_M)).to(INDEX)
+        rows = m < M
+        row = _input_row(m, P, OUT_P, OUT_W, W, STRIDE)
+        g = tl.load(dz + m[:, None] * N + n[None, :], mask=rows[:, None] & (n < N)[None, :], other=0.0)
+        source, valid = _source(row, _offset_of(column, plan), P, T, S, PREFIX, PADDING, HAS_PREFIX)
+        mask = valid & rows[:, None] & (column < K)[None, :]
+        a = tl.load(x + source * K + column[None, :], mask=mask, other=0.0)
+        acc = tl.dot(tl.trans(g), a, acc)
+    out = dw + (part.to(tl.int64) * N + n)[:, None] * K + column[None, :]
+    tl.store(out, acc, mask=(n < N)[:, None] & (column < K)[None, :])
