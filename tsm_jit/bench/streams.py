@@ -51,15 +51,17 @@ def _rows(plain: nn.Module, nets: dict[Direction, nn.Module], video: Tensor, fra
         outputs = [streams[name](frame) for frame in video][streams[name].latency :]
         _check(name, [*outputs, *streams[name].flush()], expected)
         if video.is_cuda:
-            graph = captured(online.convert(net), video[0])
-            _check(name, [graph(frame).clone() for frame in video][streams[name].latency :], expected)
+            # The graph replays into the memory of its stream, which must live as long.
+            as_graph = streams[f"{name}, CUDA graph"] = online.convert(net)
+            graph = captured(as_graph, video[0])
+            _check(name, [graph(frame).clone() for frame in video][as_graph.latency :], expected)
             methods[f"{name}, CUDA graph"] = graph
     clips = video[:CLIP].transpose(0, 1).flatten(0, 1)
     methods[f"the last {CLIP} frames again"] = lambda frame: nets["both"](clips)
     results = []
     for name, method in methods.items():
         times = sorted(_seconds(method, video, frames))
-        stream = streams.get(name.removesuffix(", CUDA graph"))
+        stream = streams.get(name)
         state = None if stream is None else sum(each.numel() * each.element_size() for each in stream.state)
         # Unknown for a CUDA graph: it owns its memory permanently, and a replay allocates nothing.
         peak = None
