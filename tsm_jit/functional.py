@@ -175,7 +175,9 @@ def shift_conv1x1(
     if len(shape) != 4:
         raise ValueError(f"x must be frames [N*T, C, H, W], got the shape {list(shape)}")
     if tuple(weight.shape[1:]) != (shape[1], 1, 1):
-        raise ValueError(f"weight must be [O, {shape[1]}, 1, 1] for x {list(shape)}, got the shape {list(weight.shape)}")
+        raise ValueError(
+            f"weight must be [O, {shape[1]}, 1, 1] for x {list(shape)}, got the shape {list(weight.shape)}"
+        )
     if integer("stride", stride) not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}")
     shift = _encode_groups(shape, n_segment, _as_plan(groups), n_segment_shifted, padding, 1)

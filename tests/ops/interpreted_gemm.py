@@ -1,7 +1,6 @@
 """The kernels of ``shift_gemm`` in Triton's interpreter on the CPU, for ``test_shift_conv.py``: random products."""
 
 import random
-from types import SimpleNamespace
 
 import torch
 from torch.nn.functional import conv2d

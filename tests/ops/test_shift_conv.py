@@ -61,13 +61,13 @@ class Case:
         options = {"padding": self.padding, "n_segment_shifted": self.shifted}
         if x.dim() == 4:
             return tsm_jit.shift_conv1x1(x, weight, bias, self.length, self.groups, stride=self.stride, **options)
-        return tsm_jit.shift_linear(
-            x, weight, bias, self.length, self.groups, num_prefix_tokens=self.prefix, **options
-        )
+        return tsm_jit.shift_linear(x, weight, bias, self.length, self.groups, num_prefix_tokens=self.prefix, **options)
 
     def results(self, function, dtype: torch.dtype, autocast: torch.dtype | None = None) -> list[Tensor]:
         """The output and the gradients of ``function`` computed in ``dtype``."""
-        inputs = [None if each is None else each.to(dtype).requires_grad_() for each in (self.x, self.weight, self.bias)]
+        inputs = [
+            None if each is None else each.to(dtype).requires_grad_() for each in (self.x, self.weight, self.bias)
+        ]
         with torch.autocast(self.x.device.type, autocast, enabled=autocast is not None):
             z = function(*inputs)
         needed = [each for each in inputs if each is not None]
@@ -110,7 +110,7 @@ def test_errors_on_a_gpu_are_those_of_pytorch(cuda, dtype, padding, tokens, monk
         exact = case.results(case.expected, torch.float64)
         pytorch = case.results(case.expected, dtype)
         for a, b, c in zip(case.results(case, dtype), pytorch, exact, strict=True):
-            assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
             # Both round the result. The sums before differ in their order.
             assert error(a, c) <= 1.05 * error(b, c) + 1e-7
 
@@ -140,7 +140,9 @@ def test_the_cpu_computes_what_it_stands_for(padding, tokens):
 def test_double_backward_vmap_and_forward_mode(device, tokens):
     case = Case(device, torch.float64, "keep", tokens, large=False)
     tensors = [each.requires_grad_() for each in (case.x, case.weight)]
-    assert torch.autograd.gradcheck(lambda x, w: case(x, w, None), tensors, check_batched_grad=True, check_forward_ad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, w: case(x, w, None), tensors, check_batched_grad=True, check_forward_ad=True
+    )
     assert torch.autograd.gradgradcheck(lambda x, w: case(x, w, None), tensors)
     xs = torch.stack([case.x, 2 * case.x]).detach()
     mapped = torch.vmap(lambda x: case(x, case.weight, None))(xs)
@@ -186,7 +188,7 @@ def test_graphs(device, tokens):
     torch.testing.assert_close(torch.export.export(Net(), (case.x,)).module()(case.x), expected)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = case(*(None if each is None else mode.from_tensor(each) for each in (case.x, case.weight, case.bias)))
-    assert fake.shape == expected.shape and fake.stride() == expected.stride()
+    assert (fake.shape, fake.stride()) == (expected.shape, expected.stride())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -21,8 +21,7 @@ class TemporalShift(ShiftedModule):
         n_segment_shifted: the number of leading segments that are shifted.
         f_div: 2 or more. ``C // f_div`` channels move in each direction, in ``shift_depth`` folds of equal width.
         shift_depth: the largest distance in frames, 1 to 4 in TSAM.
-        inplace: store no second activation, as in :class:`tsm_jit.TemporalShift`. Outputs, gradients and the input stay
-            bit-identical.
+        inplace: store no second activation, as in :class:`tsm_jit.TemporalShift`. The input is never written.
 
     Raises:
         TypeError, ValueError: an argument is not an integer or outside its range. In ``forward``: as

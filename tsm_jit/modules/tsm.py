@@ -37,15 +37,15 @@ class TemporalShift(ShiftedModule):
     Raises:
         TypeError, ValueError: in ``forward``, as :func:`tsm_jit.temporal_shift`.
 
-    With ``inplace=True`` outputs and gradients are exact, and after the call the input has the same bits as before.
-    TSM's own flag changes the skip branch of a residual block, this one does not.
+    The input is never written, so a skip branch, another thread or another CUDA stream may read it. TSM's own in-place
+    flag changes the skip branch of a residual block, this one does not. With gradients and ``inplace=True``, no shifted
+    activation is stored: the backward shifts the input again.
 
-    - With autograd and on the CPU, ``net`` receives a shifted copy, which is freed after the call. The backward shifts
-      the input again. The input is never written.
-    - Under ``no_grad`` on a GPU, the module shifts the input in place, calls ``net`` and restores the input. During the
-      call no other thread or CUDA stream may use the input.
-    - A ``net`` that might change or return its input always receives a copy. Only ``nn.Conv1d/2d/3d``,
-      ``nn.Linear`` and mmcv's ``Conv2d`` without hooks are known not to do that.
+    On a GPU, ``nn.Linear`` and 1x1 convolutions read the shifted frames themselves where
+    :func:`tsm_jit.shift_conv1x1` says so. Then ``inplace`` changes nothing: there is no shifted copy, and results are
+    those of the copy but for the order of sums. Modules with hooks, parametrizations or an unknown class get a copy.
+    After ``torch.use_deterministic_algorithms(True)`` all modules do, and outputs and gradients have the same bits as
+    with :func:`tsm_jit.temporal_shift`.
 
     Example::
 

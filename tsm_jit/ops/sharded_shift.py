@@ -35,8 +35,8 @@ from torch.compiler import is_compiling
 from tsm_jit.ops.compat import collectives, eager, is_exporting, transforms_are_active
 from tsm_jit.ops.exchange import Messages, Ranks, Strided, ranks_of
 from tsm_jit.ops.temporal_shift import (
-    has_no_overlap,
     clip_length_mark,
+    has_no_overlap,
     temporal_shift,
     temporal_shift_backward,
 )

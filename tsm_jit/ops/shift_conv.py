@@ -74,6 +74,7 @@ def _served(
         and type(weight) in _DENSE
         and (weight.dtype is dtype if not autocast else weight.dtype in _CAST)
         and (x.dtype is dtype or (autocast and x.dtype in _CAST))
+        and (bias is None or ((autocast or bias.dtype is dtype) and bias.is_contiguous() and bias.data_ptr() % 16 == 0))
         and weight.device == x.device
         and weight.stride()[:2] == (weight.shape[1], 1)
         and x.data_ptr() % 16 == 0
@@ -279,13 +280,16 @@ class _DifferentiableProduct(Function):
         ctx.product = product
         cast = weight if weight.dtype is product.dtype else weight.to(product.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, cast, *clip_length_mark(x, product.encoded))
+        mark = clip_length_mark(x, product.encoded)
+        ctx.save_for_backward(x, weight, *(() if cast is weight else (cast,)), *mark)
+        ctx.is_cast = cast is not weight
         return product.forward(x, cast, bias)
 
     @staticmethod
     def backward(ctx, dz):
         product = ctx.product
-        x, weight, cast = ctx.saved_tensors[:3]
+        x, weight, *others = ctx.saved_tensors
+        cast = others[0] if ctx.is_cast else weight
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         db = dz.sum([i for i in range(dz.dim()) if i != _channel_dim(dz)], dtype=ctx.bias_dtype) if needs_bias else None
         is_plain = type(dz) is Tensor and not is_batched_gradient(dz) and eager()

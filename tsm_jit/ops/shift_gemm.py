@@ -10,9 +10,13 @@ So the kernels read ``x`` at other rows, and no shifted copy exists:
 - ``forward``: ``z = a @ w.T``.
 - ``weight_grad``: ``dw = dz.T @ a``.
 
-Each program computes one tile of the result. The columns move in groups of 8, so that each thread loads 8 columns of
-one row at once. All tensors are dense, with rows of ``K`` or ``N`` elements, both multiples of 8. The result shares no
-memory with the inputs. The bytes moved are those of the product without a shift. Sums are in float32, rounded once.
+Sizes: ``x`` has frames of ``P`` positions and clips of ``T`` frames. The first ``S`` frames of a clip are shifted, but
+not their first ``PREFIX`` positions. With ``STRIDE`` 2, frames of ``OUT_P`` positions in lines of ``OUT_W`` remain of
+lines of ``W``. ``M = frames * OUT_P``, ``N = 8 * N8`` and ``K = 8 * K8``. ``plan`` has the end of each group of columns,
+in units of 8, and its offset. So a thread loads 8 columns of one row at once.
+
+All tensors are dense, with rows of ``K`` or ``N`` elements. The result shares no memory with the inputs. As many bytes
+move as in the product without a shift. Sums are in float32 and rounded once.
 """
 
 import triton
@@ -44,24 +48,20 @@ def _offset_of(column, plan):
 
 @triton.jit
 def _source(row, offset, P, T, S, PREFIX, PADDING: constexpr, HAS_PREFIX: constexpr):
-    """The row of ``x`` from which each row and column is read ``[rows, columns]``, and whether it exists."""
+    """The row of ``x`` that each row and column reads ``[rows, columns]``, and whether there is one."""
     here = (row % (T * P))[:, None]  # the row within its clip
     there = here + offset[None, :] * P
-    exists = (there >= 0) & (there < S * P)
     moves = here < S * P
     if HAS_PREFIX:
         moves = moves & (here % P >= PREFIX)
-    if PADDING == "zeros":
-        valid = exists | (moves == 0)
-    else:
-        valid = there == there
-    if PADDING == "replicate":
+    if PADDING == "keep":
+        there = tl.where((there >= 0) & (there < S * P), there, here)
+    elif PADDING == "replicate":
         there = tl.minimum(tl.maximum(there, here % P), (S - 1) * P + here % P)
     elif PADDING == "circular":
         there = (there + S * P) % (S * P)
-    else:
-        there = tl.where(exists, there, here)
-    return row[:, None] + tl.where(moves, there - here, 0), valid
+    exists = (there >= 0) & (there < S * P)
+    return row[:, None] + tl.where(moves, there - here, 0), exists | (moves == 0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -70,6 +70,7 @@ def forward(
     PADDING: constexpr, STRIDE: constexpr, HAS_PREFIX: constexpr, INDEX: constexpr,
     BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr,
 ):  # fmt: skip
+    """``z`` is ``[M, N]``. A program computes ``BLOCK_M`` rows of ``BLOCK_N`` columns."""
     N = N8 * 8
     K = K8 * 8
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -80,8 +81,8 @@ def forward(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         column = k + tl.arange(0, BLOCK_K)
-        source, valid = _source(row, _offset_of(column, plan), P, T, S, PREFIX, PADDING, HAS_PREFIX)
-        mask = valid & rows[:, None] & (column < K)[None, :]
+        source, exists = _source(row, _offset_of(column, plan), P, T, S, PREFIX, PADDING, HAS_PREFIX)
+        mask = exists & rows[:, None] & (column < K)[None, :]
         a = tl.load(x + source * K + column[None, :], mask=mask, other=0.0)
         b = tl.load(w + n[None, :] * K + column[:, None], mask=(column < K)[:, None] & (n < N)[None, :], other=0.0)
         acc = tl.dot(a, b, acc)
@@ -111,8 +112,8 @@ def weight_grad(
         rows = m < M
         row = _input_row(m, P, OUT_P, OUT_W, W, STRIDE)
         g = tl.load(dz + m[:, None] * N + n[None, :], mask=rows[:, None] & (n < N)[None, :], other=0.0)
-        source, valid = _source(row, _offset_of(column, plan), P, T, S, PREFIX, PADDING, HAS_PREFIX)
-        mask = valid & rows[:, None] & (column < K)[None, :]
+        source, exists = _source(row, _offset_of(column, plan), P, T, S, PREFIX, PADDING, HAS_PREFIX)
+        mask = exists & rows[:, None] & (column < K)[None, :]
         a = tl.load(x + source * K + column[None, :], mask=mask, other=0.0)
         acc = tl.dot(tl.trans(g), a, acc)
     out = dw + (part.to(tl.int64) * N + n)[:, None] * K + column[None, :]
