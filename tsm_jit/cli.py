@@ -88,6 +88,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         instead.add_argument(
             f"--{name}", dest="instead", action="store_const", const=name.replace("-", "_"), help=summary
         )
+    instead.add_argument(
+        "--families",
+        metavar="NAME,NAME",
+        help="of the networks of --network, time only one or several families: resnet50,timm/regnety_008",
+    )
     bench.add_argument(
         "--shape",
         action="append",
@@ -196,6 +201,9 @@ def _bench(options: argparse.Namespace) -> int:
     try:
         from tsm_jit import bench
         from tsm_jit.bench import report
+
+        if options.families is not None:
+            from tsm_jit.bench.network import named_families
     except ImportError as error:
         sys.stderr.write(f"the benchmark needs {error.name}: pip install 'tsm-jit[demo]'\n")
         return 1
@@ -212,9 +220,16 @@ def _bench(options: argparse.Namespace) -> int:
         except ValueError as error:
             sys.stderr.write(f"--shape {text}: {error}\n")
             return 2
+    families: tuple[str, ...] = ()
+    if options.families is not None:
+        try:
+            families = named_families(options.families)
+        except ValueError as error:
+            sys.stderr.write(f"--families {options.families}: {error}\n")
+            return 2
     _jit.load()  # after the checks of the arguments, as it may compile
     try:
-        bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.instead)
+        bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.instead, families)
     except bench.Mismatch as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -1,10 +1,12 @@
 """The benchmark: its peers compute what they should, its counts are right, and the command leaves what it promises."""
 
+import gc
 import io
 import json
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -71,16 +73,88 @@ def test_quick(tmp_path, capsys):
 
 
 def test_networks(tmp_path, monkeypatch):
+    pytest.importorskip("timm", reason="needs timm for a tiny network")
     small = [
-        network.Case("resnet18", family, 1, training, False, 32)
+        network.Case("timm/test_resnet", family, 1, training, False, 32)
         for family, training in (("TSM", True), ("TSAM", False))
     ]
     monkeypatch.setattr(network, "cases", lambda cuda, quick: small)
+    monkeypatch.setattr(network, "family_cases", lambda cuda, quick, names: small[:1])
     assert cli.main(["bench", "--network", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "network.json").read_text())["network"]
-    assert [row["who"] for row in rows] == ["no shift", "stock", "drop-in", "fused"] * 2
-    assert all(row["milliseconds"] > 0 for row in rows)
-    assert {path.name for path in tmp_path.iterdir()} == {"network.json", "network.png"}
+    results = json.loads((tmp_path / "network.json").read_text())
+    assert [row["who"] for row in results["network"]] == ["no shift", "stock", "drop-in", "fused"] * 2
+    assert [row["who"] for row in results["families"]] == FAMILY_VARIANTS
+    assert all(row["milliseconds"] > 0 for row in results["network"] + results["families"])
+    assert {path.name for path in tmp_path.iterdir()} == {"network.json", "network.png", "families.png"}
+
+
+FAMILY_VARIANTS = ["no shift", "stock", "drop-in, out of place", "drop-in", "fused"]
+
+
+def test_networks_of_every_family(device, monkeypatch):
+    """With shifts of frames and of tokens. A network is freed before the next one is built."""
+    pytest.importorskip("timm", reason="needs timm for tiny networks")
+    names = ["timm/test_resnet", "timm/test_vit"]
+    selected = [case._replace(size=32) for case in network.family_cases(device.type == "cuda", True, names)]
+    built: list[weakref.ref] = []
+
+    def networks(*arguments):
+        gc.collect()
+        assert all(net() is None for net in built)
+        nets = make(*arguments)
+        built.extend(map(weakref.ref, nets.values()))
+        return nets
+
+    make = network.networks
+    monkeypatch.setattr(network, "networks", networks)
+    found = [row for rows in network.rows(device, selected, 2, network.EVERY_FAMILY) for row in rows]
+    modes = [(True, False), (True, True), (False, True)] if device.type == "cuda" else [(True, False), (False, False)]
+    expected = [
+        (name, *mode, who)
+        for name, variants in zip(names, (FAMILY_VARIANTS, FAMILY_VARIANTS[:-1]), strict=True)
+        for mode in modes
+        for who in variants
+    ]
+    assert [(row["network"], row["training"], row["graph"], row["who"]) for row in found] == expected
+    assert all(row["milliseconds"] > 0 for row in found)
+    assert {row["peak_mebibytes"] is None for row in found} == {device.type == "cpu"}
+    assert not torch.backends.cudnn.benchmark
+
+
+def made_up_rows(device, selected, repeats, protocol):
+    """Yields rows as network.rows does, with another time for each mode of a case."""
+    for case in selected:
+        milliseconds = 1.0 if not case.training else 4.0 if case.graph else 2.0
+        numbers = {"milliseconds": milliseconds, "of_no_shift": milliseconds / 8}
+        numbers |= {"peak_mebibytes": 9.0, "of_no_shift_memory": 1.25}
+        names = ["no shift", "stock", "fused"] if case.network == "resnet18" else ["no shift", "stock"]
+        yield [{**case._asdict(), "who": who, **numbers} for who in names]
+
+
+def test_the_table_of_families(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(network, "rows", made_up_rows)
+    monkeypatch.setitem(sys.modules, "timm", None)  # it is not installed
+    options = ["--families", "timm/regnety_008,mobilenet_v2,resnet18", "--device", "cpu", "--output", str(tmp_path)]
+    assert cli.main(["bench", *options]) == 0
+    assert "timm/regnety_008 is skipped: it needs timm" in capsys.readouterr().err
+    results = json.loads((tmp_path / "families.json").read_text())
+    assert {row["network"] for row in results["families"]} == {"mobilenet_v2", "resnet18"}
+    assert {path.name for path in tmp_path.iterdir()} == {"families.json", "families.png"}
+    cases = network.family_cases(True, False, ["mobilenet_v2", "resnet18"])  # as on a GPU
+    results["environment"]["driver"] = "1"
+    results["families"] = [row for rows in made_up_rows(CPU, cases, 50, network.EVERY_FAMILY) for row in rows]
+    (path := tmp_path / "gpu.json").write_text(json.dumps(results))
+    assert cli.main(["bench", "--report", str(path)]) == 0
+    table, no_shift, shift = capsys.readouterr().out, "2.0 ms / 4.0 ms / 1.0 ms / 9 MiB", "0.25 / 0.50 / 0.12 / 1.25"
+    assert "24 clips" in table
+    assert f"| mobilenet_v2 | {no_shift} | {shift} | - |" in table
+    assert f"| resnet18 | {no_shift} | {shift} | {shift} |" in table
+
+
+@pytest.mark.parametrize("names", ["", "resnet", "resnet18,", "vit_small_patch16_224"])
+def test_wrong_families(names, capsys):
+    assert cli.main(["bench", "--families", names]) == 2
+    assert f"--families {names}: a network must be one of resnet18, " in capsys.readouterr().err
 
 
 def test_a_network_that_computes_something_else_is_not_timed(monkeypatch):

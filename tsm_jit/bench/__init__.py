@@ -18,7 +18,8 @@ from __future__ import annotations
 import functools
 import itertools
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -319,16 +320,18 @@ def run(
     shapes: tuple[Shape, ...],
     quick: bool,
     instead: str | None = None,
+    families: Sequence[str] = (),
 ) -> Row:
     """Runs the benchmark, or a minimal part if ``quick``. Writes ``bench.json`` and plots into ``output``.
 
     ``instead`` names another measurement, which writes its own JSON: of whole networks (``"network"``), of streaming
-    networks (``"streams"``) or of clips that are split over several GPUs (``"time_parallel"``).
+    networks (``"streams"``) or of clips that are split over several GPUs (``"time_parallel"``). With ``families`` it
+    times only these networks and writes ``families.json``.
     """
     from tsm_jit.bench import report
 
     torch.manual_seed(0)
-    parts = _parts(device, shapes, quick, instead)
+    parts = _parts(device, shapes, quick, instead, families)
     results: Row = {"environment": environment(device)}
     try:
         with report.Progress(results["environment"], sum(part.measurements for part in parts)) as progress:
@@ -351,14 +354,12 @@ class Part(NamedTuple):
     rows: Iterable[list[Row]]
 
 
-def _parts(device: torch.device, shapes: tuple[Shape, ...], quick: bool, instead: str | None) -> list[Part]:
+def _parts(
+    device: torch.device, shapes: tuple[Shape, ...], quick: bool, instead: str | None, families: Sequence[str]
+) -> list[Part]:
     cuda = device.type == "cuda"
-    if instead == "network":
-        from tsm_jit.bench import network as networks
-
-        selected_networks = networks.cases(cuda, quick)
-        rows = networks.rows(device, selected_networks, 5 if quick else 50)
-        return [Part("network", len(selected_networks), rows)]
+    if instead == "network" or families:
+        return _network_parts(device, quick, families)
     if instead == "streams":
         return [_streams_part(device, quick)]
     if instead == "time_parallel":
@@ -391,6 +392,25 @@ def _parts(device: torch.device, shapes: tuple[Shape, ...], quick: bool, instead
     if not quick:
         parts.append(_streams_part(device, quick))
     return parts
+
+
+def _network_parts(device: torch.device, quick: bool, families: Sequence[str]) -> list[Part]:
+    """Returns the tables of all networks, or only of those that ``families`` names."""
+    from tsm_jit.bench import network
+
+    cuda, repeats, parts = device.type == "cuda", 5 if quick else 50, []
+    if not families:
+        resnets = network.cases(cuda, quick)
+        parts.append(Part("network", len(resnets), network.rows(device, resnets, repeats)))
+        families = network.FAMILIES[:1] if quick else network.FAMILIES
+    installed = []
+    for name in families:
+        if package := network.missing_package(name):
+            sys.stderr.write(f"{name} is skipped: it needs {package}\n")
+        else:
+            installed.append(name)
+    selected = network.family_cases(cuda, quick, installed)
+    return [*parts, Part("families", len(selected), network.rows(device, selected, repeats, network.EVERY_FAMILY))]
 
 
 def _streams_part(device: torch.device, quick: bool) -> Part:

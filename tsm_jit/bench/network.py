@@ -1,11 +1,17 @@
-"""Times whole networks: without shift, with TSM's or TSAM's own shift, with tsm_jit's modules, and fused."""
+"""Times whole networks: without shift, with TSM's or TSAM's own shift, with tsm_jit's modules, and fused.
+
+There are two tables: ResNets in several modes (:func:`cases`), and one or two networks of every family
+(:func:`family_cases`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,42 +20,86 @@ from torch import Tensor, nn
 
 from tsm_jit import residual, tsam
 from tsm_jit.bench import Mismatch, Row, mebibytes, peers, timing
+from tsm_jit.convert.architectures import stages_of
 from tsm_jit.convert.tsm import make_temporal_shift
 from tsm_jit.modules.base import ShiftedModule
+from tsm_jit.modules.tsm import TokenShift
 from tsm_jit.plans import Padding, Plan, Shift, temporal
 
 CLASSES = 400  # of Kinetics-400
+OUT_OF_PLACE = "drop-in, out of place"
+FAMILIES = (
+    *("resnet18", "resnet50", "resnext50_32x4d", "regnet_y_400mf", "regnet_y_3_2gf", "convnext_tiny"),
+    *("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "timm/vit_small_patch16_224", "timm/regnety_008"),
+)
 
 
 class Case(NamedTuple):
     """A network and its input: ``batch`` clips of 8 frames, for TSAM with a ninth segment of audio."""
 
-    network: str
-    family: str
+    network: str  # of torchvision, or timm/name
+    family: str  # TSM or TSAM
     batch: int
     training: bool
     compiled: bool
     size: int = 224
+    graph: bool = False  # whether it runs as a CUDA graph, which leaves out the time of the CPU
 
     @property
     def segments(self) -> int:
         return 9 if self.family == "TSAM" else 8
 
 
+class Protocol(NamedTuple):
+    """How the cases of a table are timed."""
+
+    variants: tuple[str, ...]  # besides the network without shift.
+    seconds: float  # about the longest time that one variant is measured.
+    cudnn_benchmark: bool  # whether cuDNN chooses its algorithms by timing them, as PyTorch's flag of that name
+
+
+RESNETS = Protocol(("stock", "drop-in", "fused"), 6.0, False)
+EVERY_FAMILY = Protocol(("stock", OUT_OF_PLACE, "drop-in", "fused"), 1.0, True)
+
+
 def cases(cuda: bool, quick: bool) -> list[Case]:
     """Returns all cases, or a few small ones if ``quick`` or on a CPU, where networks take long."""
     if quick or not cuda:
-        return [Case("resnet18", family, 1, training, False, 64) for family in FAMILIES for training in (True, False)]
+        return [
+            Case("resnet18", family, 1, training, False, 64, cuda and not training)
+            for family in CONVERSIONS
+            for training in (True, False)
+        ]
     selected = []
     for compiled in (False, True):
         for training in (False, True):  # the longest compilations come last
-            selected += [Case("resnet50", "TSM", batch, training, compiled) for batch in (32, 8)]
+            sizes = [("resnet50", "TSM", 32), ("resnet50", "TSM", 8)]
             if not compiled:
-                selected += [
-                    Case("resnet101", "TSM", 32, training, compiled),
-                    Case("resnet50", "TSAM", 32, training, compiled),
-                ]
+                sizes += [("resnet101", "TSM", 32), ("resnet50", "TSAM", 32)]
+            selected += [Case(*size, training, compiled, graph=not training) for size in sizes]
     return selected
+
+
+def family_cases(cuda: bool, quick: bool, names: Sequence[str]) -> list[Case]:
+    """Returns the cases of these networks: training, its GPU time alone, inference. Small ones as in :func:`cases`."""
+    batch, size = (1, 64) if quick or not cuda else (24, 224)
+    modes = [(True, False), (True, True), (False, True)] if cuda else [(True, False), (False, False)]
+    return [Case(name, "TSM", batch, training, False, size, graph) for name in names for training, graph in modes]
+
+
+def named_families(text: str) -> tuple[str, ...]:
+    """Parses ``NAME,NAME``. Raises ValueError for a name that is not in ``FAMILIES``."""
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in FAMILIES]
+    if unknown:
+        raise ValueError(f"a network must be one of {', '.join(FAMILIES)}, got {unknown[0]!r}")
+    return names
+
+
+def missing_package(name: str) -> str | None:
+    """Returns the package that this network needs and that is not installed, if any."""
+    package = name.rpartition("/")[0]
+    return package if package and importlib.util.find_spec(package) is None else None
 
 
 def _convert_tsm(net: nn.Module, inplace: bool) -> None:
@@ -60,7 +110,7 @@ def _convert_tsam(net: nn.Module, inplace: bool) -> None:
     tsam.make_Shift(net, 9, 8, f_div=8, shift_depth=4, n_insert=1, m_insert=0, inplace=inplace)
 
 
-FAMILIES: dict[str, Callable[[nn.Module, bool], None]] = {"TSM": _convert_tsm, "TSAM": _convert_tsam}
+CONVERSIONS: dict[str, Callable[[nn.Module, bool], None]] = {"TSM": _convert_tsm, "TSAM": _convert_tsam}
 
 
 class _Stock(ShiftedModule):
@@ -81,18 +131,44 @@ class _Stock(ShiftedModule):
         return self.shifted_module()(peers.eager(x, Shift(n_segment, n_shifted, 1, padding, plan)))
 
 
-def networks(case: Case, device: torch.device) -> dict[str, nn.Module]:
-    """Returns the variants of a network, with the same weights, in channels_last."""
-    plain = getattr(torchvision.models, case.network)(num_classes=CLASSES)
-    plain.to(device, memory_format=torch.channels_last)
+class _StockTokens(_Stock):
+    """TSM's own implementation for tokens ``[N*T, L, C]``."""
+
+    num_prefix_tokens: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        still, channels = self.num_prefix_tokens, x.shape[-1]
+        shift = Shift(self.n_segment, self.n_segment, 1, "zeros", temporal(channels, self.fold_div))
+        shifted = peers.eager(x[:, still:].transpose(1, 2), shift).transpose(1, 2)
+        return self.shifted_module()(torch.cat([x[:, :still], shifted], 1))
+
+
+def _image_network(name: str) -> nn.Module:
+    package, _, short = name.rpartition("/")
+    if package != "timm":
+        return torchvision.models.get_model(name, num_classes=CLASSES)
+    import timm
+
+    options: dict[str, Any] = {"dynamic_img_size": True} if "vit" in short else {}  # others take any size
+    return timm.create_model(short, num_classes=CLASSES, **options)
+
+
+def networks(case: Case, device: torch.device, variants: Sequence[str] = RESNETS.variants) -> dict[str, nn.Module]:
+    """Returns the variants of a network, with the same weights, in channels_last. Not every network can be fused."""
+    with device:
+        plain = _image_network(case.network)
+    plain = plain.to(device).to(memory_format=torch.channels_last)
     nets = {"no shift": plain}
-    for name in ("stock", "drop-in", "fused"):
+    for name in variants:
+        if name == "fused" and not stages_of(plain)[0].fusable_blocks:
+            continue
         net = nets[name] = copy.deepcopy(plain)
-        FAMILIES[case.family](net, name != "stock")
+        CONVERSIONS[case.family](net, name not in ("stock", OUT_OF_PLACE))
         if name == "stock":
             for module in net.modules():
                 if isinstance(module, ShiftedModule):
-                    module.__class__ = type("Stock", (_Stock, type(module)), {})
+                    stock = _StockTokens if isinstance(module, TokenShift) else _Stock
+                    module.__class__ = type("Stock", (stock, type(module)), {})
         if name == "fused":
             residual.fuse(net)
     return nets
@@ -107,7 +183,9 @@ def check(nets: dict[str, nn.Module], case: Case, device: torch.device) -> None:
         if name == "no shift":
             continue
         twin = copy.deepcopy(net).double().train(case.training)
-        scores = twin(frames)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # of dropout and stochastic depth
+            scores = twin(frames)
         results[name] = [scores, *torch.autograd.grad(scores.square().mean(), list(twin.parameters()))]
     for name, values in results.items():
         for ours, theirs in zip(values, results["stock"], strict=True):
@@ -115,38 +193,60 @@ def check(nets: dict[str, nn.Module], case: Case, device: torch.device) -> None:
                 raise Mismatch(f"{name}: {case} does not have the outputs and gradients of stock")
 
 
-def rows(device: torch.device, selected: list[Case], repeats: int = 50) -> Iterator[list[Row]]:
+def rows(
+    device: torch.device, selected: Sequence[Case], repeats: int = 50, protocol: Protocol = RESNETS
+) -> Iterator[list[Row]]:
     """Yields, for each case, time and peak memory (with weights and input) of all variants."""
     checked = set()
     for case in selected:
-        nets = networks(case, device)
-        if (key := (case.network, case.family, case.training)) not in checked:
-            check(nets, case, device)
-            checked.add(key)
-        torch._dynamo.reset()
-        calls, peaks = {}, {}
+        unchecked = (key := (case.network, case.family, case.training)) not in checked
+        checked.add(key)
+        yield _rows(case, device, repeats, protocol, unchecked)
+        gc.collect()  # frees the networks before the next are built
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _rows(case: Case, device: torch.device, repeats: int, protocol: Protocol, unchecked: bool) -> list[Row]:
+    nets = networks(case, device, protocol.variants)
+    if unchecked:
+        check(nets, case, device)
+    torch._dynamo.reset()
+    calls, peaks = {}, {}
+    # The graphs share their memory, tens of GB: they run one by one, and their results are not read.
+    pool = torch.cuda.graph_pool_handle() if case.graph else None
+    with _cudnn_benchmark(protocol.cudnn_benchmark):
         for name, net in nets.items():
-            calls[name], peaks[name] = _prepared(net, case, device)
-        times = timing.medians(calls, device, lambda: None, repeats, seconds=6.0)
-        yield [
-            {
-                **case._asdict(),
-                "who": name,
-                "milliseconds": times[name] * 1e3,
-                "of_no_shift": times[name] / times["no shift"],
-                "peak_mebibytes": mebibytes(peaks[name]),
-                "of_no_shift_memory": _ratio(peaks[name], peaks["no shift"]),
-            }
-            for name in nets
-        ]
+            calls[name], peaks[name] = _prepared(net, case, device, pool)
+        times = timing.medians(calls, device, lambda: None, repeats, protocol.seconds)
+    return [
+        {
+            **case._asdict(),
+            "who": name,
+            "milliseconds": times[name] * 1e3,
+            "of_no_shift": times[name] / times["no shift"],
+            "peak_mebibytes": mebibytes(peaks[name]),
+            "of_no_shift_memory": _ratio(peaks[name], peaks["no shift"]),
+        }
+        for name in nets
+    ]
+
+
+@contextlib.contextmanager
+def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _ratio(a: int | None, b: int | None) -> float | None:
     return None if not a or not b else a / b
 
 
-def _prepared(net: nn.Module, case: Case, device: torch.device) -> tuple[timing.Call, int | None]:
-    """Returns the function to time, and its peak memory in bytes."""
+def _prepared(net: nn.Module, case: Case, device: torch.device, pool: Any) -> tuple[timing.Call, int | None]:
+    """Returns the function to time, and its peak memory in bytes, measured without a CUDA graph."""
     frames = torch.randn(case.batch * case.segments, 3, case.size, case.size, device=device)
     frames = frames.contiguous(memory_format=torch.channels_last)
     call = torch.compile(net, dynamic=False, fullgraph=True) if case.compiled else net
@@ -155,7 +255,7 @@ def _prepared(net: nn.Module, case: Case, device: torch.device) -> tuple[timing.
         step()
         held = 3 * _bytes(net.parameters()) + _bytes(net.buffers()) + _bytes([frames])  # weights, gradients, momentum
         peak = timing.peak_bytes(step, device)
-        return step, None if peak is None else peak + held
+        return timing.captured(step, pool) if case.graph else step, None if peak is None else peak + held
     net.eval()
     if device.type == "cuda":
         net.bfloat16()
@@ -167,7 +267,7 @@ def _prepared(net: nn.Module, case: Case, device: torch.device) -> tuple[timing.
 
     peak = timing.peak_bytes(infer, device)
     held = _bytes(net.parameters()) + _bytes(net.buffers()) + _bytes([frames])
-    return timing.captured(infer) if device.type == "cuda" else infer, None if peak is None else peak + held
+    return timing.captured(infer, pool) if case.graph else infer, None if peak is None else peak + held
 
 
 def _step(net: nn.Module, call: Callable[[Tensor], Tensor], frames: Tensor, case: Case) -> timing.Call:

@@ -35,6 +35,10 @@ _COLUMNS = {
         "network", "frames", "training", "graph", "ranks",
         "milliseconds", "efficiency", "peak_mebibytes", "of_one_rank_memory",
     ),
+    "families": (
+        "network", "batch", "training", "graph", "who",
+        "milliseconds", "of_no_shift", "peak_mebibytes", "of_no_shift_memory",
+    ),
 }  # fmt: skip
 _HEADS = {
     "depth": "shift",
@@ -56,7 +60,7 @@ _HEADS = {
     "of_one_rank_memory": "of one rank",
 }
 _TEXT = ("shape", "dtype", "layout", "depth", "operation", "call", "who", "network", "family")
-_WIDTHS = {"shape": 26, "dtype": 8, "layout": 13, "call": 25, "who": 27, "network": 10} | dict.fromkeys(operations, 20)
+_WIDTHS = {"shape": 26, "dtype": 8, "layout": 13, "call": 25, "who": 27, "network": 26} | dict.fromkeys(operations, 20)
 _TITLES = {
     "calls": "CPU overhead of one call, 8 frames of 64 channels of 2x2. vs stock: times as fast as TSM's own code",
     "peers": "Single calls, on CUDA with cold caches. TSAM, 2: of depth 2. of copy: bandwidth relative to a copy of "
@@ -69,6 +73,8 @@ _TITLES = {
     "Training: a step of SGD. Inference: on CUDA as a CUDA graph",
     "time_parallel": "One clip split over ranks, channels_last, on CUDA in bfloat16, 224x224. Training: a step of SGD. "
     "efficiency: time of one rank / time / ranks",
+    "families": "Networks of every family, with TSM's shift, 8 frames per clip, channels_last, on CUDA in bfloat16. "
+    "graph: a CUDA graph, the time of the GPU alone. Memory: without a graph",
 }
 
 
@@ -129,7 +135,7 @@ def _text(column: str, value: Any) -> str:
 def write(results: Row, folder: Path) -> str:
     """Writes a JSON file, which has the name of the measurement. Returns the file name."""
     folder.mkdir(parents=True, exist_ok=True)
-    instead = [each for each in ("network", "time_parallel") if each in results]
+    instead = [each for each in ("network", "families", "time_parallel") if each in results]
     if instead:
         name = f"{instead[0]}.json"
     elif "online" in results and "calls" not in results:
@@ -151,7 +157,8 @@ def save(results: Row, folder: Path) -> None:
 def draw(results: Row, folder: Path) -> list[str]:
     """Draws a PNG file for every plot. Returns the file names."""
     written = []
-    plots = {"sweep": draw_sweep, "peers": draw_peers, "network": draw_network, "time_parallel": draw_time_parallel}
+    plots = {"sweep": draw_sweep, "peers": draw_peers, "network": draw_network, "families": draw_families}
+    plots["time_parallel"] = draw_time_parallel
     for name, plot in plots.items():
         if results.get(name):
             plot(results[name], results["environment"]).savefig(folder / f"{name}.png", dpi=110)
@@ -165,8 +172,9 @@ def markdown(results: Row) -> str:
     if about["driver"] is None:
         raise ValueError("it ran on the CPU")
     title = f"{about['device']}, driver {about['driver']}, torch {about['torch']}, commit {about['commit']}"
-    if "network" in results:
-        return _network_markdown(results["network"], title)
+    if "network" in results or "families" in results:
+        tables = (("network", _network_markdown), ("families", _families_markdown))
+        return "\n".join(table(results[name], title) for name, table in tables if results.get(name))
     if "time_parallel" in results:
         return _time_parallel_markdown(results["time_parallel"], title)
     if "calls" not in results:
@@ -314,6 +322,76 @@ def _by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
         title = f"{row['family']}-{row['network'].replace('resnet', 'ResNet-')}, {row['batch']} clips, {mode}"
         cases.setdefault(title, {})[row["who"]] = row
     return cases
+
+
+# What the table of families has of each variant: its name, the rows that have it, and the value relative to no shift.
+_FAMILY_VALUES: dict[str, tuple[Callable[[Row], bool], str]] = {
+    "training": (lambda row: row["training"] and not row["graph"], "of_no_shift"),
+    "GPU time of training": (lambda row: row["training"] and row["graph"], "of_no_shift"),
+    "inference": (lambda row: not row["training"], "of_no_shift"),
+    "peak memory in training": (lambda row: row["training"] and not row["graph"], "of_no_shift_memory"),
+}
+
+
+def _by_family(rows: list[Row]) -> dict[tuple[str, str, str], Row]:
+    """Returns the row with each value, by network, variant and name of the value. Unknown values are missing."""
+    return {
+        (row["network"], row["who"], name): row
+        for row in rows
+        for name, (has_it, column) in _FAMILY_VALUES.items()
+        if has_it(row) and row[column] is not None
+    }
+
+
+def _families_markdown(rows: list[Row], title: str) -> str:
+    found, networks = _by_family(rows), list(dict.fromkeys(row["network"] for row in rows))
+    names = list(dict.fromkeys(row["who"] for row in rows))
+
+    def cell(network: str, who: str) -> str:
+        values = []
+        for name, (_, column) in _FAMILY_VALUES.items():
+            row = found.get((network, who, name))
+            if row is None:
+                values.append("-")
+            elif who != "no shift":
+                values.append(f"{row[column]:.2f}")
+            elif column == "of_no_shift":
+                values.append(f"{row['milliseconds']:.1f} ms")
+            else:
+                values.append(f"{row['peak_mebibytes']:.0f} MiB")
+        return "-" if set(values) == {"-"} else " / ".join(values)
+
+    lines = [
+        f"{title}. {rows[0]['batch']} clips: {' / '.join(_FAMILY_VALUES)}. With shift, all relative to no shift:",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "| --- |" + " --- |" * len(names),
+        *(f"| {network} | " + " | ".join(cell(network, who) for who in names) + " |" for network in networks),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw_families(rows: list[Row], environment: Row) -> Figure:
+    """Draws bars of time and memory relative to the network without shift, for one network of each family."""
+    found, networks = _by_family(rows), list(dict.fromkeys(row["network"] for row in rows))
+    names = [name for name in dict.fromkeys(row["who"] for row in rows) if name != "no shift"]
+    values = [value for value in _FAMILY_VALUES if any(key[2] == value for key in found)]
+    figure = Figure(figsize=(3 * len(values) + 2, 0.55 * len(networks) + 1.8), layout="constrained")
+    for axis, value in zip(figure.subplots(1, len(values), sharey=True, squeeze=False)[0], values, strict=True):
+        column = _FAMILY_VALUES[value][1]
+        for k, who in enumerate(names):
+            bars = [(i, found.get((network, who, value))) for i, network in enumerate(networks)]
+            places = [i + k / (len(names) + 1) for i, row in bars if row]
+            widths = [row[column] for _, row in bars if row]
+            drawn = axis.barh(places, widths, height=1 / (len(names) + 1), align="edge", label=who)
+            axis.bar_label(drawn, fmt="%.2f", padding=2, fontsize=6)
+        axis.axvline(1, color="gray", linewidth=0.8)
+        axis.margins(x=0.12)  # room for the labels
+        axis.set(title=value, yticks=[i + 0.4 for i in range(len(networks))], ylim=(len(networks), -0.2))
+        axis.set_yticklabels(networks)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=len(names), loc="outside lower center")
+    figure.suptitle(f"Networks with temporal shift, relative to no shift, on {environment['device']}")
+    return figure
 
 
 def draw_network(rows: list[Row], environment: Row) -> Figure:

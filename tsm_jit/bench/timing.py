@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -95,8 +95,8 @@ def in_a_row(calls: Sequence[Call], device: torch.device, prepare: Call, repeats
     return (seconds[3] - seconds[1]) / (2 * len(calls))
 
 
-def captured(call: Call) -> Call:
-    """Captures a call as a CUDA graph. Returns a function that replays it."""
+def captured(call: Call, pool: Any = None) -> Call:
+    """Captures a call as a CUDA graph, with memory of ``pool`` if given. Returns a function that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -104,7 +104,7 @@ def captured(call: Call) -> Call:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         call()
 
     def replay() -> None:
