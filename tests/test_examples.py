@@ -13,7 +13,7 @@ import tsm_jit
 # These train for minutes, need arguments or are modules of the others. They have their own tests.
 TESTED_ELSEWHERE = (
     *("arrow_of_time", "camera", "finetune", "long_clips"),
-    *("moving_shapes", "networks", "training", "videos"),
+    *("mmaction2_config", "moving_shapes", "networks", "training", "videos"),
 )
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in TESTED_ELSEWHERE)
 

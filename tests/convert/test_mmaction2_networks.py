@@ -2,6 +2,7 @@
 
 import importlib
 import pickle
+import re
 import sys
 
 import mmaction2_package
@@ -205,6 +206,22 @@ def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path, fused):
         predictions = [model.test_step({"inputs": clips, "data_samples": samples}) for model in (theirs, ours)]
     for expected, actual in zip(*predictions, strict=True):
         torch.testing.assert_close(actual.pred_score, expected.pred_score, rtol=1e-9, atol=1e-9)
+
+
+def test_the_example_trains_with_both_and_draws(models, monkeypatch, tmp_path, capsys):
+    for needed in ("av", "matplotlib", "torchvision"):
+        pytest.importorskip(needed, reason="needs the demo extra")
+    import mmaction2_config
+
+    monkeypatch.delitem(sys.modules, "tsm_jit.mmaction2")  # as in a new process
+    picture = tmp_path / "picture.png"
+    assert mmaction2_config.main(["--steps", "2", "--side", "32", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "features before training differ by 0.0e+00" in printed
+    losses = re.findall(r"loss (\S+) before and \S+ after training", printed)
+    assert len(losses) == 2
+    assert losses[0] == losses[1]
+    assert picture.stat().st_size > 5000
 
 
 @pytest.fixture
