@@ -12,8 +12,8 @@ So the kernels read ``x`` at other rows, and no shifted copy exists:
 
 Sizes: ``x`` has frames of ``P`` positions and clips of ``T`` frames. The first ``S`` frames of a clip are shifted, but
 not their first ``PREFIX`` positions. With ``STRIDE`` 2, frames of ``OUT_P`` positions in lines of ``OUT_W`` remain of
-lines of ``W``. ``M = frames * OUT_P``, ``N = 8 * N8`` and ``K = 8 * K8``. ``plan`` has the end of each group of columns,
-in units of 8, and its offset. So a thread loads 8 columns of one row at once.
+lines of ``W``. ``M = frames * OUT_P``, ``N = 8 * N8`` and ``K = 8 * K8``. ``plan`` has the end of each column group, in
+units of 8, and its offset. So a thread loads 8 columns of one row at once.
 
 All tensors are dense, with rows of ``K`` or ``N`` elements. The result shares no memory with the inputs. As many bytes
 move as in the product without a shift. Sums are in float32 and rounded once.
