@@ -2,10 +2,13 @@
 
 import copy
 import datetime
+import faulthandler
 import functools
 import os
 import pickle
 import random
+import resource
+import sys
 import time
 import traceback
 
@@ -28,12 +31,16 @@ from tsm_jit.modules.base import ShiftedModule
 from tsm_jit.plans import Shift
 
 MESHES = {}
-CASES = {}  # name: (number of ranks, types of device, what each rank does with their mesh)
+CASES = {}  # name: (number of ranks, transports of the edges, what each rank does with their mesh)
+TRANSPORTS = ("gloo", "NCCL", "peer memory")  # gloo on CPUs, the others on GPUs
 close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
-def case(ranks, on=("cpu", "cuda"), **arguments):
-    """Registers a function as a case, for each number of ranks, on processes with these types of device."""
+def case(ranks, on=TRANSPORTS, **arguments):
+    """Registers a function as a case, for each number of ranks and for these transports.
+
+    Cases in which the transport makes no difference run on GPUs with NCCL only.
+    """
 
     def register(function):
         for count in ranks:
@@ -163,7 +170,7 @@ class Tokens(nn.Module):
         self.shift = tsm_jit.TokenShift(nn.Linear(8, 8), 7, 4, inplace=inplace, num_prefix_tokens=1)
 
     def forward(self, x):
-        return x + self.shift(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.shift(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
 
 
 def tsm(inplace=False, **options):
@@ -252,7 +259,7 @@ def checkpointing(mesh, use_reentrant):
     compare(model, mesh, new_clips())
 
 
-@case((2,))
+@case((2,), on=("gloo", "NCCL"))
 def autocast(mesh):
     model, clips = model_of().float(), new_clips().float()
     whole = copy.deepcopy(model)
@@ -268,7 +275,7 @@ def autocast(mesh):
         torch.testing.assert_close(weight.grad, single.grad, rtol=0.1, atol=0.02)
 
 
-@case((2,))
+@case((2,), on=("gloo", "NCCL"))
 def compiled(mesh):
     model = model_of()
     compare(model, mesh, new_clips(), run=torch.compile(model, backend="aot_eager", fullgraph=True))
@@ -285,7 +292,7 @@ def resnet(length=5) -> nn.Module:
     return net.double().eval()
 
 
-@case((2,))
+@case((2,), on=("gloo", "NCCL"))
 def fused(mesh):
     """In either order; frozen norms."""
     net = resnet()
@@ -301,7 +308,7 @@ def fused(mesh):
         close(net(shard_frames(frames[None], mesh)), share(expected[None], mesh))
 
 
-@case((2, 3), on=("cuda",))
+@case((2, 3), on=("NCCL",))
 def training_with_synchronized_norm(mesh):
     plain = resnet().train()
     model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain), mesh.get_group())
@@ -310,7 +317,7 @@ def training_with_synchronized_norm(mesh):
     compare(tsm_jit.VideoModel(model), mesh, clips, whole=tsm_jit.VideoModel(plain), close=near)
 
 
-@case((2,), on=("cpu",))
+@case((2,), on=("gloo",))
 def synchronized_norm(mesh):
     """PyTorch's has no training on CPUs. In evaluation it is exact, and surgery finds the shifts inside."""
     net = nn.SyncBatchNorm.convert_sync_batchnorm(resnet())
@@ -360,7 +367,7 @@ def fsdp2(mesh):
 # --- surgery and errors ---------------------------------------------------------------------------------------------
 
 
-@case((2,))
+@case((2,), on=("gloo", "NCCL"))
 def surgery(mesh):
     model = model_of()
     keys, clips = list(model.state_dict()), new_clips(length=6)
@@ -401,7 +408,7 @@ def resnet_split(mesh) -> nn.Module:
     return net
 
 
-@case((2,), on=("cpu",))
+@case((2,), on=("gloo",))
 def refused(mesh):
     model = model_of()
     parallelize_time(model, mesh)
@@ -451,7 +458,7 @@ def refused(mesh):
             trace(nn.Sequential(shift))
 
 
-@case((4,), on=("cpu",))
+@case((4,), on=("gloo",))
 def mesh_of_two_dimensions(mesh):
     with pytest.raises(ValueError, match=r"mesh must have one dimension, such as mesh.'time'., got 2 dimensions"):
         parallelize_time(model_of(), MESHES["time and data", 4])
@@ -463,7 +470,7 @@ def mesh_of_two_dimensions(mesh):
 # --- ranks that differ -----------------------------------------------------------------------------------------------
 
 
-@case((2, 3), on=("cuda",))
+@case((2, 3), on=("NCCL",))
 def other_new_shapes(mesh):
     """Those that are new to all ranks, which can go on."""
     model, rank = model_of(), mesh.get_local_rank()
@@ -479,7 +486,7 @@ def other_new_shapes(mesh):
     compare(model_of(), mesh, new_clips())
 
 
-@case((3,), on=("cpu",))
+@case((3,), on=("gloo",))
 def other_shapes(mesh):
     """All ranks name the shapes, whether they have seen them before or not, and can go on."""
     model, rank = model_of(), mesh.get_local_rank()
@@ -508,7 +515,7 @@ def other_shapes(mesh):
         loss_of(scores).backward() if rank == 0 else model(shard_frames(new_clips(), mesh))
 
 
-@case((4,), on=("cpu",))
+@case((4,), on=("gloo",))
 def ranks_that_hang_or_die(mesh):  # the last case
     """Of two ranks that share clips, one hangs; of two others, one dies. The other ranks get an error."""
     mesh, model, rank = MESHES["pair"], model_of(), dist.get_rank()
@@ -561,7 +568,7 @@ class Delays:
             torch.cuda._sleep(self.random.randrange(500_000))  # up to about 300 us
 
 
-@case((2, 3, 4), on=("cuda",))
+@case((2, 3, 4), on=("NCCL", "peer memory"))
 def buffers_are_read_before_they_are_written_again(mesh):
     """Eager calls, graphs of one and of three exchanges, larger clips, two streams: the host never waits."""
     delay, shift, results = Delays(mesh.get_local_rank()), tsm_jit.TemporalShift(nn.Identity(), 7, 4), []
@@ -605,7 +612,7 @@ def buffers_are_read_before_they_are_written_again(mesh):
             assert_same_bits(out, expected(x, times))
 
 
-@case((2, 3, 4), on=("cuda",))
+@case((2, 3, 4), on=("NCCL", "peer memory"))
 def inference_as_a_graph(mesh):
     model, delay = model_of(), Delays(mesh.get_local_rank())
     whole = copy.deepcopy(model)
@@ -625,8 +632,8 @@ def captured_at_once(function, *arguments):
         function(*arguments)
 
 
-@case((2,), on=("cuda",), inplace=False)
-@case((2,), on=("cuda",), inplace=True)
+@case((2,), on=("NCCL", "peer memory"), inplace=False)
+@case((2,), on=("NCCL", "peer memory"), inplace=True)
 def training_as_a_graph(mesh, inplace):
     model, clips = model_of(inplace=inplace), new_clips()
     split = copy.deepcopy(model)
@@ -668,21 +675,32 @@ def make_meshes(rank: int, world: int, device: str) -> None:
     MESHES["one"] = DeviceMesh.from_group([dist.new_group([each]) for each in range(world)][rank], device)
 
 
-def start(rank: int, world: int, folder, device: str, seconds: int) -> None:
+def end_if_it_hangs(device: str) -> None:
+    """Ends this process with the stacks of its threads unless the next call comes soon."""
+    faulthandler.dump_traceback_later(120 if device == "cpu" else 20, exit=True, file=sys.__stderr__)
+
+
+def start(rank: int, world: int, folder, transport: str) -> str:
+    """Connects this process with the others. Returns the type of its device."""
     torch.set_num_threads(1)
+    device = "cpu" if transport == "gloo" else "cuda"
+    end_if_it_hangs(device)
     if device == "cuda":
         torch.cuda.set_device(rank)
         torch.set_default_device("cuda")
-    timeout = datetime.timedelta(seconds=seconds)
-    backend = "gloo" if device == "cpu" else "nccl"
+        torch.backends.cudnn.deterministic = True  # some cases compare bits of gradients
+        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the time-out of NCCL ends a process without a dump
+    if transport == "NCCL":  # as if the GPUs did not reach each other's memory
+        torch.cuda.can_device_access_peer = lambda *_: False
     dist.init_process_group(
-        backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timeout
+        "gloo" if device == "cpu" else "nccl",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=120 if device == "cpu" else 60),
     )
-
-
-def without_links() -> None:
-    """Lets the GPUs of this process look as if they did not reach each other's memory."""
-    torch.cuda.can_device_access_peer = lambda *_: False
+    return device
 
 
 def counted(module, name: str) -> list:
@@ -697,51 +715,57 @@ def counted(module, name: str) -> list:
     return calls
 
 
-def run(rank: int, world: int, folder, seed: int, device: str, has_links: bool) -> None:
-    """One of the processes: runs all cases, and writes what failed into ``folder``."""
-    start(rank, world, folder, device, 120 if device == "cpu" else 40)
-    if device == "cuda" and not has_links:
-        without_links()
+def run(rank: int, world: int, folder, seed: int, transport: str) -> None:
+    """One of the processes: runs all cases, until one fails."""
+    device = start(rank, world, folder, transport)
     shared = counted(torch.distributed._symmetric_memory, "rendezvous")
     make_meshes(rank, world, device)
-    failures = {}
-    for number, (name, (ranks, devices, function)) in enumerate(CASES.items()):
-        if rank >= ranks or ranks > world or device not in devices:
+    begin = time.monotonic()
+    for number, (name, (ranks, transports, function)) in enumerate(CASES.items()):
+        if rank >= ranks or ranks > world or transport not in transports:
             continue
-        (folder / f"{rank}.case").write_text(name)  # the process may not return from it
         random.seed(seed + number)
         torch.manual_seed(seed + number)
+        end_if_it_hangs(device)
         try:
             function(MESHES[ranks])
             if device == "cuda":
                 torch.cuda.synchronize()
-        except BaseException:
-            failures[name] = traceback.format_exc()
-        torch.save(failures, folder / f"{rank}.pt")
-    if bool(shared) != has_links:
-        failures["shared memory"] = f"GPUs with links: {has_links}, buffers that they shared: {len(shared)}"
-        torch.save(failures, folder / f"{rank}.pt")
+        except BaseException as error:  # also what pytest.fail raises
+            print(f"{name}, rank {rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            raise RuntimeError(f"{name}, rank {rank}") from error
+        print(f"rank {rank}: {time.monotonic() - begin:.1f} s after {name}", flush=True)
+    if device == "cuda":
+        uses_links = bool(shared)
+        assert uses_links == (transport == "peer memory"), f"{transport}: {len(shared)} buffers shared"
+        dist.barrier()  # no rank ends while another reads its memory
+        torch.cuda.synchronize()
     os._exit(0)  # without the goodbyes of process groups whose ranks are dead
 
 
-def run_with_a_rank_that_dies(rank: int, folder, has_links: bool) -> None:
-    """Ends normally, with the code 0, only if a shift gets frames of a rank that is dead."""
-    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
-    start(rank, 2, folder, "cuda", 10)
-    if not has_links:
-        without_links()
-    model, mesh = model_of(), DeviceMesh("cuda", [0, 1])
+GETS_AN_ERROR = 3  # an exit code
+
+
+def run_with_a_rank_that_dies(rank: int, folder, transport: str) -> None:
+    """Rank 1 dies. Rank 0 ends with the code 0 only if a shift gets frames of rank 1 after that."""
+    device = start(rank, 2, folder, transport)
+    make_meshes(rank, 2, device)
+    model, mesh = model_of(), MESHES["pair"]
+    dist.barrier()
     parallelize_time(model, mesh)
-    model(shard_frames(new_clips(), mesh))
-    torch.cuda.synchronize()
+    with torch.no_grad():
+        model(shard_frames(new_clips(), mesh))
     dist.barrier()
     torch.cuda.synchronize()
     if rank == 1:
         os._exit(0)
+    end_if_it_hangs(device)
+    (folder / "waits").touch()
     try:
         with torch.no_grad():
             model(shard_frames(new_clips(), mesh))
             torch.cuda.synchronize()
-    except RuntimeError:
-        os._exit(1)
+    except RuntimeError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(GETS_AN_ERROR)
     os._exit(0)
