@@ -181,7 +181,11 @@ def _training(model: nn.Module, frames: Tensor, mesh: DeviceMesh, graph: bool) -
     call: nn.Module = model.train()
     weights = list(model.parameters())
     if mesh.size() > 1 and not graph:
-        call = DistributedDataParallel(model, process_group=mesh.get_group(), gradient_as_bucket_view=True)
+        # Each rank keeps the statistics of its own frames, as one rank does.
+        group = mesh.get_group()
+        call = DistributedDataParallel(
+            model, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     optimizer = torch.optim.SGD(weights, lr=1e-3, momentum=0.9)
     label = torch.zeros(1, dtype=torch.long, device=frames.device)
 

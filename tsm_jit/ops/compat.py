@@ -118,6 +118,11 @@ def process_group(name: str) -> Any:
     return _resolve_process_group()(name)
 
 
+def current_stream_handle(device: torch.device) -> int:
+    """Returns the handle of the current stream of a GPU, without the Python object of the stream."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
 def symmetric_memory() -> Any:
     """Returns the module for GPU memory that the processes of a group share."""
     import torch.distributed._symmetric_memory as module  # not in every build of PyTorch

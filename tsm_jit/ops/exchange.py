@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tsm_jit.ops.compat import collectives, process_group, symmetric_memory, time_out
+from tsm_jit.ops.compat import collectives, current_stream_handle, process_group, symmetric_memory, time_out
 
 Strided = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset, the arguments of as_strided
 
@@ -206,10 +206,11 @@ class _PeerMemory:
         box = self._buffers[receiver].narrow(0, sender * _SLOTS * self.capacity, _SLOTS * self.capacity)
         return list(box.split(self.capacity))
 
-    def follow(self, stream: torch.cuda.Stream, capture: int) -> None:
-        """Lets ``stream`` wait for the last exchange, if that ran on another stream."""
+    def follow(self, capture: int) -> None:
+        """Lets the current stream wait for the last exchange, if that ran on another stream."""
         last = self._streams.get(capture)
-        if last != stream:
+        if last is None or last.cuda_stream != current_stream_handle(self.device):
+            stream = torch.cuda.current_stream(self.device)
             if last is not None:
                 stream.wait_stream(last)
             self._streams[capture] = stream
@@ -256,13 +257,12 @@ class _Mailboxes:
     def start(self, values: Sequence[Tensor]) -> tuple[list[int], bool]:
         """Sends ``values``, the parts of all messages. Returns what :meth:`finish` takes."""
         memory = self._memory
-        stream = torch.cuda.current_stream(memory.device)
-        capture = _capture(stream)
-        memory.follow(stream, capture)
+        capture = _capture(memory.device)
+        memory.follow(capture)
         if not capture:
             return self._send(values, capture), False
         # Branches of a graph cost the host nothing, so all of the exchange runs beside the work of the caller.
-        memory.side.wait_stream(stream)
+        memory.side.wait_stream(torch.cuda.current_stream(memory.device))
         with torch.cuda.stream(memory.side):
             slots = self._send(values, capture)
             memory.wait(self._peers)
@@ -315,12 +315,12 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _capture(stream: torch.cuda.Stream) -> int:
-    """The number of the capture of a CUDA graph that ``stream``, the current one, takes part in, otherwise 0."""
+def _capture(device: torch.device) -> int:
+    """The number of the capture of a CUDA graph that the current stream takes part in, otherwise 0."""
     if not torch.cuda.is_current_stream_capturing():
         return 0
     status, number = ctypes.c_int(), ctypes.c_uint64()
-    handle = ctypes.c_void_p(stream.cuda_stream)
+    handle = ctypes.c_void_p(current_stream_handle(device))
     _checked(
         _driver().cuStreamGetCaptureInfo_v2(handle, ctypes.byref(status), ctypes.byref(number), None, None, None),
         "cuStreamGetCaptureInfo",

@@ -336,6 +336,8 @@ def sharded_shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Tran
     """
     if _is_compiling(x):
         return torch.ops.tsm_jit.sharded_shift.default(x, shift, *shard)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _shift(x, shift, shard, transfers)
     return _Shift.apply(x, shift, shard, functools.partial(_shift, transfers=transfers))
 
 
@@ -343,6 +345,8 @@ def sharded_shift_backward(grad: Tensor, shift: str, shard: TimeShard) -> Tensor
     """The adjoint of :func:`sharded_shift`: the gradient of the sum of what all ranks compute."""
     if _is_compiling(grad):
         return torch.ops.tsm_jit.sharded_shift_backward.default(grad, shift, *shard)
+    if not (grad.requires_grad and torch.is_grad_enabled()):
+        return _shift_adjoint(grad, shift, shard)
     return _ShiftAdjoint.apply(grad, shift, shard, _shift_adjoint)
 
 
