@@ -285,9 +285,10 @@ def draw_time_parallel(rows: list[Row], environment: Row) -> Figure:
     efficiency, memory = figure.subplots(1, 2)
     for mode, by_ranks in _by_mode(rows).items():
         counts = [row["ranks"] for row in by_ranks]
-        efficiency.plot(counts, [100 * row["efficiency"] for row in by_ranks], marker="o", label=mode)
+        (line,) = efficiency.plot(counts, [100 * row["efficiency"] for row in by_ranks], marker="o", label=mode)
         if all(row["peak_mebibytes"] is not None for row in by_ranks):
-            memory.plot(counts, [row["peak_mebibytes"] / 1024 for row in by_ranks], marker="o", label=mode)
+            peaks = [row["peak_mebibytes"] / 1024 for row in by_ranks]
+            memory.plot(counts, peaks, marker="o", color=line.get_color())
     efficiency.set(ylabel="efficiency, %", ylim=(0, 110))
     efficiency.legend()
     memory.set(ylabel="peak memory of a rank, GiB", ylim=(0, None))
