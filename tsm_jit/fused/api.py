@@ -13,12 +13,14 @@ from torch.autograd import Function
 
 from tsm_jit.convert.architectures import RESNET, resnet_stages
 from tsm_jit.fused.execute import Stream, fuses, run_blocks, run_stem
-from tsm_jit.fused.match import layers_of, why_unsupported
+from tsm_jit.fused.fold import check_foldable, stem_layers
+from tsm_jit.fused.fold import fold_norms as fold
+from tsm_jit.fused.match import why_unsupported
 from tsm_jit.modules.base import ShiftedModule, class_name, has_hooks, unwrapped
 from tsm_jit.modules.video import VideoModel
 
 
-def fuse(net: nn.Module) -> None:
+def fuse(net: nn.Module, *, fold_norms: bool = False) -> None:
     """Fuses the temporal shifts (TSM, arXiv:1811.08383) of a ResNet into its other kernels, in place.
 
     The kernel that adds the identity and applies the ReLU also applies the batch normalization and writes shifted
@@ -36,10 +38,14 @@ def fuse(net: nn.Module) -> None:
             ``ResNetTSM`` that mmaction2 built after the import of :mod:`tsm_jit.mmaction2`. In a subclass with its own
             forward, each stage is fused separately and takes and returns unshifted frames.
             :func:`tsm_jit.n_segment` and :func:`tsm_jit.remove_temporal_shift` still work on the network.
+        fold_norms: for inference only: fold the batch normalizations into the convolutions before them, for good. Each
+            ReLU and each addition then is part of a convolution. Parameters change and stop to require grad, the keys
+            of norms leave the state dict, and :func:`unfuse` does not bring them back. Scores change by rounding.
 
     Raises:
         TypeError: ``net`` is not a ResNet.
-        ValueError: ``net`` has no temporal shifts or no supported blocks.
+        ValueError: ``net`` has no temporal shifts or no supported blocks, or ``fold_norms`` is set and ``net`` is in
+            training mode.
 
     Warns:
         UserWarning: some blocks are not supported. The message has the reasons. These blocks run unfused.
@@ -66,12 +72,17 @@ def fuse(net: nn.Module) -> None:
     reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in names_of.items())
     if len(unsupported) == len(blocks):
         raise ValueError(f"net must have supported residual blocks, got none ({reasons})")
+    if fold_norms:
+        check_foldable(net)
     if unsupported:
         warnings.warn(f"tsm_jit.residual.fuse does not fuse some blocks ({reasons})", UserWarning, stacklevel=2)
     for stage in stages.values():
         stage.__class__ = Stage  # a new module would lose hooks, keys and references
     if class_name(type(net)) in _NETWORKS and not isinstance(net, FusedNetwork):
         net.__class__ = _fused_class(type(net))  # type: ignore[arg-type]
+    if fold_norms:
+        names = RESNET.stems.get(class_name(getattr(net, "network", type(net))), ())
+        fold(net, stem_layers(net, names), [block for name, block in blocks.items() if name not in unsupported])
 
 
 def unfuse(net: nn.Module) -> None:
@@ -157,8 +168,7 @@ class FusedNetwork(nn.Module):
         if not fuses(x) or any(type(stage) is not Stage or has_hooks(stage) for stage in stages):
             return None
         blocks = [block for stage in stages for block in stage]
-        first, *others = (getattr(self, name) for name in RESNET.stems[class_name(self.network)])
-        stem = [*layers_of(first), *others]
+        stem = stem_layers(self, RESNET.stems[class_name(self.network)])
         if len(stem) < 4:  # no norm, no ReLU, or hooks on all of them
             return None
         return run_blocks(blocks, run_stem(stem, x, blocks[0]))

@@ -38,6 +38,7 @@ from tsm_jit.fused.match import (
 )
 from tsm_jit.modules.base import has_global_hooks
 from tsm_jit.ops.compat import is_exporting
+from tsm_jit.ops.conv_relu import conv_relu
 from tsm_jit.ops.residual import NO_SHIFT, Norm, acc_dtype, has_channel_sums, has_pixel_index
 from tsm_jit.plans import decode
 
@@ -78,7 +79,9 @@ def run_stem(modules: list[nn.Module], x: Tensor, following: nn.Module) -> Strea
     z = x
     for module in before:
         z = module(z)
-    if not is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
+    if is_relu(relu) and type(norm) is nn.Identity and not torch.is_grad_enabled():
+        x = pool(z.relu_())
+    elif not is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
         x = pool(relu(norm(z)))
     elif torch.is_grad_enabled():
         normed = None if is_compiling() else _norm(norm, z)  # Inductor fuses them with the pooling
@@ -96,6 +99,9 @@ def run_stem(modules: list[nn.Module], x: Tensor, following: nn.Module) -> Strea
 def _run(block: BlockLayers, following: BlockLayers | None, stream: Stream) -> Stream:
     """Runs one block. Its output has the layout that the following block reads."""
     modules, downsample = block
+    if is_folded(block):
+        out = _run_folded(block, stream)
+        return Stream(out, out)
     in_one = _layers([unshifted_module(modules[0]), *modules[1:]], stream.first)
     identity, identity_norm = stream.identity, None
     identity_shift = None if stream.step or downsample else stream.shift
@@ -146,12 +152,46 @@ def _run(block: BlockLayers, following: BlockLayers | None, stream: Stream) -> S
     return Stream(x[-1], x[0], boundary, next_shift)
 
 
+def is_folded(block: BlockLayers) -> bool:
+    """Whether :func:`_run_folded` can run ``block``: its norms are folded, and it is inference without autocast."""
+    modules = [unshifted_module(module) for module in block.branch]
+    convolutions, activations = modules[::2], modules[1::2]
+    return (
+        not torch.is_grad_enabled()
+        and len(modules) % 2 == 1
+        and all(map(is_relu, activations))
+        and all(map(_has_bias, convolutions))
+        and not torch.is_autocast_enabled(modules[0].weight.device.type)  # type: ignore[union-attr, arg-type]
+    )
+
+
+def _has_bias(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution with a bias and zero padding, given in numbers."""
+    if not is_convolution(module) or module.bias is None or module.padding_mode != "zeros":
+        return False
+    return all(isinstance(each, tuple) for each in (module.stride, module.padding, module.dilation))
+
+
+def _run_folded(block: BlockLayers, stream: Stream) -> Tensor:
+    """Runs a block whose norms are folded. Each ReLU, and the addition, is part of the convolution before it."""
+    identity = stream.identity
+    for module in block.downsample:
+        identity = module(identity)
+    x = stream.first
+    convolutions = block.branch[::2]
+    for convolution in convolutions:
+        shift = convolution.shift_of(x) if is_shifted(convolution) else None
+        add = identity if convolution is convolutions[-1] else None
+        x = conv_relu(x, unshifted_module(convolution), add, shift)  # type: ignore[arg-type]
+    return x
+
+
 def _input_layout(following: BlockLayers | None, x: Tensor) -> tuple[str | None, int]:
     """Returns ``shift`` and ``step`` of the :class:`Stream` that the following block reads, for a stream like ``x``."""
     if following is None:
         return None, 0
     conv1, *_ = following.branch
-    if not is_shifted(conv1):
+    if not is_shifted(conv1) or is_folded(following):
         return None, 0
     shift = conv1.shift_of(x)
     if len(decode(shift).plan) >= _MAX_GROUPS:

@@ -45,12 +45,15 @@ def shift_tokens(x: Tensor, shift: str, num_prefix_tokens: int, function: Callab
 
 
 def served_conv1x1(
-    x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int, relu: bool = False
 ) -> Callable[[], Tensor] | None:
-    """Returns what computes :func:`shift_conv1x1` without a shifted copy, or None if the kernels do not serve."""
+    """Returns what computes :func:`shift_conv1x1` without a shifted copy, or None if the kernels do not serve.
+
+    ``relu`` applies a ReLU to the result, without gradients.
+    """
     if not x.is_cuda or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return None
-    return _served(x, weight, bias, shift, stride, 0)
+    return _served(x, weight, bias, shift, stride, 0, relu)
 
 
 def served_linear(
@@ -63,7 +66,13 @@ def served_linear(
 
 
 def _served(
-    x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int, num_prefix_tokens: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: str,
+    stride: int,
+    num_prefix_tokens: int,
+    relu: bool = False,
 ) -> Callable[[], Tensor] | None:
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
@@ -86,7 +95,7 @@ def _served(
     product = _product(x.shape, weight.shape[0], shift, stride, num_prefix_tokens, dtype, x.device)
     if product is None:
         return None
-    return lambda: product(x if x.dtype is dtype else x.to(dtype), weight, bias)
+    return lambda: product(x if x.dtype is dtype else x.to(dtype), weight, bias, relu)
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -204,19 +213,22 @@ class _Product:
             *(tuple(plan), self.rows, self.n // 8, self.k // 8, height * width, shift.n_segment),
             *(shift.n_segment_shifted, num_prefix_tokens, width, positions, out_width),
         )
-        self.forward_kernels: dict[torch.dtype | None, _Kernel] = {}
+        self.forward_kernels: dict[tuple[torch.dtype | None, bool], _Kernel] = {}
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
         if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                return self(x, weight, bias)
+                return self(x, weight, bias, relu)
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return _DifferentiableProduct.apply(x, weight, bias, self)
-        return self.forward(x, weight if weight.dtype is self.dtype else weight.to(self.dtype), bias)
+        weight = weight if weight.dtype is self.dtype else weight.to(self.dtype)
+        return self.forward(x, weight, bias, relu)
 
-    def _kernel(self, name: str, tiles: int, parts: int, blocks: tuple[int, int, int], warps: int) -> _Kernel:
+    def _kernel(
+        self, name: str, tiles: int, parts: int, blocks: tuple[int, int, int], warps: int, **more: Any
+    ) -> _Kernel:
         import triton.language as tl
 
         constants: dict[str, Any] = {
@@ -224,18 +236,20 @@ class _Product:
             "STRIDE": self.stride,
             "HAS_PREFIX": self.num_prefix_tokens > 0,
             "INDEX": tl.int64 if max(self.shape.numel(), self.rows * self.n) >= 2**31 else tl.int32,
+            **more,
             **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)),
         }
         return _Kernel(name, (tiles, parts, 1), self.sizes, constants, warps, stages=3)
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
         format = torch.channels_last if len(self.out_shape) == 4 else torch.contiguous_format
         z = torch.empty(self.out_shape, dtype=self.dtype, device=x.device, memory_format=format)
-        key = None if bias is None else bias.dtype
+        key = (None if bias is None else bias.dtype, relu)
         kernel = self.forward_kernels.get(key)
         if kernel is None:
             blocks = (128, self.block_n, self.depth)
-            kernel = self._kernel("forward", self.tiles, 1, blocks, warps=4 if self.block_n == 64 else 8)
+            warps = 4 if self.block_n == 64 else 8
+            kernel = self._kernel("forward", self.tiles, 1, blocks, warps, RELU=relu)
             self.forward_kernels[key] = kernel
         kernel(x, weight, bias, z)
         return z

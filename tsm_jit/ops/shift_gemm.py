@@ -7,7 +7,7 @@ the positions of all frames, the ``K`` columns are channels. With a temporal shi
 
 So the kernels read ``x`` at other rows, and no shifted copy exists:
 
-- ``forward``: ``z = a @ w.T``.
+- ``forward``: ``z = a @ w.T``, with a bias and a ReLU if asked for.
 - ``weight_grad``: ``dw = dz.T @ a``.
 
 Sizes: ``x`` has frames of ``P`` positions and clips of ``T`` frames. The first ``S`` frames of a clip are shifted, but
@@ -68,7 +68,7 @@ def _source(row, offset, P, T, S, PREFIX, PADDING: constexpr, HAS_PREFIX: conste
 def forward(
     x, w, bias, z, plan, M, N8, K8, P, T, S, PREFIX, W, OUT_P, OUT_W,
     PADDING: constexpr, STRIDE: constexpr, HAS_PREFIX: constexpr, INDEX: constexpr,
-    BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr,
+    RELU: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr,
 ):  # fmt: skip
     """``z`` is ``[M, N]``. A program computes ``BLOCK_M`` rows of ``BLOCK_N`` columns."""
     N = N8 * 8
@@ -88,6 +88,8 @@ def forward(
         acc = tl.dot(a, b, acc)
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     out = z + m.to(INDEX)[:, None] * N + n[None, :]
     tl.store(out, acc.to(z.dtype.element_ty), mask=rows[:, None] & (n < N)[None, :])
 

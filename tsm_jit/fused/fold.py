@@ -1,0 +1,61 @@
+"""Folds the batch normalizations of a network into its convolutions, for inference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from tsm_jit.fused.match import block_layers, is_convolution, layers_of, unshifted_module
+
+
+def check_foldable(net: nn.Module) -> None:
+    """Raises ValueError if ``net`` is in training mode, whose norms compute statistics."""
+    if any(module.training for module in net.modules()):
+        raise ValueError("net must be in evaluation mode to fold its norms, got training mode: call net.eval() first")
+
+
+def fold_norms(net: nn.Module, stem: list[nn.Module], blocks: list[nn.Module]) -> None:
+    """Folds each norm that follows a convolution in ``stem`` or in the supported ``blocks`` into this convolution.
+
+    The weights and biases of the convolutions change, and ``nn.Identity`` takes the place of the norms.
+    """
+    sequences = [stem]
+    for block in blocks:
+        sequences += [[unshifted_module(module) for module in layers] for layers in block_layers(block)]
+    folded = {}
+    for modules in sequences:
+        for conv, norm in itertools.pairwise(modules):
+            if is_convolution(conv) and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
+                _fold(conv, norm)
+                folded[norm] = nn.Identity()
+    for parent in list(net.modules()):
+        for name, child in parent._modules.items():
+            if child in folded:
+                parent._modules[name] = folded[child]
+
+
+@torch.no_grad()
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    statistics: list[Any] = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    mean, variance, weight, bias = (None if each is None else each.double() for each in statistics)
+    conv_bias = None if conv.bias is None else conv.bias.double()
+    new = fuse_conv_bn_weights(conv.weight.double(), conv_bias, mean, variance, norm.eps, weight, bias)  # type: ignore
+    for name, parameter in zip(("weight", "bias"), new, strict=True):
+        dense = parameter.to(conv.weight.dtype).contiguous(
+            memory_format=torch.channels_last
+            if name == "weight" and conv.weight.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
+        setattr(conv, name, nn.Parameter(dense, requires_grad=False))
+
+
+def stem_layers(net: Any, names: tuple[str, ...]) -> list[nn.Module]:
+    """Returns the layers before the first block of ``net``, from the names of its modules."""
+    if not names:
+        return []
+    first, *others = (getattr(net, name) for name in names)
+    return [*layers_of(first), *others]

@@ -1,0 +1,70 @@
+"""A convolution, an addition and a ReLU in one pass, for inference with norms folded into the convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsm_jit.ops.compat import eager
+from tsm_jit.ops.shift_conv import served_conv1x1
+from tsm_jit.ops.temporal_shift import temporal_shift
+
+_library = torch.library.Library("tsm_jit", "FRAGMENT")
+_library.define(
+    "conv_relu(Tensor x, Tensor weight, Tensor bias, Tensor? add, str? shift, int[] stride, int[] padding, "
+    "int[] dilation, int groups) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def conv_relu(x: Tensor, conv: torch.nn.Conv2d, add: Tensor | None = None, shift: str | None = None) -> Tensor:
+    """Computes ``relu(conv(temporal_shift(x)) + add)`` without gradients, for a ``conv`` with a bias.
+
+    Args:
+        x: frames ``[N*T, C, H, W]``.
+        conv: a convolution with zero padding.
+        add: like the result, or None.
+        shift: an encoded shift, or None.
+    """
+    arguments: Any = (x, conv.weight, conv.bias, add, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _compute(*arguments) if eager() else torch.ops.tsm_jit.conv_relu(*arguments)
+
+
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    shift: str | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    if shift is not None:
+        is_product = weight.shape[2:] == (1, 1) and groups == 1 and not any(padding) and stride[0] == stride[1] <= 2
+        if is_product and add is None:
+            product = served_conv1x1(x, weight, bias, shift, stride[0], relu=True)
+            if product is not None:
+                return product()
+        x = temporal_shift(x, shift)
+    if groups == 1 and x.dtype in _CUDNN and torch.backends.cudnn.is_acceptable(x):
+        if add is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        return torch.cudnn_convolution_add_relu(x, weight, add, 1, bias, stride, padding, dilation, groups)
+    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return (z if add is None else z.add_(add)).relu_()
+
+
+_CUDNN = (torch.float16, torch.bfloat16, torch.float32)  # cuDNN fuses no float64
+
+
+def _fake(x, weight, bias, add, shift, stride, padding, dilation, groups) -> Tensor:
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+_library.impl("conv_relu", _compute, "CompositeExplicitAutograd")
+_library.impl("conv_relu", _fake, "Meta")
