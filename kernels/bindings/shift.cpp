@@ -218,14 +218,8 @@ Tensor unexpanded(Tensor x, const ShiftPlan& plan) {
   return x;
 }
 
-// Where an in-place shift saves its boundary frames, or restores them from. Null data: nowhere.
-struct Boundary {
-  void* data = nullptr;
-  bool restore = false;
-};
-
 // Shifts src into dst; in place if they are the same tensor. `adds`: computes the adjoint of `keep` or `replicate`.
-void run_shift(const Tensor& src, Tensor& dst, const ShiftPlan& plan, bool adds, Boundary boundary = {}) {
+void run_shift(const Tensor& src, Tensor& dst, const ShiftPlan& plan, bool adds) {
   ShiftDescriptor descriptor;
   const bool in_place = src.get() == dst.get();
   if (!describe_shift(src, dst, plan, descriptor)) {  // no layout has these strides
@@ -241,23 +235,14 @@ void run_shift(const Tensor& src, Tensor& dst, const ShiftPlan& plan, bool adds,
       return run_shift(dst, dst, plan, adds);
     }
     Tensor copy = torch::stable::contiguous(src);
-    run_shift(copy, copy, plan, adds, boundary);
+    run_shift(copy, copy, plan, adds);
     torch::stable::copy_(dst, copy);
     return;
   }
   Shift& s = descriptor.shift;
-  std::vector<int64_t> boundary_begin;
-  if (boundary.data != nullptr) {
-    const int64_t inner_bytes = layout_boundary(descriptor.groups, plan.padding, boundary_begin);
-    s.boundary = {static_cast<char*>(boundary.data), boundary_begin.data(), inner_bytes, boundary.restore};
-  }
   s.sum_dtype = adds ? to_dtype(src.scalar_type()) : DType::none;
   void* data = dst.mutable_data_ptr();
   execute(src, s, in_place ? data : src.const_data_ptr(), data);
-}
-
-void negate_offsets(ShiftPlan& plan) {
-  for (auto& group : plan.groups) group.second = -group.second;
 }
 
 void forward(const Tensor& x, Tensor& out, const std::string& shift) {
@@ -268,7 +253,9 @@ void forward(const Tensor& x, Tensor& out, const std::string& shift) {
 void backward(const Tensor& grad, Tensor& out, const std::string& shift) {
   ShiftPlan plan = shift_plan(grad, shift);
   const bool adds = plan.padding == Padding::keep || plan.padding == Padding::replicate;
-  if (!adds) negate_offsets(plan);  // the adjoint of zeros and circular is the shift by -offset
+  if (!adds) {  // the adjoint of zeros and circular is the shift by -offset
+    for (auto& group : plan.groups) group.second = -group.second;
+  }
   if (grad.numel() != 0) run_shift(grad, out, plan, adds);
 }
 
@@ -281,31 +268,6 @@ Tensor temporal_shift_backward(const Tensor& grad, const std::string& shift) {
 void temporal_shift_(const Tensor& x, const std::string& shift) {
   Tensor out = x;
   forward(x, out, shift);
-}
-
-// The number of elements of the boundary frames of x.
-int64_t boundary_numel(const Tensor& x, const ShiftPlan& plan) {
-  return x.numel() == 0 ? 0 : x.numel() / plan.n_segment / x.size(plan.channel_dim) * boundary_channels(plan);
-}
-
-// Returns the boundary frames, in a layout that only temporal_shift_restore_ knows.
-Tensor temporal_shift_save_(const Tensor& x, const std::string& shift) {
-  const ShiftPlan plan = shift_plan(x, shift);
-  Tensor out = x, boundary = new_contiguous(x, x.scalar_type(), {boundary_numel(x, plan)});
-  if (x.numel() != 0) run_shift(x, out, plan, false, {boundary.numel() == 0 ? nullptr : boundary.mutable_data_ptr()});
-  return boundary;
-}
-
-void temporal_shift_restore_(const Tensor& x, const Tensor& boundary, const std::string& shift) {
-  ShiftPlan plan = shift_plan(x, shift);
-  if (boundary.numel() != boundary_numel(x, plan) || !boundary.is_contiguous() || !same_type_and_device(boundary, x)) {
-    fail("boundary must be what temporal_shift_save_ returned for this shift of such an x");
-  }
-  negate_offsets(plan);
-  if (plan.padding != Padding::circular) plan.padding = Padding::keep;
-  Tensor out = x;
-  if (x.numel() != 0)
-    run_shift(x, out, plan, false, {boundary.numel() == 0 ? nullptr : boundary.mutable_data_ptr(), true});
 }
 
 // Casts all tensors to `dtype`, in one launch.
@@ -332,8 +294,6 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   }
   m.impl("temporal_shift_", TORCH_BOX(&temporal_shift_));
   m.impl("temporal_shift_backward_", TORCH_BOX(&temporal_shift_backward_));
-  m.impl("temporal_shift_save_", TORCH_BOX(&temporal_shift_save_));
-  m.impl("temporal_shift_restore_", TORCH_BOX(&temporal_shift_restore_));
   m.impl("cast", TORCH_BOX(&cast));
 }
 

@@ -48,13 +48,9 @@ TSM_HOST_DEVICE inline FrameRange padded_from(int32_t s, int32_t offset, int32_t
   return {0, 0};
 }
 
-// Returns the boundary frames: the frames of `in` that no frame of `out` holds, apart from padding. The shift moves
-// them out of the clip. With `circular` padding there are no boundary frames.
-TSM_HOST_DEVICE inline FrameRange boundary_frames(int32_t offset, int32_t n) {
-  return offset > 0 ? FrameRange{0, offset} : FrameRange{n + offset, n};
-}
-
-// Where a shifted tensor with boundary frames holds frame s of the unshifted tensor.
+// Where a shifted tensor with boundary frames holds frame s of the unshifted tensor. The boundary frames are the frames
+// of `in` that no frame of `out` holds, apart from padding: the shift moves them out of the clip. With offset > 0 they
+// are the first `offset` frames, else the last `-offset` of the n. With `circular` padding there are none.
 struct ShiftedIndex {
   int32_t t;         // as frame t of the shifted tensor; kNoFrame: as a boundary frame
   int32_t boundary;  // which of the group's boundary frames, if t is kNoFrame

@@ -31,18 +31,6 @@ struct Strides {
   int64_t clip, frame, outer;
 };
 
-// Optional for an in-place shift: memory for the boundary frames, which the shift would otherwise destroy.
-// The shift saves them there, and its inverse restores them.
-//
-//     data    [clips, outer_size, inner_bytes]: first all boundary frames of group 0, frame by frame, then all of
-//             group 1, and so on
-struct BoundaryBuffer {
-  char* data;            // null: boundary frames are not saved
-  const int64_t* begin;  // [n_groups] in bytes of inner_bytes
-  int64_t inner_bytes;
-  bool restore;  // this shift is the inverse of the one that saved them: it copies them back
-};
-
 struct Shift {
   int64_t clips, frames, outer_size, inner_bytes;
   int32_t n_segment_shifted;  // frames from here on do not take part
@@ -51,7 +39,6 @@ struct Shift {
   const ChannelGroup* groups;
   int32_t n_groups;  // the groups cover [0, inner_bytes) in order
   Strides src, dst;
-  BoundaryBuffer boundary;
 };
 
 }  // namespace tsm_jit

@@ -26,7 +26,7 @@ struct Norm {
 
 // Activations and their shift.
 struct ResidualStream {
-  Shift shift;  // src, dst, sum_dtype and boundary are not used
+  Shift shift;  // src, dst and sum_dtype are not used
   DType dtype;
   int64_t channel_numel;          // contiguous elements of one channel: H*W in NCHW, 1 in NHWC
   const int64_t* boundary_begin;  // [n_groups] where the group begins in boundary, in bytes of boundary_inner_bytes

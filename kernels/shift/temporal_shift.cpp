@@ -120,18 +120,6 @@ class GroupTile {
     copy_frames_from_n();
   }
 
-  // Copies the boundary frames between the tensor and `buffer`, whose frames are `frame_bytes` apart.
-  void save_boundary(Rows<char> buffer, int64_t frame_bytes) {
-    const FrameRange frames = boundary_frames(offset_, n_);
-    for (int32_t t = frames.begin; t < frames.end; ++t, buffer.data += frame_bytes) copy(buffer, in(t), rows_, width_);
-  }
-  void restore_boundary(Rows<char> buffer, int64_t frame_bytes) {
-    const FrameRange frames = boundary_frames(-offset_, n_);  // of the shift that this one inverts
-    for (int32_t t = frames.begin; t < frames.end; ++t, buffer.data += frame_bytes) {
-      copy(out(t), {buffer.data, buffer.stride}, rows_, width_);
-    }
-  }
-
   int32_t offset() const { return offset_; }
 
  private:
@@ -172,20 +160,8 @@ void shift_tile(const Shift& s, const char* src, char* dst, int64_t clip, int64_
     const ChannelGroup& group = s.groups[g];
     const int64_t from = std::max(begin, group.begin), to = std::min(end, group.end);
     if (from >= to || (in_place && group.offset == 0)) continue;
-    GroupTile tile(s, group.offset, src + clip * s.src.clip + row * s.src.outer + from,
-                   dst + clip * s.dst.clip + row * s.dst.outer + from, rows, to - from);
-    const BoundaryBuffer& boundary = s.boundary;
-    if (boundary.data == nullptr) {
-      tiles.push_back(std::move(tile));
-      continue;
-    }
-    char* const first =
-        boundary.data + (clip * s.outer_size + row) * boundary.inner_bytes + boundary.begin[g] + from - group.begin;
-    const Rows<char> buffer{first, boundary.inner_bytes};
-    const int64_t frame_bytes = group.end - group.begin;
-    if (!boundary.restore) tile.save_boundary(buffer, frame_bytes);
-    tile.gather();
-    if (boundary.restore) tile.restore_boundary(buffer, frame_bytes);
+    tiles.emplace_back(s, group.offset, src + clip * s.src.clip + row * s.src.outer + from,
+                       dst + clip * s.dst.clip + row * s.dst.outer + from, rows, to - from);
   }
   if (!in_place && s.sum_dtype == DType::none) {  // frame by frame, as `dst` lies in memory
     for (int32_t t = 0; t < s.frames; ++t) {

@@ -38,7 +38,7 @@ class ShiftLauncher {
     const int64_t max_inner_bytes = s.outer_size > 1 ? kMaxBytes / 16 : kMaxBytes;
     const bool one_launch = fits_tile_ && s.n_groups <= kMaxGroups && s.inner_bytes <= max_inner_bytes;
     const bool ends_with_outer = s.outer_size == 1 || !in_place_ || s.inner_bytes % spanning == 0;
-    if (one_launch && ends_with_outer && s.boundary.data == nullptr) vec_bytes_ = std::max(vec_bytes_, spanning);
+    if (one_launch && ends_with_outer) vec_bytes_ = std::max(vec_bytes_, spanning);
   }
 
   // Returns null or an error message.
@@ -68,7 +68,6 @@ class ShiftLauncher {
   int64_t widest_vec(bool may_span) const {
     uint64_t bits = 16 | reinterpret_cast<uintptr_t>(src_) | reinterpret_cast<uintptr_t>(dst_);
     bits |= s_.inner_bytes * s_.outer_size;
-    bits |= reinterpret_cast<uintptr_t>(s_.boundary.data);
     for (const Strides& strides : {s_.src, s_.dst}) {
       if (s_.clips > 1) bits |= strides.clip;
       if (s_.frames > 1) bits |= strides.frame;
@@ -81,7 +80,6 @@ class ShiftLauncher {
 
   // Launches for the bytes [begin, end) of inner_bytes, which belong to these groups.
   const char* launch_bytes(int32_t first_group, int32_t n_groups, int64_t begin, int64_t end) const {
-    const BoundaryBuffer& boundary = s_.boundary;
     ShiftArgs a{};
     a.src_strides = s_.src;
     a.dst_strides = s_.dst;
@@ -96,19 +94,12 @@ class ShiftLauncher {
       const ChannelGroup& group = s_.groups[first_group + g];
       a.group_end[g] = static_cast<int32_t>(std::clamp(group.end, begin, end) - begin);
       a.group_offset[g] = group.offset;
-      if (boundary.data == nullptr) continue;
-      a.boundary_frame[g] = group.end - group.begin;
-      a.boundary_begin[g] = boundary.begin[first_group + g] + begin - group.begin;
     }
-    a.restore = boundary.restore;
-    a.boundary_outer = boundary.inner_bytes;
-    a.boundary_clip = s_.outer_size * boundary.inner_bytes;
     // A multiple of 16 outer indices, so that each launch begins at a multiple of a Vec.
     const int64_t fit = kMaxBytes / a.inner_bytes, step = fit < 16 ? std::max<int64_t>(1, fit) : fit / 16 * 16;
     for (int64_t outer = 0; outer < s_.outer_size; outer += step) {
       a.src = src_ + outer * s_.src.outer + begin;
       a.dst = dst_ + outer * s_.dst.outer + begin;
-      if (boundary.data != nullptr) a.boundary = boundary.data + outer * a.boundary_outer;
       a.frame_bytes = static_cast<int32_t>(std::min(step, s_.outer_size - outer) * a.inner_bytes);
       if (const char* error = launch_op(a)) return error;
     }
@@ -158,7 +149,6 @@ class ShiftLauncher {
       if (const char* error = launch(kernel, grid, block, shared_bytes, stream_, a)) return error;
       a.src += kMaxGrid * s_.src.clip;
       a.dst += kMaxGrid * s_.dst.clip;
-      if (a.boundary != nullptr) a.boundary += kMaxGrid * a.boundary_clip;
     }
     return nullptr;
   }

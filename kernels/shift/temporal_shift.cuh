@@ -43,12 +43,6 @@ struct ShiftArgs {
   int32_t n_groups;
   int32_t group_end[kMaxGroups];  // in bytes of inner_bytes; the last one is inner_bytes
   int32_t group_offset[kMaxGroups];
-  // The BoundaryBuffer of an in-place shift, or null. Distances in bytes from clip to clip and from outer index to
-  // outer index. Of each group: the distance from frame to frame, and where its boundary frames begin.
-  char* boundary;
-  bool restore;
-  int64_t boundary_clip, boundary_outer;
-  int64_t boundary_frame[kMaxGroups], boundary_begin[kMaxGroups];
 };
 
 // Declarations for host code. Without nvcc it is compiled against these alone.
@@ -71,16 +65,6 @@ struct Column {
   int32_t group;                 // the group of the first byte
   int32_t offset;                // of this group
   int32_t group_end;             // end of this group, in bytes from the first byte of the Vec
-  char* boundary;                // null: boundary frames are neither saved nor restored
-  int64_t boundary_frame;
-  FrameRange boundary_range{0, 0};  // the boundary frames of this group
-
-  __device__ bool is_boundary(int32_t t) const {
-    return boundary != nullptr && boundary_range.begin <= t && t < boundary_range.end;
-  }
-  __device__ Vec& saved(int32_t t) const {
-    return *reinterpret_cast<Vec*>(boundary + (t - boundary_range.begin) * boundary_frame);
-  }
   __device__ Vec operator[](int32_t t) const { return *reinterpret_cast<const Vec*>(src + t * src_frame); }
   __device__ void store(int32_t t, Vec value) const { *reinterpret_cast<Vec*>(dst + t * dst_frame) = value; }
 };
@@ -107,12 +91,6 @@ __device__ bool find_column(const ShiftArgs& a, Column<Vec>& column) {
   column.dst = a.dst + clip * a.dst_strides.clip + outer * a.dst_strides.outer + begin;
   column.src_frame = a.src_strides.frame;
   column.dst_frame = a.dst_strides.frame;
-  column.boundary = a.boundary;
-  if (a.boundary != nullptr) {
-    column.boundary += clip * a.boundary_clip + outer * a.boundary_outer + a.boundary_begin[column.group] + begin;
-    column.boundary_frame = a.boundary_frame[column.group];
-    column.boundary_range = boundary_frames(a.restore ? -column.offset : column.offset, a.n_segment_shifted);
-  }
   return true;
 }
 
@@ -264,7 +242,7 @@ __global__ void __launch_bounds__(kThreads) shift_tile(const __grid_constant__ S
   const int32_t lowest = max(first - a.max_offset, 0), highest = min(last + a.max_offset, a.frames);
   const SharedColumn<Vec> frames{reinterpret_cast<Vec*>(shared) + threadIdx.x, lowest};
 
-  // Load the frames of `in` that the block reads: those that move into [first, last), padding, boundary frames.
+  // Load the frames of `in` that the block reads: those that move into [first, last), and padding.
   const FrameRange moving{max(first + ShiftOp::kSign * offset, 0), min(min(last, n) + ShiftOp::kSign * offset, n)};
   const bool padding_reads = a.padding == Padding::keep ? !in_place || ShiftOp::kSign < 0 : a.padding != Padding::zeros;
   const bool others_are_read = padding_reads || a.frames > n;
@@ -273,9 +251,7 @@ __global__ void __launch_bounds__(kThreads) shift_tile(const __grid_constant__ S
   const char* src = column.src + t * column.src_frame;
   for (; t < highest; t += blockDim.y, src += src_step) {
     const bool moves = moving.begin <= t && t < moving.end;
-    const bool is_saved = !a.restore && column.is_boundary(t);
-    if (moves || is_saved || !is_one_group ||
-        (others_are_read && ShiftOp::is_padding_source(a, t, offset, first, last))) {
+    if (moves || !is_one_group || (others_are_read && ShiftOp::is_padding_source(a, t, offset, first, last))) {
       start_copy(&frames[t], src);
     }
   }
@@ -286,11 +262,6 @@ __global__ void __launch_bounds__(kThreads) shift_tile(const __grid_constant__ S
   t = first + threadIdx.y;
   char* dst = column.dst + t * column.dst_frame;
   for (; t < last; t += blockDim.y, dst += dst_step) {
-    if (column.is_boundary(t)) {
-      if (a.restore) *reinterpret_cast<Vec*>(dst) = column.saved(t);
-      if (a.restore) continue;
-      column.saved(t) = frames[t];
-    }
     const SourceFrames from = ShiftOp::sources(a, t, offset);
     if (in_place && is_one_group && from.are_only(t)) continue;
     Vec value = ShiftOp::template evaluate<Vec>(frames, from);
@@ -334,8 +305,6 @@ __global__ void __launch_bounds__(kThreads) shift_stream(const __grid_constant__
       return;
     }
   }
-#pragma unroll 1
-  for (int32_t t = column.boundary_range.begin; column.is_boundary(t) && !a.restore; ++t) column.saved(t) = column[t];
   const bool backward_in_time = in_place && ShiftOp::kSign * column.offset < 0;
 #pragma unroll 1
   for (int32_t i = blockIdx.y; i < a.frames; i += gridDim.y) {
@@ -343,9 +312,6 @@ __global__ void __launch_bounds__(kThreads) shift_stream(const __grid_constant__
     const SourceFrames from = ShiftOp::sources(a, t, column.offset);
     if (!in_place || !from.are_only(t)) column.store(t, ShiftOp::template evaluate<Vec>(column, from));
   }
-#pragma unroll 1
-  for (int32_t t = column.boundary_range.begin; column.is_boundary(t) && a.restore; ++t)
-    column.store(t, column.saved(t));
 }
 
 #endif

@@ -183,7 +183,7 @@ def test_in_place_leaves_no_trace_for_autograd(device):
     assert_same_bits(leaf.grad, (leaf > 0).float())
 
 
-def test_in_place_restores_the_input_when_net_fails(device):
+def test_in_place_keeps_the_input_when_net_fails(device):
     conv = TemporalShift(nn.Conv2d(15, 4, 1).to(device), 4, inplace=True)
     x = torch.randn(8, 16, 3, 3, device=device)
     before = x.clone()

@@ -58,9 +58,6 @@ def check(x, shift: Shift, adjoint_of=None) -> None:
     assert_same_bits(x, expected)
     assert x.stride() == strides
     x.copy_(original)
-    with ops.shifted_in_place(x, encoded):
-        assert_same_bits(x, expected)
-    assert_same_bits(x, original)
     if adjoint_of is None:
         grad = x
     torch.ops.tsm_jit.temporal_shift_backward_(grad, encoded)

@@ -146,7 +146,7 @@ def _product(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> C
 def only_reads_input(net: nn.Module) -> bool:
     """Whether ``net`` only reads its input, and no hook can keep the input or its gradient.
 
-    A hook that keeps either would see it change.
+    The backward may write into this gradient, and a kernel may compute the output of ``net`` without calling it.
     """
     return (type(net) in _READ_ONLY_MODULES or is_conv2d(net)) and not has_hooks(net) and not has_global_hooks()
 

@@ -6,8 +6,6 @@ Each operator takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
   derivative of the other, so reverse mode works to any order. Forward-mode AD needs the functions below, because
   PyTorch drops the tangent of an operator with a Python autograd kernel.
 - ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, without autograd.
-- ``temporal_shift_save_(x!, shift) -> Tensor`` and ``temporal_shift_restore_(x!, boundary, shift)``: a temporary shift
-  in place. The first returns the boundary frames, the second needs them to restore every bit of ``x``.
 - The overload ``.kernel`` of the first two: without autograd. A Python autograd kernel costs 3 to 8 us per call, even
   under ``no_grad``. So eager mode calls this overload from an autograd function, and compiled graphs contain it.
 - The overload ``.recompute`` of the first, for a backward that shifts again. With any other overload, compilers would
@@ -59,8 +57,6 @@ for _schema in (
     "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward.kernel(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward_(Tensor(a!) grad, str shift) -> ()",
-    "temporal_shift_save_(Tensor(a!) x, str shift) -> Tensor",
-    "temporal_shift_restore_(Tensor(a!) x, Tensor boundary, str shift) -> ()",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -71,8 +67,6 @@ _forward_exported = torch.ops.tsm_jit.temporal_shift.exported
 _forward_in_place = direct(torch.ops.tsm_jit.temporal_shift_.default)
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
 _backward_kernel = direct(torch.ops.tsm_jit.temporal_shift_backward.kernel)
-_save = direct(torch.ops.tsm_jit.temporal_shift_save_.default)
-_restore = direct(torch.ops.tsm_jit.temporal_shift_restore_.default)
 _backward_in_place = direct(torch.ops.tsm_jit.temporal_shift_backward_.default)
 
 
@@ -296,20 +290,6 @@ def _check_view(x: Tensor) -> None:
 
 
 @contextmanager
-def shifted_in_place(x: Tensor, shift: str) -> Iterator[None]:
-    """Context manager: shifts ``x`` in place on entry and restores its bits on exit. Only without autograd.
-
-    The boundary frames are saved for the restore: ``|offset|`` frames of each clip and group.
-    """
-    x = x.data  # does not increase the version counter, since x is unchanged afterwards
-    boundary = _save(x, shift)
-    try:
-        yield
-    finally:
-        _restore(x, boundary, shift)
-
-
-@contextmanager
 def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """Context manager that yields ``shift(x)``. If autograd saves this tensor, the backward recomputes it from ``x``.
 
@@ -389,34 +369,7 @@ def _register(differentiable, kernels: tuple, in_place, compute, function: type[
     torch.library.register_vmap(differentiable, functools.partial(_vmapped, differentiable), lib=_library)
 
 
-def _fallback_save(x: Tensor, shift: str) -> Tensor:
-    boundary = torch.cat([x.new_empty(0), *(frames.flatten() for frames in reference.boundary_views(x, decode(shift)))])
-    _forward_in_place(x, shift)
-    return boundary
-
-
-def _fake_save(x: Tensor, shift: str) -> Tensor:
-    plan = decode(shift)
-    channels = x.shape[plan.channel_dim]
-    return x.new_empty(x.numel() // (plan.n_segment * channels) * plan.boundary_channels() if x.numel() else 0)
-
-
-def _fallback_restore(x: Tensor, boundary: Tensor, shift: str) -> None:
-    plan = decode(shift)
-    _forward_in_place(x, plan.inverse().encode())
-    views = list(reference.boundary_views(x, plan))
-    for frames, values in zip(views, boundary.split([frames.numel() for frames in views]), strict=True):
-        frames.copy_(values.view(frames.shape))
-
-
 _schemas = torch.ops.tsm_jit
-for _op, _compute, _fake in (
-    (_schemas.temporal_shift_save_.default, _fallback_save, _fake_save),
-    (_schemas.temporal_shift_restore_.default, _fallback_restore, lambda *_: None),
-):
-    _library.impl(_op, _compute, "CompositeExplicitAutograd")
-    _library.impl(_op, _fake, "Meta")
-
 
 _register(
     _schemas.temporal_shift.default,
