@@ -111,7 +111,7 @@ const char* add_relu_backward_cuda(const ResidualStream& r, const AddReluBackwar
   const bool vectors = uses_vectors(r,
                                     {b.out, b.boundary_out, b.grad_a, b.grad_b, b.grad_boundary, b.grad, b.grad_shifted,
                                      b.grad_boundary_in, b.normed[0], b.normed[1]},
-                                    sizeof(float), {b.mean[0], b.mean[1]});
+                                    {}, {b.mean[0], b.mean[1]});
   LaunchPlan plan;
   const int32_t slices = b.sums == nullptr ? 0 : b.slices;
   if (const char* error = make_plan(r, vectors, {slices, kBlocksBackward, false, false}, plan)) return error;

@@ -24,18 +24,26 @@ struct LaunchPlan {
 };
 
 // May vectors be 16 bytes wide? `activations` and groups must be aligned to 16 bytes. A vector must hold one element
-// per channel, or elements of at most two channels. `per_channel` arrays hold numbers of `number_bytes`, read as
-// vectors.
+// per channel, or elements of at most two channels. A kernel reads as many numbers of each part of `norms`, and of
+// each of `means` (float32), as one vector.
 inline bool uses_vectors(const ResidualStream& r, std::initializer_list<const void*> activations,
-                         int64_t number_bytes = 1, std::initializer_list<const void*> per_channel = {}) {
+                         std::initializer_list<Norm> norms = {}, std::initializer_list<const void*> means = {}) {
   if (r.dtype == DType::float64) return false;  // only used to check exactness
   if (r.channel_numel != 1 && r.channel_numel * element_bytes(r.dtype) < 16) return false;
   uint64_t bits = r.shift.inner_bytes | r.boundary_inner_bytes;
   for (int32_t g = 0; g < r.shift.n_groups; ++g) bits |= r.shift.groups[g].end | r.boundary_begin[g];
-  for (const void* pointer : activations) bits |= reinterpret_cast<uintptr_t>(pointer);
-  uint64_t vector_bits = 0;
-  for (const void* pointer : per_channel) vector_bits |= reinterpret_cast<uintptr_t>(pointer);
-  return bits % 16 == 0 && vector_bits % (16 / element_bytes(r.dtype) * number_bytes) == 0;
+  const auto are_aligned = [](std::initializer_list<const void*> pointers, int64_t bytes) {
+    bool result = true;
+    for (const void* pointer : pointers) result = result && reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+    return result;
+  };
+  const int64_t lanes = 16 / element_bytes(r.dtype), float_bytes = sizeof(float);
+  bool result = bits % 16 == 0 && are_aligned(activations, 16) && are_aligned(means, lanes * float_bytes);
+  for (const Norm& norm : norms) {
+    const int64_t vector_bytes = lanes * (norm.is_float32 ? float_bytes : element_bytes(r.dtype));
+    result = result && are_aligned({norm.mean, norm.variance, norm.weight, norm.bias}, vector_bytes);
+  }
+  return result;
 }
 
 // Fills `plan`. Returns null or an error message.

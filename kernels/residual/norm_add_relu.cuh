@@ -149,11 +149,8 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksInOrder)
 
 const char* norm_add_relu_cuda(const ResidualStream& r, const NormAddRelu& f, void* stream) {
   const bool in_order = shifts_z_in_place(f), adds = f.identity != nullptr;
-  const int64_t number_bytes = f.z_norm.is_float32 || f.identity_norm.is_float32 ? 4 : element_bytes(r.dtype);
   const bool vectors =
-      uses_vectors(r, {f.z, f.identity, f.boundary, f.out, f.boundary_out, f.unshifted}, number_bytes,
-                   {f.z_norm.mean, f.z_norm.variance, f.z_norm.weight, f.z_norm.bias, f.identity_norm.mean,
-                    f.identity_norm.variance, f.identity_norm.weight, f.identity_norm.bias});
+      uses_vectors(r, {f.z, f.identity, f.boundary, f.out, f.boundary_out, f.unshifted}, {f.z_norm, f.identity_norm});
   const int32_t blocks_per_sm = in_order ? kBlocksInOrder : adds ? kBlocksAdd : kBlocksNoAdd;
   LaunchPlan plan;
   if (const char* error = make_plan(r, vectors, {0, blocks_per_sm, in_order, f.unshifted != nullptr}, plan))

@@ -46,6 +46,31 @@ struct MaskGradient {
   }
 };
 
+// Calls visit(k, z, masked) for row k of each thread in a task. All rows are loaded before the first one is used.
+template <class Element, int kLanes, class Visit>
+__device__ void for_each_masked_row(const ChannelSlice<Packed<Element, kLanes>>& slice, const Task& task,
+                                    const NormReluBackward& b, const MaskGradient<Element, kLanes>& mask_gradient,
+                                    Visit visit) {
+  using Vec = Packed<Element, kLanes>;
+  const int32_t s = task.frames.begin, row = task.begin_row + threadIdx.y;
+  const auto grad_rows = slice.rows(b.grad, task.clip, s, row), z_rows = slice.rows(b.z, task.clip, s, row);
+  const ThreadRows rows{row, static_cast<int32_t>(blockDim.y), task.end_row};
+  Vec grad[kRowsPerThread], z[kRowsPerThread];
+#pragma unroll
+  for (int k = 0; k < kRowsPerThread; ++k) {
+    if (!rows.has(k)) continue;
+    grad[k] = grad_rows.load(k);
+    z[k] = z_rows.load(k);
+  }
+#pragma unroll
+  for (int k = 0; k < kRowsPerThread; ++k) {
+    if (!rows.has(k)) continue;
+    typename Element::acc_t masked[kLanes];
+    mask_gradient(grad[k], z[k], masked);
+    visit(k, z[k], masked);
+  }
+}
+
 template <class Element, int kLanes>
 __global__ void __launch_bounds__(kResidualThreads, kBlocksNormReluBackward)
     norm_relu_grad_sums_kernel(const __grid_constant__ StreamArgs a, const __grid_constant__ NormReluBackward b) {
@@ -59,27 +84,13 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksNormReluBackward)
     acc_t mean[kLanes];
     channels.template read<Native<acc_t>>(a, {b.norm.mean}, {mean});
     slice.for_each_task([&](const Task& task) {
-      const int32_t s = task.frames.begin, row = task.begin_row + threadIdx.y;
-      const auto grad_rows = slice.rows(b.grad, task.clip, s, row), z_rows = slice.rows(b.z, task.clip, s, row);
-      const ThreadRows rows{row, static_cast<int32_t>(blockDim.y), task.end_row};
-      Vec grad[kRowsPerThread], z[kRowsPerThread];
-#pragma unroll
-      for (int k = 0; k < kRowsPerThread; ++k) {
-        if (!rows.has(k)) continue;
-        grad[k] = grad_rows.load(k);
-        z[k] = z_rows.load(k);
-      }
-#pragma unroll
-      for (int k = 0; k < kRowsPerThread; ++k) {
-        if (!rows.has(k)) continue;
-        acc_t masked[kLanes];
-        mask_gradient(grad[k], z[k], masked);
+      for_each_masked_row(slice, task, b, mask_gradient, [&](int, const Vec& z, const acc_t(&masked)[kLanes]) {
 #pragma unroll
         for (int lane = 0; lane < kLanes; ++lane) {
           sums.of[0][lane] += masked[lane];
-          sums.of[1][lane] += masked[lane] * (z[k][lane] - mean[lane]);
+          sums.of[1][lane] += masked[lane] * (z[lane] - mean[lane]);
         }
-      }
+      });
     });
   }
   sums.store(a, b.sums, 1 + kNorms);
@@ -99,38 +110,23 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksNormReluBackward)
   const bool has_batch_norm = b.batch_norm.mean != nullptr;
   if (has_batch_norm) read_norm<Element>(a, b.batch_norm, channels, batch_scale, batch_bias);
   slice.template for_each_task<false>([&](const Task& task) {
-    const int32_t s = task.frames.begin, row = task.begin_row + threadIdx.y;
-    const auto grad_rows = slice.rows(b.grad, task.clip, s, row), z_rows = slice.rows(b.z, task.clip, s, row);
-    const auto out_rows = slice.rows(b.out, task.clip, s, row);
-    const ThreadRows rows{row, static_cast<int32_t>(blockDim.y), task.end_row};
-    Vec grad[kRowsPerThread], z[kRowsPerThread];
-#pragma unroll
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      if (!rows.has(k)) continue;
-      grad[k] = grad_rows.load(k);
-      z[k] = z_rows.load(k);
-    }
-#pragma unroll
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      if (!rows.has(k)) continue;
-      acc_t masked[kLanes], x[kLanes];
-      mask_gradient(grad[k], z[k], masked);
+    const auto out_rows = slice.rows(b.out, task.clip, task.frames.begin, task.begin_row + threadIdx.y);
+    for_each_masked_row(slice, task, b, mask_gradient, [&](int k, const Vec& z, const acc_t(&masked)[kLanes]) {
+      acc_t x[kLanes];
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
         x[lane] = masked[lane] * mask_gradient.scale[lane] + batch_bias[lane];
-        if (has_batch_norm) x[lane] += z[k][lane] * batch_scale[lane];
+        if (has_batch_norm) x[lane] += z[lane] * batch_scale[lane];
       }
       out_rows.store(k, Vec::of(x));
-    }
+    });
   });
 }
 
 #endif
 
 const char* norm_relu_grad_sums_cuda(const ResidualStream& r, const NormReluBackward& b, void* stream) {
-  const Norm& norm = b.norm;
-  const bool vectors =
-      uses_vectors(r, {b.grad, b.z}, sizeof(float), {norm.mean, norm.variance, norm.weight, norm.bias});
+  const bool vectors = uses_vectors(r, {b.grad, b.z}, {b.norm});
   LaunchPlan plan;
   if (const char* error = make_plan(r, vectors, {b.slices, 0, false, false}, plan)) return error;
   return dispatch_vec(r.dtype, vectors, [&](auto vec) -> const char* {
@@ -140,10 +136,7 @@ const char* norm_relu_grad_sums_cuda(const ResidualStream& r, const NormReluBack
 }
 
 const char* norm_relu_backward_cuda(const ResidualStream& r, const NormReluBackward& b, void* stream) {
-  const Norm& norm = b.norm;
-  const bool vectors =
-      uses_vectors(r, {b.grad, b.z, b.out}, sizeof(float),
-                   {norm.mean, norm.variance, norm.weight, norm.bias, b.batch_norm.weight, b.batch_norm.bias});
+  const bool vectors = uses_vectors(r, {b.grad, b.z, b.out}, {b.norm, b.batch_norm});
   LaunchPlan plan;
   if (const char* error = make_plan(r, vectors, {0, kBlocksNormReluBackward, false, false}, plan)) return error;
   return dispatch_vec(r.dtype, vectors, [&](auto vec) -> const char* {

@@ -72,10 +72,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksPool)
 #endif
 
 const char* norm_relu_max_pool_cuda(const ResidualStream& r, const NormReluMaxPool& p, void* stream) {
-  const Norm& norm = p.z_norm;
-  const bool vectors =
-      uses_vectors(r, {p.z, p.unshifted, p.out, p.boundary_out}, norm.is_float32 ? 4 : element_bytes(r.dtype),
-                   {norm.mean, norm.variance, norm.weight, norm.bias});
+  const bool vectors = uses_vectors(r, {p.z, p.unshifted, p.out, p.boundary_out}, {p.z_norm});
   LaunchPlan plan;
   if (const char* error = make_plan(r, vectors, {0, kBlocksPool, false, true}, plan)) return error;
   return dispatch_vec(r.dtype, vectors, [&](auto vec) -> const char* {
