@@ -294,38 +294,26 @@ def _sum(x: Tensor, shard: TimeShard) -> Tensor:
 # --- autograd and compilers ------------------------------------------------------------------------------------------
 
 
-class _Shift(Function):
-    @staticmethod
-    def forward(ctx, x, shift, shard, kernel):
-        ctx.call = shift, shard
-        ctx.save_for_backward(*clip_length_mark(x, shift))
-        return kernel(x, shift, shard)
+class _Linear(Function):
+    """A linear map ``kernel(x, shard)`` or ``kernel(x, shift, shard)``, and its ``adjoint``."""
 
     @staticmethod
-    def backward(ctx, grad):
-        return sharded_shift_backward(grad, *ctx.call), None, None, None
-
-
-class _ShiftAdjoint(Function):
-    @staticmethod
-    def forward(ctx, grad, shift, shard, kernel):
-        ctx.call = shift, shard
-        return kernel(grad, shift, shard)
+    def forward(ctx, x, kernel, adjoint, *arguments):
+        ctx.adjoint, ctx.arguments = adjoint, arguments
+        if len(arguments) > 1:  # a shift, not a sum
+            ctx.save_for_backward(*clip_length_mark(x, arguments[0]))
+        return kernel(x, *arguments)
 
     @staticmethod
     def backward(ctx, grad):
-        return sharded_shift(grad, *ctx.call), None, None, None
+        return ctx.adjoint(grad, *ctx.arguments), None, None, *(None for _ in ctx.arguments)
 
 
-class _Sum(Function):
-    @staticmethod
-    def forward(ctx, x, shard, kernel):
-        ctx.shard = shard
-        return kernel(x, shard)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return sum_over_ranks(grad, ctx.shard), None, None
+def _linear(x: Tensor, kernel: Callable[..., Tensor], adjoint: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Calls ``_Linear`` where autograd needs it, as it takes time on the host."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Linear.apply(x, kernel, adjoint, *arguments)
+    return kernel(x, *arguments)
 
 
 def sharded_shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Transfer] | None = None) -> Tensor:
@@ -336,23 +324,21 @@ def sharded_shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Tran
     """
     if _is_compiling(x):
         return torch.ops.tsm_jit.sharded_shift.default(x, shift, *shard)
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return _shift(x, shift, shard, transfers)
-    return _Shift.apply(x, shift, shard, functools.partial(_shift, transfers=transfers))
+    return _linear(x, functools.partial(_shift, transfers=transfers), sharded_shift_backward, shift, shard)
 
 
 def sharded_shift_backward(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
     """The adjoint of :func:`sharded_shift`: the gradient of the sum of what all ranks compute."""
     if _is_compiling(grad):
         return torch.ops.tsm_jit.sharded_shift_backward.default(grad, shift, *shard)
-    if not (grad.requires_grad and torch.is_grad_enabled()):
-        return _shift_adjoint(grad, shift, shard)
-    return _ShiftAdjoint.apply(grad, shift, shard, _shift_adjoint)
+    return _linear(grad, _shift_adjoint, sharded_shift, shift, shard)
 
 
 def sum_over_ranks(x: Tensor, shard: TimeShard) -> Tensor:
     """The sum of ``x`` over the ranks, equal on all of them. Its gradient is the sum of the gradients of all ranks."""
-    return torch.ops.tsm_jit.sum_over_ranks.default(x, *shard) if _is_compiling(x) else _Sum.apply(x, shard, _sum)
+    if _is_compiling(x):
+        return torch.ops.tsm_jit.sum_over_ranks.default(x, *shard)
+    return _linear(x, _sum, sum_over_ranks, shard)
 
 
 def _is_compiling(x: Tensor) -> bool:
@@ -370,7 +356,7 @@ def _is_compiling(x: Tensor) -> bool:
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
 
 
-def _register(name: str, arguments: str, compute: Callable[..., Tensor], function: type[Function]) -> None:
+def _register(name: str, arguments: str, compute: Callable[..., Tensor], adjoint: Callable[..., Tensor]) -> None:
     for overload in ("", ".kernel"):  # compiled graphs contain the second, which has no autograd
         schema = f"{name}{overload}({arguments}, int rank, int ranks, str group) -> Tensor"
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -384,7 +370,7 @@ def _register(name: str, arguments: str, compute: Callable[..., Tensor], functio
         return op.kernel(x, *others[:-1], *others[-1])
 
     def autograd_kernel(x: Tensor, *others: Any) -> Tensor:
-        return function.apply(x, *others[:-3], TimeShard(*others[-3:]), dispatched_kernel)
+        return _Linear.apply(x, dispatched_kernel, adjoint, *others[:-3], TimeShard(*others[-3:]))
 
     for each in (op.default, op.kernel):
         _library.impl(each, kernel, "CompositeExplicitAutograd")
@@ -392,6 +378,6 @@ def _register(name: str, arguments: str, compute: Callable[..., Tensor], functio
     _library.impl(op.default, autograd_kernel, "Autograd")
 
 
-_register("sharded_shift", "Tensor x, str shift", _shift, _Shift)
-_register("sharded_shift_backward", "Tensor grad, str shift", _shift_adjoint, _ShiftAdjoint)
-_register("sum_over_ranks", "Tensor x", _sum, _Sum)
+_register("sharded_shift", "Tensor x, str shift", _shift, sharded_shift_backward)
+_register("sharded_shift_backward", "Tensor grad, str shift", _shift_adjoint, sharded_shift)
+_register("sum_over_ranks", "Tensor x", _sum, sum_over_ranks)
