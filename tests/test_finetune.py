@@ -2,9 +2,7 @@
 
 import csv
 import io
-import os
 import runpy
-import subprocess
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 from support import EXAMPLES, assert_same_bits
 
 import tsm_jit
@@ -142,18 +141,15 @@ def test_resumed_is_as_uninterrupted(saves, whole_run, data, tmp_path, monkeypat
 
 def test_two_processes_with_a_damaged_video(data, tmp_path):
     """Eleven videos for three steps of two processes; the damaged one must not let one wait for the other."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(tsm_jit.__file__).parent.parent), *sys.path]))
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = tmp_path / "finetune_without_export.py"
-    script.write_text("import finetune, sys; finetune.export = lambda *_: 0.0; sys.exit(finetune.main())")
-    arguments = [str(data), *TINY, "--epochs", "1", "--batch", "4", "--workers", "0", "--output", str(tmp_path)]
-    done = subprocess.run(
-        [*launch, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1: ") == 1  # only the first process prints
-    assert "1 videos skipped" in done.stdout
+    arguments = [data, *TINY, "--epochs", 1, "--batch", 4, "--workers", 0, "--output", tmp_path / "output"]
+    printed = launch(main_without_export, arguments, tmp_path)
+    assert printed.count("epoch 1: ") == 1  # only the first process prints
+    assert "1 videos skipped" in printed
+
+
+def main_without_export(arguments: list[str]) -> int:
+    finetune.export = lambda *_: 0.0
+    return finetune.main(arguments)
 
 
 # --- lists and frames ------------------------------------------------------------------------------------------------

@@ -1,32 +1,18 @@
 """The example that trains on long clips: two processes, resuming on another number of them, refusals."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-import tsm_jit
+from processes import launch
 
 av = pytest.importorskip("av", reason="needs the demo extra")
 for needed in ("torchvision", "tqdm"):
     pytest.importorskip(needed, reason="needs the demo extra")
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "long_clips.py"
+import long_clips  # noqa: E402  (after the check for what it imports)
+
 TINY = ["--frames", "7", "--side", "32", "--batch", "2"]
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("long_clips", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-long_clips = load()
 
 
 @pytest.fixture(autouse=True)
@@ -81,13 +67,9 @@ def test_two_processes_resume_what_one_began(video, tmp_path):
     assert alone("--video", video, "--steps", 3, "--output", tmp_path / "whole") == 0
     assert alone("--video", video, "--steps", 1, "--output", tmp_path / "parts") == 0
     begun = weights(tmp_path / "parts")
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(tsm_jit.__file__).parent.parent), *sys.path]))
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, *TINY]
-    command += ["--video", video, "--steps", "3", "--resume", "--output", tmp_path / "parts"]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 3: loss ") == 1  # only the first process prints
+    arguments = [*TINY, "--video", video, "--steps", 3, "--resume", "--output", tmp_path / "parts"]
+    printed = launch(long_clips.main, arguments, tmp_path)
+    assert printed.count("step 3: loss ") == 1  # only the first process prints
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     # AdamW turns roundings of gradients near zero into whole steps of single weights.
     assert distance(whole, parts) <= 0.1 * distance(whole, begun)

@@ -7,6 +7,7 @@ import time
 import pytest
 import time_parallel
 import torch
+from processes import start
 
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
@@ -18,23 +19,14 @@ def transport(request) -> str:
     return request.param
 
 
-def run_cases(world, folder, seed, transport, start_method) -> None:
-    """Ends all processes as soon as one fails."""
-    arguments = time_parallel.run, (world, folder, seed, transport), world
-    processes = torch.multiprocessing.start_processes(*arguments, join=False, start_method=start_method)
-    while not processes.join(grace_period=1):
-        pass
-
-
 def test_clips_split_over_processes(seed, tmp_path):
-    # One process imports what takes seconds, and the four are its forks.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "torchvision", "time_parallel"])
-    run_cases(4, tmp_path, seed, "gloo", "forkserver")
+    start(time_parallel.run, (4, tmp_path, seed, "gloo"), 4)
 
 
 @needs_gpus
 def test_clips_split_over_gpus(seed, tmp_path, transport):
-    run_cases(min(4, torch.cuda.device_count()), tmp_path, seed, transport, "spawn")
+    world = min(4, torch.cuda.device_count())
+    start(time_parallel.run, (world, tmp_path, seed, transport), world, forked=False)
 
 
 @needs_gpus

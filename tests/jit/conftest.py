@@ -1,7 +1,10 @@
 """Fresh processes that import tsm_jit, and stand-ins for compilers, which need most of the time of a real build."""
 
+import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -47,6 +50,46 @@ for before in json.loads(sys.argv[1]):
         os._exit(0)
     os.wait()
 """
+# The same for scripts: a fork for each one that comes through the socket, with its output files.
+SERVER = """
+import json, os, socket, sys, traceback, torch
+requests, path = socket.socket(fileno=int(sys.argv[1])), sys.path[:]
+while True:
+    data, files, *_ = socket.recv_fds(requests, 2**18, 2)
+    if not data:
+        break
+    request = json.loads(data)
+    if "wait" in request:
+        requests.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]))
+        continue
+    if pid := os.fork():
+        requests.send(b"%d" % pid)
+        [os.close(file) for file in files]
+        continue
+    code = 1
+    try:
+        requests.close()
+        [os.dup2(file, number) for number, file in enumerate(files, 1)]
+        [os.close(file) for file in files]
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.path[:] = ["", *os.environ["PYTHONPATH"].split(os.pathsep), *path]
+        sys.modules.pop("sitecustomize", None)
+        try:
+            import sitecustomize
+        except ImportError:
+            pass
+        exec(request["script"], {"__name__": "__main__"})
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+"""
 # cuda.bindings.nvrtc, without the compiler.
 NVRTC = """
 class nvrtcResult:
@@ -61,8 +104,45 @@ nvrtcGetErrorString = returns(b"NVRTC is out of luck")
 """
 
 
+class Fork:
+    """Runs a script as ``subprocess.Popen`` does, in a fork of a process that has imported nothing but torch."""
+
+    def __init__(self, script: str, environment: dict[str, str], folder: Path):
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 (closed with this object)
+        request = {"script": script, "environment": environment, "folder": str(folder)}
+        self.pid = self.ask(request, *(file.fileno() for file in self.files))
+
+    def communicate(self, timeout: float | None = None) -> list[str]:
+        requests, _ = self.server()
+        requests.settimeout(timeout)
+        try:
+            self.returncode = self.ask({"wait": self.pid})
+        except TimeoutError:
+            os.kill(self.pid, signal.SIGKILL)
+            requests.recv(100)  # the answer, so that the next request gets its own
+            raise
+        for file in self.files:
+            file.seek(0)
+        return [file.read() for file in self.files]
+
+    @classmethod
+    def ask(cls, request: dict, *files: int) -> int:
+        requests, _ = cls.server()
+        socket.send_fds(requests, [json.dumps(request).encode()], files)
+        return int(requests.recv(100))
+
+    @staticmethod
+    @functools.cache
+    def server() -> tuple[socket.socket, subprocess.Popen]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SERVER, str(theirs.fileno())]
+        with theirs:
+            return ours, subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+
+
 class Importer:
-    """Imports tsm_jit in fresh processes that share a cache."""
+    """Imports tsm_jit in processes that share a cache."""
 
     def __init__(self, folder: Path):
         self.folder, self.cache = folder, folder / "cache"
@@ -86,11 +166,21 @@ class Importer:
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
-    def begin(self, before: str = "", **changes) -> subprocess.Popen:
-        """Starts an import after a statement."""
-        return self.start("-c", SCRIPT.format(before=textwrap.indent(before, "    ")), **changes)
+    def command(self, *arguments: str, **changes) -> subprocess.CompletedProcess:
+        """Runs ``python -m tsm_jit`` in a fork."""
+        script = f"""import runpy, sys
+sys.argv, sys.orig_argv = ["-m", *{arguments}], [sys.executable, "-m", "tsm_jit", *{arguments}]
+runpy.run_module("tsm_jit", run_name="__main__", alter_sys=True)"""
+        process = Fork(script, self.environment(**changes), self.folder)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
-    def finish(self, process: subprocess.Popen) -> dict:
+    def begin(self, before: str = "", fresh: bool = False, **changes) -> subprocess.Popen | Fork:
+        """Starts an import after a statement, in a ``fresh`` process or in a fork."""
+        script = SCRIPT.format(before=textwrap.indent(before, "    "))
+        return self.start("-c", script, **changes) if fresh else Fork(script, self.environment(**changes), self.folder)
+
+    def finish(self, process: subprocess.Popen | Fork) -> dict:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         return json.loads(out) | {"stderr": err}

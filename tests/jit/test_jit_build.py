@@ -86,7 +86,8 @@ def test_a_program_that_ignores_the_end_of_its_children_is_no_obstacle(importer,
 
 
 def test_the_death_of_the_importing_process_ends_worker_and_compilers(importer):
-    process = importer.begin(CXX=importer.script("c++", "trap '' INT TERM HUP; touch ../../called; sleep 1000"))
+    compiler = importer.script("c++", "trap '' INT TERM HUP; touch ../../called; sleep 1000")
+    process = importer.begin(fresh=True, CXX=compiler)
     while not (importer.folder / "called").exists():
         assert process.poll() is None
         time.sleep(0.02)

@@ -15,7 +15,7 @@ COMMAND = ("-m", "tsm_jit")
 
 
 def test_info_shows_devices_and_the_command_lines_that_were_run_as_text_and_as_json(built, importer):
-    human, told = (importer.run(*COMMAND, "info", *json, TSM_JIT_CACHE=built.parent) for json in ([], ["--json"]))
+    human, told = (importer.command("info", *json, TSM_JIT_CACHE=built.parent) for json in ([], ["--json"]))
     assert human.stderr == told.stderr == ""
     facts = json.loads(told.stdout)
     assert facts["devices"]["cpu"] == "compiled kernels"
@@ -44,7 +44,7 @@ def test_a_reader_that_stops_early_causes_no_traceback(command, buffering):
 
 
 def test_info_of_an_empty_cache_compiles_nothing_and_says_that_the_next_import_will(importer, cxx):
-    told = importer.run(*COMMAND, "info", "--json", cuda=True, CXX=cxx, CUDA_HOME=importer.toolkit())
+    told = importer.command("info", "--json", cuda=True, CXX=cxx, CUDA_HOME=importer.toolkit())
     facts = json.loads(told.stdout)
     assert all("next import" in device for device in facts["devices"].values())
     assert facts["tools"]["nvcc"].startswith(str(importer.folder))
@@ -62,7 +62,7 @@ def test_what_stops_torch_is_told_without_a_traceback(importer):
 
 @pytest.mark.parametrize("arguments", ["--help", "build --help", "clean --older-than -1"])
 def test_help_and_wrong_options_compile_nothing(importer, arguments):
-    told = importer.run(*COMMAND, *arguments.split())
+    told = importer.command(*arguments.split())
     assert told.returncode == (2 if "-1" in arguments else 0)
     assert "usage: python -m tsm_jit" in told.stdout + told.stderr
     assert not importer.cache.exists()
@@ -79,7 +79,7 @@ def test_help_and_wrong_options_compile_nothing(importer, arguments):
 def test_a_wrong_argument_is_reported_before_anything_is_compiled(importer, arguments, message):
     for package in ("av", "matplotlib", "torchvision", "tqdm"):
         pytest.importorskip(package, reason="needs the demo extra")
-    done = importer.run(*COMMAND, *arguments.split())
+    done = importer.command(*arguments.split())
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert not importer.cache.exists()
@@ -90,7 +90,7 @@ def test_what_root_builds_for_an_image_serves_every_user_with_any_compilers_befo
     if any(not parent.stat().st_mode & stat.S_IXOTH for parent in Path(spec.__file__).parents):
         pytest.skip("tsm_jit lies in a folder that only its owner can read")
     importer.cache = shared / "new" / "cache"
-    told = importer.run(*COMMAND, "build", cuda=True, CUDA_HOME=importer.toolkit(), CXX=cxx)
+    told = importer.command("build", cuda=True, CUDA_HOME=importer.toolkit(), CXX=cxx)
     (entry,) = importer.entries()
     assert str(entry) in told.stdout
     assert {stat.S_IMODE(path.stat().st_mode) for path in (entry, importer.cache)} == {0o755}
@@ -114,7 +114,7 @@ def test_what_root_builds_for_an_image_serves_every_user_with_any_compilers_befo
 )
 def test_a_build_that_fails_is_told_without_a_traceback_and_records_nothing(importer, cxx, compiler, options, expected):
     variables = {"CXX": compiler or cxx, "CUDA_HOME": importer.toolkit()}
-    told = importer.run(*COMMAND, "build", *options.split(), cuda=compiler is None, **variables)
+    told = importer.command("build", *options.split(), cuda=compiler is None, **variables)
     assert told.returncode == 1
     assert expected in told.stderr
     assert "Traceback" not in told.stderr

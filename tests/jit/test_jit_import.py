@@ -35,7 +35,7 @@ def test_killed_at_any_moment_the_next_import_is_right_and_waits_for_nothing(imp
     span = time.monotonic() - began
     for turn in range(int(os.environ.get("TSM_JIT_TEST_KILLS", "5"))):
         shutil.rmtree(importer.cache)
-        process = importer.begin(CXX=cxx)
+        process = importer.begin(fresh=True, CXX=cxx)
         time.sleep(random.uniform(0.4, 1) * span)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for victim in (process.pid, *map(int, workers))[turn % 2 :][:1]:
