@@ -57,7 +57,8 @@ def tsam(net: nn.Module, **kwargs) -> nn.Module:
     return net
 
 
-def small(block=Bottleneck, layers=(2, 3, 2, 2), **kwargs) -> nn.Module:
+def small(block=Bottleneck, layers=(1, 3, 1, 1), **kwargs) -> nn.Module:
+    """Short, with a block that has others before and after it in its stage."""
     return ResNet(block, list(layers), num_classes=5, **kwargs)
 
 
@@ -65,7 +66,7 @@ NETWORKS = {
     "ResNet, basic blocks": lambda: tsm(small(BasicBlock)),
     "ResNet, bottlenecks": lambda: tsm(small()),
     "every second block": lambda: tsm(small(BasicBlock, (1, 2, 23, 1))),
-    "chosen blocks": lambda: tsm(small(BasicBlock, (3, 3, 3, 3)), blocks=[1]),
+    "chosen blocks": lambda: tsm(small(BasicBlock, (2, 3, 2, 2)), blocks=[1]),
     "ResNeXt": lambda: tsm(small(groups=2, width_per_group=32)),
     "Wide": lambda: tsm(small(width_per_group=128)),
     "one direction": lambda: tsm(small(BasicBlock), direction="past"),

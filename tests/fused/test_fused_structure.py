@@ -73,7 +73,7 @@ def test_a_plan_of_more_groups_than_the_kernels_take(device):
 def test_a_forward_set_on_a_module_is_called(device, merged):
     net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
     for each in (net, fused):
-        for module in (each.layer1[1].bn2, each.layer2[1].conv1, each.layer3[1].relu):
+        for module in (each.layer1[0].bn2, each.layer2[1].conv1, each.layer2[2].relu):
             module.forward = lambda x, module=module: 2 * type(module).forward(module, x)
     assert_same_step(net, fused, x)
 
@@ -108,7 +108,7 @@ class SqueezeExcite(nn.Module):
     ],
 )
 def test_a_block_that_is_not_understood_is_named_and_called(change, reason):
-    net = tsm(small(BasicBlock, (3, 2, 2, 2))).double().eval()
+    net = tsm(small(BasicBlock, (3, 1, 1, 1))).double().eval()
     change(net.layer1[1])
     fused = copy.deepcopy(net)
     with pytest.warns(UserWarning, match=rf"layer1\.1: .*{reason}"):
@@ -137,7 +137,7 @@ def test_timm_blocks_with_attention_or_stochastic_depth_are_called(device):
 @pytest.mark.parametrize(
     "places",
     [
-        ("layer1.1.conv1", "layer3.1.conv1.net", "layer2.2.bn3", "layer2.1.conv3"),
+        ("layer2.1.conv1", "layer3.0.conv1.net", "layer2.2.bn3", "layer2.1.conv3"),
         ("layer2",),
         ("conv1", "bn1"),
         ("relu", "layer1.0.downsample.0"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from support import assert_same_bits
+from torchvision.models.resnet import BasicBlock
 
 import tsm_jit
 from tsm_jit.plans import PADDINGS
@@ -145,7 +146,7 @@ def test_gradients_of_a_trace(device):
 
 
 def resnet(inplace: bool) -> torch.nn.Module:
-    net = torchvision.models.resnet18(num_classes=7)
+    net = torchvision.models.ResNet(BasicBlock, [1, 2, 1, 1], num_classes=7)
     tsm_jit.make_temporal_shift(net, CLIP, inplace=inplace)
     return net.eval()
 
