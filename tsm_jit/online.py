@@ -19,7 +19,7 @@ Example::
     tsm_jit.make_temporal_shift(net, n_segment=8)
     stream = tsm_jit.online.convert(net.eval())
     with torch.inference_mode():
-        for frame in torch.randn(20, 1, 3, 224, 224):
+        for frame in torch.randn(20, 1, 3, 112, 112):
             scores = stream(frame)  # None for 16 frames, then the scores of the frame 16 frames before
         for scores in stream.flush():  # of the last 16 frames
             print(scores.argmax(1))

@@ -1,6 +1,7 @@
 """Names in checkpoints: prefixes and wrappers of trainers, several copies of a network."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -25,33 +26,40 @@ def check_prefix(prefix, name):
         assert all(value is expected(name, target).state_dict[key] for key, value in converted.state_dict.items())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        "module.",  # DataParallel, DDP
-        "_orig_mod.",  # torch.compile
-        "module._orig_mod.",
-        "_orig_mod.module.",
-        "model.",  # Lightning
-        "model._orig_mod.",
-        "_forward_module.model.module.",  # Lightning and DeepSpeed
-        "net.",
-        "model.net.",
-        "layer.",
-        "backbone.",
-        "module.backbone.",
-        "0.",
-        "ema.",
-        "ema_model.module.",
-        "student.encoder.",
-        "_fsdp_wrapped_module._checkpoint_wrapped_module.",
-        "anything.at_all.1.",
-        "layer1.0.",  # as a block is called
-        "features.3.conv.0.",
-    ],
+PREFIXES = (
+    "module.",  # DataParallel, DDP
+    "_orig_mod.",  # torch.compile
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "model.",  # Lightning
+    "model._orig_mod.",
+    "_forward_module.model.module.",  # Lightning and DeepSpeed
+    "net.",
+    "model.net.",
+    "layer.",
+    "backbone.",
+    "module.backbone.",
+    "0.",
+    "ema.",
+    "ema_model.module.",
+    "student.encoder.",
+    "_fsdp_wrapped_module._checkpoint_wrapped_module.",
+    "anything.at_all.1.",
+    "layer1.0.",  # as a block is called
+    "features.3.conv.0.",
 )
-def test_prefixes(prefix, name):
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes(prefix):
+    for name in random.sample(list(LAYOUTS), 3):
+        check_prefix(prefix, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_every_layout(prefix, name):
     check_prefix(prefix, name)
 
 
@@ -112,8 +120,12 @@ WRAPPERS = {
 OTHERS = {"n_averaged", "loss.weight", "loss.bias"}
 
 
+def small_densenet() -> nn.Module:
+    return torchvision.models.DenseNet(block_config=(2, 2, 2, 2))
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("make", [tsm, online_demo, ours, torchvision.models.alexnet, torchvision.models.densenet121])
+@pytest.mark.parametrize("make", [tsm, online_demo, ours, torchvision.models.alexnet, small_densenet])
 def test_wrapped_targets(make, wrapper):
     """The names are those of the target, its own wrappers among them; and wrapped weights go to bare networks."""
     theirs = on_meta(make)
