@@ -178,7 +178,8 @@ def shift_conv1x1(
         raise ValueError(
             f"weight must be [O, {shape[1]}, 1, 1] for x {list(shape)}, got the shape {list(weight.shape)}"
         )
-    if integer("stride", stride) not in (1, 2):
+    stride = integer("stride", stride)
+    if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}")
     shift = _encode_groups(shape, n_segment, _as_plan(groups), n_segment_shifted, padding, 1)
     return ops.shift_conv1x1(x, weight, bias, shift, stride)
@@ -226,7 +227,8 @@ def shift_linear(
         raise ValueError(f"x must be tokens [N*T, L, C], got the shape {list(shape)}")
     if tuple(weight.shape[1:]) != (shape[2],):
         raise ValueError(f"weight must be [O, {shape[2]}] for x {list(shape)}, got the shape {list(weight.shape)}")
-    if integer("num_prefix_tokens", num_prefix_tokens, 0) > shape[1]:
+    num_prefix_tokens = integer("num_prefix_tokens", num_prefix_tokens, 0)
+    if num_prefix_tokens > shape[1]:
         raise ValueError(f"num_prefix_tokens must be at most the {shape[1]} tokens of x, got {num_prefix_tokens}")
     shift = _encode_groups(shape, n_segment, _as_plan(groups), n_segment_shifted, padding, 2)
     return ops.shift_linear(x, weight, bias, shift, num_prefix_tokens)

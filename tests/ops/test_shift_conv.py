@@ -3,6 +3,7 @@
 On a GPU their kernels round, so their error from float64 is compared with the error of PyTorch's own.
 """
 
+import math
 import os
 import random
 import subprocess
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import tsm_jit
 from tsm_jit import ops, plans
+from tsm_jit.ops import shift_conv
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -24,7 +26,7 @@ class Case:
     """A random product of shifted frames or tokens, large enough for the kernels on a GPU."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, padding: str, tokens: bool, large: bool = True):
-        unit = 8 if device.type == "cuda" else 1
+        unit = 8 if large else 1  # the kernels move 8 channels at once
         clips, self.length = random.randint(1, 3), random.randint(1, 9)
         self.padding, self.stride = padding, 1 if tokens else random.choice((1, 2))
         self.shifted = random.randint(1, self.length)
@@ -33,7 +35,10 @@ class Case:
         self.groups = random_groups(channels, unit, self.length)
         side = 3
         if large:  # so that the rows fill a GPU
-            side = self.stride * int((140 * 128 / clips / self.length) ** 0.5 + 1)
+            if not shift_conv._has_triton(device):
+                pytest.skip("needs tensor cores, their shared memory, and Triton")
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            side = self.stride * (math.isqrt(128 * processors // clips // self.length) + 1)
         frames = clips * self.length
         height, width = side, side + random.randint(0, 3)
         shape = (frames, height * width, channels) if tokens else (frames, channels, height, width)
@@ -94,6 +99,11 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
+def strides(x: Tensor) -> list[int]:
+    """The strides of dimensions with more than one element. Of the others any stride is right."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
 both_kinds = pytest.mark.parametrize("tokens", [False, True], ids=["conv1x1", "linear"])
 
 
@@ -110,15 +120,18 @@ def test_errors_on_a_gpu_are_those_of_pytorch(cuda, dtype, padding, tokens, monk
         exact = case.results(case.expected, torch.float64)
         pytorch = case.results(case.expected, dtype)
         for a, b, c in zip(case.results(case, dtype), pytorch, exact, strict=True):
-            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-            # Both round the result. The sums before differ in their order.
-            assert error(a, c) <= 1.05 * error(b, c) + 1e-7
+            assert (a.shape, a.dtype, strides(a)) == (b.shape, b.dtype, strides(b))
+            # Both round the result to half precision, and the sums before differ in their order. TF32 may round to the
+            # nearest or toward zero, and for few channels cuDNN has kernels without it.
+            assert error(a, c) <= (1.05 * error(b, c) if dtype in HALF else 3 * error(b, c) + 2**-10)
 
 
 @both_kinds
 @pytest.mark.parametrize("dtype", HALF)
 def test_autocast(cuda, dtype, tokens):
     case = Case(cuda, torch.float32, "zeros", tokens)
+    with torch.autocast("cuda", dtype):
+        assert case.kernels_serve()
     exact = case.results(case.expected, torch.float64)
     pytorch = case.results(case.expected, torch.float32, dtype)
     found = case.results(case, torch.float32, dtype)
@@ -165,6 +178,7 @@ def test_double_backward_through_the_kernels(cuda, tokens):
 @both_kinds
 def test_many_gradients_at_once(cuda, tokens):
     case = Case(cuda, torch.bfloat16, "zeros", tokens)
+    assert case.kernels_serve()
     x = case.x.clone().requires_grad_()
     z = case(x, case.weight, None)
     dz = torch.stack([case.dz, -2 * case.dz])
@@ -198,6 +212,7 @@ def test_exact_bits_where_they_are_asked_for(cuda, dtype, monkeypatch):
     case = Case(cuda, dtype, "zeros", False)
     assert not case.kernels_serve()
     half = Case(cuda, torch.bfloat16, "zeros", False)
+    assert half.kernels_serve()
     torch.use_deterministic_algorithms(True)
     try:
         assert not half.kernels_serve()
@@ -211,6 +226,7 @@ def test_exact_bits_where_they_are_asked_for(cuda, dtype, monkeypatch):
 @both_kinds
 def test_a_cuda_graph(cuda, tokens):
     case = Case(cuda, torch.bfloat16, "zeros", tokens)
+    assert case.kernels_serve()
     inputs = [each.clone().requires_grad_() for each in (case.x, case.weight)]
 
     def step() -> tuple[Tensor, ...]:
@@ -253,6 +269,58 @@ def test_nothing_shifted_is_kept(cuda, tokens):
     parts = 4 * weight.numel() * (torch.cuda.get_device_properties(cuda).multi_processor_count + 2)
     assert held <= plain_held + 4096
     assert peak <= plain_peak + parts
+
+
+@both_kinds
+def test_unusual_gradients(cuda, tokens):
+    """Frozen weights and inputs, a gradient at an odd address, saved tensors that come back in another layout."""
+    case = Case(cuda, torch.bfloat16, "zeros", tokens)
+    assert case.kernels_serve()
+    x, weight = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    expected = torch.autograd.grad(case(x, weight, None), [x, weight], case.dz)
+    (dx,) = torch.autograd.grad(case(x, case.weight, None), x, case.dz)
+    (dw,) = torch.autograd.grad(case(case.x, weight, None), weight, case.dz)
+    layout = torch.contiguous_format if tokens else torch.channels_last
+    odd = torch.empty(case.dz.numel() + 5, device=cuda, dtype=case.dz.dtype)[5:]
+    odd = odd.as_strided(case.dz.shape, case.dz.contiguous(memory_format=layout).stride()).copy_(case.dz)
+    assert odd.data_ptr() % 16
+    at_odd_address = torch.autograd.grad(case(x, weight, None), [x, weight], odd)
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        z = case(x, weight, None)
+    offloaded = torch.autograd.grad(z, [x, weight], case.dz)
+    for a, b in zip((dx, dw, *at_odd_address, *offloaded), 3 * expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_frozen_weight_keeps_no_activation(cuda):
+    case = Case(cuda, torch.bfloat16, "zeros", False)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each.numel()), lambda each: each):
+        case(case.x.clone().requires_grad_(), case.weight, None)
+    assert sum(saved) <= case.weight.numel()
+
+
+def test_what_must_see_pytorchs_operators(cuda):
+    """A tracer and a counter of operations."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = Case(cuda, torch.bfloat16, "zeros", False)
+    traced = make_fx(lambda x: case(x, case.weight, None))(case.x)
+    assert error(traced(2 * case.x), case(2 * case.x, case.weight, None).double()) < 0.01
+    with FlopCounterMode(display=False) as counter:
+        z = case(case.x, case.weight, None)
+    assert counter.get_total_flops() == 2 * z.numel() * case.x.shape[1]
+
+
+def test_channels_that_do_not_match(cuda):
+    x = torch.randn(256, 128, 14, 14, device=cuda, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    module = tsm_jit.TemporalShift(torch.nn.Conv2d(64, 64, 1), 8).to(cuda, torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        module(x)
+    weight = torch.randn(64, 128, 1, 1, device=cuda, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        tsm_jit.shift_conv1x1(x, weight, torch.randn(1, device=cuda, dtype=torch.bfloat16), 8, [(8, 1)])
 
 
 @pytest.mark.parametrize(

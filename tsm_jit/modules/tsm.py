@@ -43,7 +43,8 @@ class TemporalShift(ShiftedModule):
 
     On a GPU, ``nn.Linear`` and 1x1 convolutions read the shifted frames themselves where
     :func:`tsm_jit.shift_conv1x1` says so. Then ``inplace`` changes nothing: there is no shifted copy, and results are
-    those of the copy but for the order of sums. Modules with hooks, parametrizations or an unknown class get a copy.
+    those of the copy but for the order of sums. As for any layer, the backward reads the input, so it must not change
+    before. Modules with hooks, parametrizations or an unknown class get a copy.
     After ``torch.use_deterministic_algorithms(True)`` all modules do, and outputs and gradients have the same bits as
     with :func:`tsm_jit.temporal_shift`.
 

@@ -20,6 +20,8 @@ try:
     _hooks_are_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     _needed: tuple = (forward_ad._current_level, torch.compiler._is_exporting_flag)
     _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor, Tensor._version)
+    from torch._C import _len_torch_dispatch_stack
+
     _needed = (torch._C.DispatchKey.CompositeImplicitAutograd, torch.ops.aten.clone.default.py_kernels)
     from torch.utils._pytree import tree_map_only
 except (ImportError, AttributeError) as error:
@@ -55,6 +57,11 @@ def onnx_has_unflatten() -> bool:
 def transforms_are_active() -> bool:
     """Whether ``torch.func`` transforms or forward-mode AD are active."""
     return functorch_is_active() or forward_ad._current_level >= 0
+
+
+def has_dispatch_modes() -> bool:
+    """Whether a dispatch mode is active, such as a tracer or a counter of operations, which must see all operators."""
+    return _len_torch_dispatch_stack() > 0
 
 
 def is_exporting() -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from tsm_jit.ops.compat import eager, is_batched_gradient
+from tsm_jit.ops.compat import eager, has_dispatch_modes, is_batched_gradient
 from tsm_jit.ops.temporal_shift import clip_length_mark, temporal_shift, temporal_shift_backward_
 from tsm_jit.plans import Shift, decode
 
@@ -51,7 +51,7 @@ def served_conv1x1(
 
     ``relu`` applies a ReLU to the result, without gradients.
     """
-    if not x.is_cuda or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+    if not x.is_cuda or not eager() or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return None
     return _served(x, weight, bias, shift, stride, 0, relu)
 
@@ -60,7 +60,7 @@ def served_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, num_prefix_tokens: int
 ) -> Callable[[], Tensor] | None:
     """Returns what computes :func:`shift_linear` without a shifted copy, or None if the kernels do not serve."""
-    if not x.is_cuda or x.dim() != 3 or not x.is_contiguous():
+    if not x.is_cuda or not eager() or x.dim() != 3 or not x.is_contiguous():
         return None
     return _served(x, weight, bias, shift, 1, num_prefix_tokens)
 
@@ -76,19 +76,24 @@ def _served(
 ) -> Callable[[], Tensor] | None:
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
+    given = _CAST if autocast else (dtype,)
+    channels = x.shape[1] if x.dim() == 4 else x.shape[2]
     serves = (
-        eager()
-        and (dtype in _HALF or (dtype is torch.float32 and _tf32_is_allowed(x.dim() == 4)))
+        (dtype in _HALF or (dtype is torch.float32 and _tf32_is_allowed(x.dim() == 4)))
+        and x.dtype in given
         and type(x) is Tensor  # not a fake or distributed tensor
+        and _is_aligned(x)
         and type(weight) in _DENSE
-        and (weight.dtype is dtype if not autocast else weight.dtype in _CAST)
-        and (x.dtype is dtype or (autocast and x.dtype in _CAST))
-        and (bias is None or ((autocast or bias.dtype is dtype) and bias.is_contiguous() and bias.data_ptr() % 16 == 0))
+        and weight.dtype in given
         and weight.device == x.device
-        and weight.stride()[:2] == (weight.shape[1], 1)
-        and x.data_ptr() % 16 == 0
-        and weight.data_ptr() % 16 == 0
+        and weight.shape[1] == channels
+        and weight.stride()[:2] == (channels, 1)
+        and _is_aligned(weight)
+        and (bias is None or _is_bias(bias, weight, given))
+        and not has_dispatch_modes()
         and not torch.are_deterministic_algorithms_enabled()
+        # The backward reads x. Of a slice it would keep the whole storage, of which a shifted copy is a part.
+        and not (torch.is_grad_enabled() and weight.requires_grad and x.untyped_storage().nbytes() > x.nbytes)
     )
     if not serves:
         return None
@@ -96,6 +101,22 @@ def _served(
     if product is None:
         return None
     return lambda: product(x if x.dtype is dtype else x.to(dtype), weight, bias, relu)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether ``x`` begins at a multiple of 16 bytes. Triton compiles other kernels for other addresses."""
+    return x.data_ptr() % 16 == 0
+
+
+def _is_bias(bias: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return (
+        type(bias) in _DENSE
+        and bias.dtype in dtypes
+        and bias.device == weight.device
+        and bias.shape == weight.shape[:1]
+        and bias.is_contiguous()
+        and _is_aligned(bias)
+    )
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -142,8 +163,11 @@ def _has_triton(device: torch.device) -> bool:
     if torch.version.cuda is None or properties.major < 8 or properties.shared_memory_per_block_optin < 160 * 1024:
         return False
     try:
-        import triton  # noqa: F401
-    except ImportError:
+        from tsm_jit.ops import shift_gemm  # imports Triton, which takes a second
+
+        with torch.cuda.device(device):
+            shift_gemm.probe[(1,)](torch.empty(1, device=device))
+    except Exception:  # Triton is not installed, or finds no C compiler for the code that launches its kernels
         return False
     return True
 
@@ -159,7 +183,7 @@ class _Kernel:
     """
 
     def __init__(self, name: str, grid: tuple[int, int, int], sizes: tuple, constants: dict, warps: int, stages: int):
-        from tsm_jit.ops import shift_gemm  # imports Triton, which takes a second
+        from tsm_jit.ops import shift_gemm
 
         self._kernel = getattr(shift_gemm, name)
         self._grid = grid
@@ -219,11 +243,12 @@ class _Product:
         if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 return self(x, weight, bias, relu)
+        if weight.dtype is not self.dtype:  # by autocast
+            weight = weight.to(self.dtype)
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return _DifferentiableProduct.apply(x, weight, bias, self)
-        weight = weight if weight.dtype is self.dtype else weight.to(self.dtype)
         return self.forward(x, weight, bias, relu)
 
     def _kernel(
@@ -254,16 +279,20 @@ class _Product:
         kernel(x, weight, bias, z)
         return z
 
-    def input_grad(self, dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def input_grad(self, dz: Tensor, weight: Tensor) -> Tensor:
         # PyTorch's product, then the adjoint of the shift in place: stores to shifted rows were slower.
-        if dz.dim() == 4:
-            options = ([self.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
-            dx = torch.ops.aten.convolution_backward(dz, x, weight.view(self.n, self.k, 1, 1), None, *options)[0]
+        rows = _rows(dz) @ weight.view(self.n, self.k)
+        if dz.dim() == 3:
+            dx = rows.view(self.shape)
         else:
-            dx = dz @ weight
-        moving = dx[:, self.num_prefix_tokens :] if self.num_prefix_tokens else dx
-        temporal_shift_backward_(moving, self.encoded)
-        return dx
+            frames, _, height, width = dz.shape
+            dx = rows.view(frames, height, width, self.k).permute(0, 3, 1, 2)
+        temporal_shift_backward_(dx[:, self.num_prefix_tokens :] if self.num_prefix_tokens else dx, self.encoded)
+        if self.stride == 1:
+            return dx
+        full = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last).zero_()
+        full[:, :, :: self.stride, :: self.stride] = dx
+        return full
 
     @functools.cached_property
     def _weight_grad(self) -> tuple[_Kernel, int]:
@@ -282,7 +311,6 @@ class _Product:
 
     def composed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same product by differentiable operators."""
-        weight = weight.to(x.dtype)
         if x.dim() == 4:
             return F.conv2d(temporal_shift(x, self.encoded), weight, None, self.stride)
         return F.linear(shift_tokens(x, self.encoded, self.num_prefix_tokens), weight)
@@ -292,36 +320,45 @@ class _DifferentiableProduct(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, product):
         ctx.product = product
-        cast = weight if weight.dtype is product.dtype else weight.to(product.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        mark = clip_length_mark(x, product.encoded)
-        ctx.save_for_backward(x, weight, *(() if cast is weight else (cast,)), *mark)
-        ctx.is_cast = cast is not weight
-        return product.forward(x, cast, bias)
+        # Only the gradient of the weight reads x.
+        saved = x if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(saved, weight, *clip_length_mark(x, product.encoded))
+        return product.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dz):
         product = ctx.product
-        x, weight, *others = ctx.saved_tensors
-        cast = others[0] if ctx.is_cast else weight
+        x, weight = ctx.saved_tensors[:2]
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        db = dz.sum([i for i in range(dz.dim()) if i != _channel_dim(dz)], dtype=ctx.bias_dtype) if needs_bias else None
-        is_plain = type(dz) is Tensor and not is_batched_gradient(dz) and eager()
+        channels = 1 if dz.dim() == 4 else 2
+        db = dz.sum([i for i in range(dz.dim()) if i != channels], dtype=ctx.bias_dtype) if needs_bias else None
+        is_plain = type(dz) is Tensor and not is_batched_gradient(dz) and eager() and not has_dispatch_modes()
         if torch.is_grad_enabled() or not is_plain:  # double backward, or many gradients at once
+            if x is None:  # any value: the gradient of x does not depend on it
+                x = dz.new_zeros(product.shape).requires_grad_()
             needed = [each for each, needs in ((x, needs_x), (weight, needs_weight)) if needs]
             with torch.enable_grad():
                 z = product.composed(x, weight)
             grads = iter(torch.autograd.grad(z, needed, dz, create_graph=torch.is_grad_enabled()) if needed else ())
             return next(grads) if needs_x else None, next(grads) if needs_weight else None, db, None
-        dz = dz.contiguous(memory_format=torch.channels_last if dz.dim() == 4 else torch.contiguous_format)
+        dz = _dense(dz)
         with torch.cuda.device(product.device):
-            dx = product.input_grad(dz, x, cast) if needs_x else None
-            dw = product.weight_grad(dz, x).to(weight.dtype).view(weight.shape) if needs_weight else None
+            dx = product.input_grad(dz, weight) if needs_x else None
+            dw = product.weight_grad(dz, _dense(x)).to(weight.dtype).view(weight.shape) if needs_weight else None
         return dx, dw, db, None
 
 
-def _channel_dim(z: Tensor) -> int:
-    return 1 if z.dim() == 4 else 2
+def _dense(x: Tensor) -> Tensor:
+    """Returns frames in channels_last, or contiguous tokens, at an address for 16 bytes at once: ``x`` or a copy."""
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    return x if _is_aligned(x) else x.clone(memory_format=layout)
+
+
+def _rows(z: Tensor) -> Tensor:
+    """A view ``[M, N]`` of frames in channels_last or of contiguous tokens."""
+    return (z.permute(0, 2, 3, 1) if z.dim() == 4 else z).flatten(0, -2)
 
 
 def _ceil_div(a: int, b: int) -> int:
