@@ -10,7 +10,8 @@ from torch import Tensor
 
 def integer(name: str, value: Any, minimum: int | None = None) -> int:
     """Returns ``value`` as an int. Raises TypeError if it is not an integer, ValueError if it is below ``minimum``."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+    is_int = isinstance(value, int) and not isinstance(value, bool)  # first, since Dynamo traces no hasattr of a SymInt
+    if not is_int and (isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     value = operator.index(value)
     if minimum is not None and value < minimum:

@@ -49,21 +49,30 @@ def _compute(
         if is_product and add is None:
             product = served_conv1x1(x, weight, bias, shift, stride[0], relu=True)
             if product is not None:
-                return product()
+                return product().contiguous(memory_format=_layout(x))
         x = temporal_shift(x, shift)
-    if groups == 1 and x.dtype in _CUDNN and torch.backends.cudnn.is_acceptable(x):
+    if x.is_cuda and groups == 1 and x.dtype in _FUSED_BY_CUDNN and torch.backends.cudnn.is_available():
         if add is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
-        return torch.cudnn_convolution_add_relu(x, weight, add, 1, bias, stride, padding, dilation, groups)
-    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return (z if add is None else z.add_(add)).relu_()
+            z = torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        else:
+            z = torch.cudnn_convolution_add_relu(x, weight, add, 1, bias, stride, padding, dilation, groups)
+    else:
+        z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        z = (z if add is None else z.add_(add)).relu_()
+    return z.contiguous(memory_format=_layout(x))
 
 
-_CUDNN = (torch.float16, torch.bfloat16, torch.float32)  # cuDNN fuses no float64
+_FUSED_BY_CUDNN = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
 def _fake(x, weight, bias, add, shift, stride, padding, dilation, groups) -> Tensor:
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return z.contiguous(memory_format=_layout(x))
 
 
 _library.impl("conv_relu", _compute, "CompositeExplicitAutograd")

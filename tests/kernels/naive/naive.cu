@@ -10,7 +10,8 @@
 
 using namespace tsm_jit;
 
-namespace {
+// Not in an unnamed namespace: nvcc would then not export the functions that take these types.
+namespace naive {
 
 // As ctypes passes them; NaiveStream and NaiveNorm of any element type.
 struct Stream {
@@ -46,7 +47,9 @@ const char* with_dtype(int32_t dtype, F f) {
   return dispatch_dtype(static_cast<DType>(dtype), f);
 }
 
-}  // namespace
+}  // namespace naive
+
+using namespace naive;
 
 // Each returns null or an error message. `dtype` is DType.
 extern "C" {
