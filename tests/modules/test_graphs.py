@@ -10,18 +10,23 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim, export
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock
 
 import tsm_jit
 
 
+def short_resnet() -> nn.Module:
+    return torchvision.models.ResNet(BasicBlock, [1, 2, 1, 1], num_classes=3).eval()
+
+
 def resnet(**options) -> nn.Module:
-    net = torchvision.models.resnet18(num_classes=3).eval()
+    net = short_resnet()
     tsm_jit.make_temporal_shift(net, 4, **options)
     return net
 
 
 def pooled() -> nn.Module:
-    net = torchvision.models.resnet18(num_classes=3).eval()
+    net = short_resnet()
     tsm_jit.make_temporal_pool(net, 4)
     tsm_jit.make_temporal_shift(net, 4, temporal_pool=True)
     return net
@@ -34,7 +39,7 @@ def fused() -> nn.Module:
 
 
 def tsam() -> nn.Module:
-    net = torchvision.models.resnet18(num_classes=3).eval()
+    net = short_resnet()
     tsm_jit.tsam.make_Shift(net, 4, 3, 8, 2, 1, 0)
     return net
 
@@ -240,7 +245,7 @@ def test_batched_gradients_of_fused_networks_are_refused():
 
 
 def test_a_network_that_should_pool_and_does_not_is_an_error():
-    net = torchvision.models.resnet18(num_classes=3).eval()
+    net = short_resnet()
     tsm_jit.make_temporal_shift(net, 8, temporal_pool=True)
     x = torch.randn(16, 3, 32, 32)
     with pytest.raises(ValueError, match="make_temporal_pool"):
