@@ -19,7 +19,7 @@ def folded(net: nn.Module) -> nn.Module:
     return net
 
 
-@pytest.mark.feature("fold_norms: norms, additions and ReLUs inside convolutions")
+@pytest.mark.feature("`fuse`, `fold_norms=True`")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_scores(device, name):
     """Equal to the network's in float64, with and without gradients."""
@@ -58,6 +58,7 @@ def test_autocast(device):
     torch.testing.assert_close(found.float(), expected.float(), rtol=0.1, atol=0.1)  # sums of roundings to bfloat16
 
 
+@pytest.mark.feature("`fuse`, `fold_norms=True`", column="compiled")
 def test_one_graph(device):
     net, _, x = pair(lambda: tsm(small(layers=(1, 1, 1, 1))), device)
     compiled = torch.compile(folded(net), backend="aot_eager", fullgraph=True)

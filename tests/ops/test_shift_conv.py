@@ -107,7 +107,7 @@ def strides(x: Tensor) -> list[int]:
 both_kinds = pytest.mark.parametrize("tokens", [False, True], ids=["conv1x1", "linear"])
 
 
-@pytest.mark.feature("shift inside a 1x1 convolution or a linear layer")
+@pytest.mark.feature("`shift_conv1x1`, `shift_linear`")
 @both_kinds
 @pytest.mark.parametrize("padding", plans.PADDINGS)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
@@ -140,6 +140,7 @@ def test_autocast(cuda, dtype, tokens):
         assert error(a, c) <= 1.05 * error(b, c)
 
 
+@pytest.mark.feature("`shift_conv1x1`, `shift_linear`", says="as two steps")
 @both_kinds
 @pytest.mark.parametrize("padding", plans.PADDINGS)
 def test_the_cpu_computes_what_it_stands_for(padding, tokens):
@@ -187,6 +188,7 @@ def test_many_gradients_at_once(cuda, tokens):
     assert error(many[1], one.double()) < 0.01
 
 
+@pytest.mark.feature("`shift_conv1x1`, `shift_linear`", column="compiled", says="as two steps")
 @both_kinds
 def test_graphs(device, tokens):
     """A compiled function, an exported program and a fake tensor."""
