@@ -131,6 +131,7 @@ def assert_as_told(operator, given: tuple) -> None:
     assert len({ours.data_ptr() for ours, _ in there}) == len(there)
 
 
+@pytest.mark.slow
 def test_inductor_trains_what_has_other_norms(device, monkeypatch):
     """They are called, and so the end of a block has one gradient for both that it adds."""
     as_on_a_gpu(monkeypatch, device)

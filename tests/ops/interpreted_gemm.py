@@ -53,6 +53,6 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual.double().flatten(), expected.flatten(), rtol=1e-4, atol=1e-4)
 
 
-for seed in [random.SystemRandom().randrange(2**31) for _ in range(10)]:
+for seed in [random.SystemRandom().randrange(2**31) for _ in range(8)]:
     print("seed", seed)
     check(seed)
