@@ -47,10 +47,10 @@ def _offset_of(column, plan):
 
 
 @triton.jit
-def _source(row, offset, P, T, S, PREFIX, PADDING: constexpr, HAS_PREFIX: constexpr):
-    """The row of ``x`` that each row and column reads ``[rows, columns]``, and whether there is one."""
+def _load_shifted(x, row, column, rows, plan, K, P, T, S, PREFIX, PADDING: constexpr, HAS_PREFIX: constexpr):
+    """Loads ``a[row, column]`` from the source rows of ``x``. It is 0 if there is none, and where ``rows`` is false."""
     here = (row % (T * P))[:, None]  # the row within its clip
-    there = here + offset[None, :] * P
+    there = here + _offset_of(column, plan)[None, :] * P
     moves = here < S * P
     if HAS_PREFIX:
         moves = moves & (here % P >= PREFIX)
@@ -60,8 +60,10 @@ def _source(row, offset, P, T, S, PREFIX, PADDING: constexpr, HAS_PREFIX: conste
         there = tl.minimum(tl.maximum(there, here % P), (S - 1) * P + here % P)
     elif PADDING == "circular":
         there = (there + S * P) % (S * P)
-    exists = (there >= 0) & (there < S * P)
-    return row[:, None] + tl.where(moves, there - here, 0), exists | (moves == 0)
+    exists = ((there >= 0) & (there < S * P)) | (moves == 0)
+    source = row[:, None] + tl.where(moves, there - here, 0)
+    mask = exists & rows[:, None] & (column < K)[None, :]
+    return tl.load(x + source * K + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -81,9 +83,7 @@ def forward(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         column = k + tl.arange(0, BLOCK_K)
-        source, exists = _source(row, _offset_of(column, plan), P, T, S, PREFIX, PADDING, HAS_PREFIX)
-        mask = exists & rows[:, None] & (column < K)[None, :]
-        a = tl.load(x + source * K + column[None, :], mask=mask, other=0.0)
+        a = _load_shifted(x, row, column, rows, plan, K, P, T, S, PREFIX, PADDING, HAS_PREFIX)
         b = tl.load(w + n[None, :] * K + column[:, None], mask=(column < K)[:, None] & (n < N)[None, :], other=0.0)
         acc = tl.dot(a, b, acc)
     if bias is not None:
@@ -114,9 +114,7 @@ def weight_grad(
         rows = m < M
         row = _input_row(m, P, OUT_P, OUT_W, W, STRIDE)
         g = tl.load(dz + m[:, None] * N + n[None, :], mask=rows[:, None] & (n < N)[None, :], other=0.0)
-        source, exists = _source(row, _offset_of(column, plan), P, T, S, PREFIX, PADDING, HAS_PREFIX)
-        mask = exists & rows[:, None] & (column < K)[None, :]
-        a = tl.load(x + source * K + column[None, :], mask=mask, other=0.0)
+        a = _load_shifted(x, row, column, rows, plan, K, P, T, S, PREFIX, PADDING, HAS_PREFIX)
         acc = tl.dot(tl.trans(g), a, acc)
     out = dw + (part.to(tl.int64) * N + n)[:, None] * K + column[None, :]
     tl.store(out, acc, mask=(n < N)[:, None] & (column < K)[None, :])
