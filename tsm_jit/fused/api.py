@@ -13,8 +13,7 @@ from torch.autograd import Function
 
 from tsm_jit.convert.architectures import RESNET, resnet_stages
 from tsm_jit.fused.execute import Stream, fuses, run_blocks, run_stem
-from tsm_jit.fused.fold import check_foldable, stem_layers
-from tsm_jit.fused.fold import fold_norms as fold
+from tsm_jit.fused.fold import check_foldable, fold_into_convolutions, stem_layers
 from tsm_jit.fused.match import why_unsupported
 from tsm_jit.modules.base import ShiftedModule, class_name, has_hooks, unwrapped
 from tsm_jit.modules.video import VideoModel
@@ -82,7 +81,8 @@ def fuse(net: nn.Module, *, fold_norms: bool = False) -> None:
         net.__class__ = _fused_class(type(net))  # type: ignore[arg-type]
     if fold_norms:
         names = RESNET.stems.get(class_name(getattr(net, "network", type(net))), ())
-        fold(net, stem_layers(net, names), [block for name, block in blocks.items() if name not in unsupported])
+        supported = [block for name, block in blocks.items() if name not in unsupported]
+        fold_into_convolutions(net, stem_layers(net, names), supported)
 
 
 def unfuse(net: nn.Module) -> None:

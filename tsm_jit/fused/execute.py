@@ -154,14 +154,13 @@ def _run(block: BlockLayers, following: BlockLayers | None, stream: Stream) -> S
 
 def is_folded(block: BlockLayers) -> bool:
     """Whether :func:`_run_folded` can run ``block``: its norms are folded, and it is inference without autocast."""
-    modules = [unshifted_module(module) for module in block.branch]
-    convolutions, activations = modules[::2], modules[1::2]
+    if torch.is_grad_enabled() or len(block.branch) % 2 == 0:  # decides for most blocks that have norms, at no cost
+        return False
+    convolutions = [unshifted_module(module) for module in block.branch[::2]]
     return (
-        not torch.is_grad_enabled()
-        and len(modules) % 2 == 1
-        and all(map(is_relu, activations))
+        all(map(is_relu, block.branch[1::2]))
         and all(map(_has_bias, convolutions))
-        and not torch.is_autocast_enabled(modules[0].weight.device.type)  # type: ignore[union-attr, arg-type]
+        and not torch.is_autocast_enabled(convolutions[0].weight.device.type)  # type: ignore[union-attr, arg-type]
     )
 
 

@@ -18,7 +18,7 @@ def check_foldable(net: nn.Module) -> None:
         raise ValueError("net must be in evaluation mode to fold its norms, got training mode: call net.eval() first")
 
 
-def fold_norms(net: nn.Module, stem: list[nn.Module], blocks: list[nn.Module]) -> None:
+def fold_into_convolutions(net: nn.Module, stem: list[nn.Module], blocks: list[nn.Module]) -> None:
     """Folds each norm that follows a convolution in ``stem`` or in the supported ``blocks`` into this convolution.
 
     The weights and biases of the convolutions change, and ``nn.Identity`` takes the place of the norms.
@@ -44,13 +44,9 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     mean, variance, weight, bias = (None if each is None else each.double() for each in statistics)
     conv_bias = None if conv.bias is None else conv.bias.double()
     new = fuse_conv_bn_weights(conv.weight.double(), conv_bias, mean, variance, norm.eps, weight, bias)  # type: ignore
-    for name, parameter in zip(("weight", "bias"), new, strict=True):
-        dense = parameter.to(conv.weight.dtype).contiguous(
-            memory_format=torch.channels_last
-            if name == "weight" and conv.weight.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format
-        )
-        setattr(conv, name, nn.Parameter(dense, requires_grad=False))
+    dense = torch.empty_like(conv.weight).copy_(new[0])  # in the memory format and dtype of the weight
+    conv.weight = nn.Parameter(dense, requires_grad=False)
+    conv.bias = nn.Parameter(new[1].to(dense.dtype), requires_grad=False)
 
 
 def stem_layers(net: Any, names: tuple[str, ...]) -> list[nn.Module]:
