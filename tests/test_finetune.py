@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import runpy
 import sys
 from argparse import Namespace
@@ -29,7 +30,7 @@ from training import WrongInputError  # noqa: E402
 
 from tsm_jit.video_io import write_video  # noqa: E402
 
-SEGMENTS, SIDE, EPOCHS = 4, 32, 3
+SEGMENTS, SIDE, EPOCHS = 4, 32, 6
 TINY = f"--network timm/test_resnet --weights none --segments {SEGMENTS} --side {SIDE} --no-flip".split()
 RUN = [*TINY, "--epochs", str(EPOCHS), "--batch", "4", "--accumulate", "2", "--lr", "0.005", "--fuse"]
 
@@ -40,22 +41,24 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def brightness(value: int, frames: int = 12, height: int = 40, width: int = 56) -> torch.Tensor:
+def stripes(vertical: bool, frames: int = 12, height: int = 40, width: int = 56) -> torch.Tensor:
+    """A video with vertical or horizontal stripes. A frame shows its class, whatever else its batch holds."""
+    wave = 80 * torch.sin(torch.arange(width if vertical else height) * 0.8 + 2 * math.pi * torch.rand(1))
     noise = torch.randint(-20, 20, (frames, 3, height, width))
-    return (value + noise).clamp(0, 255).to(torch.uint8)
+    return (128 + (wave if vertical else wave[:, None]) + noise).clamp(0, 255).to(torch.uint8)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Two classes of videos that are easy to tell apart; among them a short and a damaged one."""
     folder = tmp_path_factory.mktemp("data") / "data"
-    for label, value in (("bright", 200), ("dark", 50)):
+    for label in ("horizontal", "vertical"):
         (folder / label).mkdir(parents=True)
         for i in range(6):
-            write_video(folder / label / f"{i}.mp4", brightness(value, frames=2 if i == 3 else 12))
-    whole = (folder / "dark" / "0.mp4").read_bytes()
-    (folder / "dark" / "damaged.mp4").write_bytes(whole[: len(whole) // 2])
-    (folder / "dark" / "notes.txt").write_text("not a video")
+            write_video(folder / label / f"{i}.mp4", stripes(label == "vertical", frames=2 if i == 3 else 12))
+    whole = (folder / "vertical" / "0.mp4").read_bytes()
+    (folder / "vertical" / "damaged.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "vertical" / "notes.txt").write_text("not a video")
     return folder
 
 
@@ -88,7 +91,8 @@ def test_a_run_learns_and_writes_its_files(whole_run, data):
     predictions = rows(output / "predictions.csv")
     assert [Path(row["path"]) for row in predictions] == sorted(p for p in data.glob("*/?.mp4"))
     right = sum(row["class"] == row["top1"] for row in predictions)
-    assert right == len(predictions) == 12, "the two classes are easy"
+    assert len(predictions) == 12
+    assert right >= 10  # 12 in nearly all runs; an untrained network gets 6
     assert "12 videos, 2 x 3 views; 1 videos skipped" in lines
     assert "clips/s" in lines
     assert errors.count("skipped: ") == errors.count("damaged.mp4 cannot be read as a video: ") == 1
@@ -97,7 +101,7 @@ def test_a_run_learns_and_writes_its_files(whole_run, data):
 def test_the_onnx_file_has_the_scores_of_the_network(whole_run):
     output, *_ = whole_run
     model, recipe = networks.load_trained(output / "best.pt")
-    assert (recipe.classes, recipe.interval) == (["bright", "dark"], pytest.approx(12 / 25 / SEGMENTS, rel=0.2))
+    assert (recipe.classes, recipe.interval) == (["horizontal", "vertical"], pytest.approx(12 / 25 / SEGMENTS, rel=0.2))
     session = onnxruntime.InferenceSession(output / "model.onnx", providers=["CPUExecutionProvider"])
     for count in (1, 3):
         clips = torch.randint(0, 256, (count, SEGMENTS, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -156,7 +160,7 @@ def main_without_export(arguments: list[str]) -> int:
 
 
 def test_lists_of_tsm_and_mmaction2_and_folders_of_pictures(tmp_path):
-    video = brightness(100, frames=11)
+    video = stripes(True, frames=11)
     write_video(tmp_path / "a clip 7.mp4", video)
     (tmp_path / "frames").mkdir()
     for i, picture in enumerate(video, 5):  # unpadded numbers: 10 comes after 9
@@ -271,7 +275,7 @@ def test_dropout_is_before_the_last_layer_in_training():
 def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
     (tmp_path / "empty" / "class").mkdir(parents=True)
     (tmp_path / "one" / "class").mkdir(parents=True)
-    write_video(tmp_path / "one" / "class" / "a.mp4", brightness(9))
+    write_video(tmp_path / "one" / "class" / "a.mp4", stripes(True))
     (tmp_path / "line.txt").write_text("a.mp4 0\nb.mp4\n")
     (tmp_path / "gone.txt").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(30)))
     (tmp_path / "names.txt").write_text("only one\n")
@@ -280,7 +284,7 @@ def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
         (tmp_path / "empty",): "has no videos",
         (tmp_path / "one",): "set --val",
         (tmp_path / "line.txt",): "line.txt:2: a line must be 'path label' or 'path num_frames label', got 'b.mp4'",
-        (data / "dark" / "0.mp4",): "must be a folder of class folders or a list file, got neither",
+        (data / "vertical" / "0.mp4",): "must be a folder of class folders or a list file, got neither",
         (tmp_path / "gone.txt",): "too many videos in a row cannot be read, such as: ",
         (tmp_path / "gone.txt", "--classes", tmp_path / "names.txt"): "labels must be below 1, got 1",
         (data, "--val", tmp_path / "one"): "a folder for a class that is not known from training: class",
@@ -288,7 +292,7 @@ def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
         (data, "--network", "nonet"): "nonet is neither a network of torchvision nor of timm",
         (data, "--network", "alexnet"): "alexnet cannot be converted: net must have a supported architecture",
         (data, "--network", "mobilenet_v2", "--fuse"): "--fuse: net must be a ResNet",
-        (data, "--weights", data / "dark" / "0.mp4"): "0.mp4 cannot be used: path must be a file",
+        (data, "--weights", data / "vertical" / "0.mp4"): "0.mp4 cannot be used: path must be a file",
         (data, "--resume"): "nothing to resume",
     }.items():
         assert finetune.main([*TINY, "--workers", "0", "--output", str(tmp_path / "o"), *map(str, arguments)]) == 2, (
