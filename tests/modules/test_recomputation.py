@@ -86,14 +86,30 @@ def test_two_lengths_in_one_backward_are_an_error(device):
         (first + second).sum().backward()
 
 
-def test_reentrant_forwards_of_two_lengths_are_an_error(device):
-    net = module().to(device).train()
+@pytest.mark.parametrize("training", [False, True])
+def test_reentrant_forwards_of_two_lengths_are_an_error(device, training):
+    net = module().to(device).train(training)
     x = frames(net, device)
     with tsm_jit.n_segment(net, 4):
         first = checkpoint(net, x, use_reentrant=True)
     second = checkpoint(net, x, use_reentrant=True)
     with pytest.raises(RuntimeError, match="n_segment must be"):
         (first + second).sum().backward()
+
+
+@KINDS
+@pytest.mark.parametrize("training", [False, True])
+def test_a_pass_without_a_backward_may_have_another_length(device, training, reentrant):
+    net = resnet(False, device).train(training)
+    x = frames(net, device)
+    with tsm_jit.n_segment(net, 4):
+        loss = checkpoint(net, x, use_reentrant=reentrant).square().sum()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            net(x)
+            checkpoint(net, x, use_reentrant=reentrant)
+    with tsm_jit.n_segment(net, 4):
+        loss.backward()
 
 
 def test_without_recomputation_the_length_may_change_before_the_backward(device):

@@ -12,7 +12,7 @@ from torch.nn.modules import module as all_modules
 
 from tsm_jit import ops
 from tsm_jit._checks import refuse_scripting
-from tsm_jit.ops.compat import in_backward
+from tsm_jit.ops.compat import in_backward, in_reentrant_checkpoint
 
 if TYPE_CHECKING:
     from tsm_jit.ops.sharded_shift import TimeShard
@@ -50,18 +50,19 @@ class ClipModule(nn.Module):
             return length
         own = self.__dict__
         if in_backward():
-            # Reentrant checkpoints run their forward under no_grad. Which of several is computed again is unknown.
-            lengths = {own.get("_forward_length", length), *own.pop("_no_grad_lengths", ())}
+            # Of several forwards in reentrant checkpoints, it is unknown which is computed again.
+            lengths = {own.get("_forward_length", length), *own.pop("_reentrant_lengths", ())}
             if lengths != {length}:
                 raise RuntimeError(
                     f"n_segment must be the clip length of the forward when checkpointing computes it again, got "
                     f"{length} after a forward with {' and '.join(map(str, sorted(lengths - {length})))}: call "
                     "backward() before changing n_segment"
                 )
-            return length
-        own["_forward_length"] = length
-        if self.training and not torch.is_grad_enabled():
-            own.setdefault("_no_grad_lengths", set()).add(length)
+        elif torch.is_grad_enabled():
+            own["_forward_length"] = length
+        elif in_reentrant_checkpoint():
+            own["_forward_length"] = length
+            own.setdefault("_reentrant_lengths", set()).add(length)
         return length
 
 

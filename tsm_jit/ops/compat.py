@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_compiling
 
 try:
@@ -22,7 +24,11 @@ try:
     _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor, Tensor._version)
     from torch._C import _len_torch_dispatch_stack
 
-    _needed = (torch._C.DispatchKey.CompositeImplicitAutograd, torch.ops.aten.clone.default.py_kernels)
+    _needed = (
+        torch._C._is_fwd_grad_enabled,
+        torch._C.DispatchKey.CompositeImplicitAutograd,
+        torch.ops.aten.clone.default.py_kernels,
+    )
     from torch.utils._pytree import tree_map_only
 except (ImportError, AttributeError) as error:
     raise ImportError(f"tsm_jit does not support PyTorch {torch.__version__}, which lacks a private name: {error}")
@@ -82,6 +88,19 @@ def has_saved_tensor_hooks() -> bool:
 def in_backward() -> bool:
     """Whether autograd is running a backward in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether a reentrant checkpoint, or any autograd function with a backward, runs this code in its forward."""
+    if torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
+        return False  # in a function's forward, both kinds of gradients are disabled
+    frame = sys._getframe().f_back
+    while frame is not None:
+        function = frame.f_locals.get("ctx") if "ctx" in frame.f_code.co_varnames else None
+        if isinstance(function, BackwardCFunction) and function.next_functions:  # empty if it is under no_grad
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_batched_gradient(grad: Tensor) -> bool:
