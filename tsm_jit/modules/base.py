@@ -135,13 +135,19 @@ class ShiftedModule(ClipModule):
 def _product(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> Callable[[], Tensor] | None:
     """Returns what computes ``net(shifted x)`` without a shifted copy, or None if no kernel serves."""
     if type(net) is nn.Linear:
-        return ops.served_linear(x, net.weight, net.bias, shift, num_prefix_tokens)
+        return ops.served_linear(x, _parameter(net, "weight"), _parameter(net, "bias"), shift, num_prefix_tokens)
     if num_prefix_tokens or not is_conv2d(net):
         return None
     conv: Any = net
     if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.padding != (0, 0) or conv.stride not in ((1, 1), (2, 2)):
         return None
-    return ops.served_conv1x1(x, conv.weight, conv.bias, shift, conv.stride[0])
+    return ops.served_conv1x1(x, _parameter(conv, "weight"), _parameter(conv, "bias"), shift, conv.stride[0])
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)``, which takes 0.9 us longer for a parameter."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def only_reads_input(net: nn.Module) -> bool:

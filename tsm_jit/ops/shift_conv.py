@@ -222,7 +222,11 @@ class _Product:
         positions = out_height * out_width
         self.shift, self.encoded, self.num_prefix_tokens = shift, encoded, num_prefix_tokens
         self.shape, self.stride, self.dtype, self.device = shape, stride, dtype, device
-        self.out_shape = (frames, out_channels, out_height, out_width) if len(shape) == 4 else (*shape[:2], self.n)
+        if len(shape) == 4:  # in channels_last
+            self.out_shape: tuple[int, ...] = (frames, out_channels, out_height, out_width)
+            self.out_strides: tuple[int, ...] = (positions * self.n, 1, out_width * self.n, self.n)
+        else:
+            self.out_shape, self.out_strides = (*shape[:2], self.n), (positions * self.n, self.n, 1)
         self.rows = frames * positions
         self.processors = processors
         # Tiles, warps and stages as measured: two or three programs per processor hide the latency of the loads.
@@ -267,8 +271,7 @@ class _Product:
         return _Kernel(name, (tiles, parts, 1), self.sizes, constants, warps, stages=3)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-        format = torch.channels_last if len(self.out_shape) == 4 else torch.contiguous_format
-        z = torch.empty(self.out_shape, dtype=self.dtype, device=x.device, memory_format=format)
+        z = x.new_empty_strided(self.out_shape, self.out_strides)  # 1 us faster than empty in channels_last
         key = (None if bias is None else bias.dtype, relu)
         kernel = self.forward_kernels.get(key)
         if kernel is None:
