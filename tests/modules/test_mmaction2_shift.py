@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 
+import mmaction2_package  # noqa: F401  (the next imports import mmaction2 if it is installed)
 import pytest
 import torch
 from support import FLOATING, assert_same_bits, layouts, random_values
