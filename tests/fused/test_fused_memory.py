@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import tsm_jit
+from tsm_jit import residual
 from tsm_jit.fused import block, execute
 from tsm_jit.ops import residual as residual_ops
 
@@ -147,8 +148,33 @@ def test_offloading(device, merged, hooks, monkeypatch):
         assert (a - b).norm() <= 1e-9 * b.norm() + 1e-12
 
 
-def test_a_second_derivative_is_refused(device):
+@pytest.mark.parametrize("how", ["training", "evaluation", "folded", "checkpoint"])
+def test_a_second_derivative_is_refused(device, merged, how):
+    """However it is computed: ``torch.autograd.grad`` visits only what leads to the tensors that it is given."""
     _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
-    (gradient,) = torch.autograd.grad(fused(x).square().sum(), fused.conv1.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    fused.train(how == "training")
+    if how == "folded":
+        residual.fuse(fused, fold_norms=True)
+    x.requires_grad_()
+    call = functools.partial(checkpoint, fused, use_reentrant=False) if how == "checkpoint" else fused
+    for weight in (fused.conv1.weight, fused.layer4[0].conv2.weight):
+        tensors = [tensor for tensor in (x, weight) if tensor.requires_grad]
+        for tensor in tensors:
+            (gradient,) = torch.autograd.grad(call(x).square().sum(), tensor, create_graph=True)
+            for other in tensors:
+                with pytest.raises(RuntimeError, match="must not be differentiated twice"):
+                    torch.autograd.grad(gradient.square().sum(), other, retain_graph=True, allow_unused=True)
+            with pytest.raises(RuntimeError, match="must not be differentiated twice"):
+                gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="must not be differentiated twice"):
+        torch.autograd.functional.hvp(lambda x: fused(x).square().sum(), x, torch.ones_like(x))
+
+
+def test_a_graph_of_the_first_derivative_may_be_made(device, merged):
+    net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
+    for ours, expected in zip(*(_gradients(each, x) for each in (fused, net)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-8)
+
+
+def _gradients(net: torch.nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(net(x).square().sum(), list(net.parameters()), create_graph=True)

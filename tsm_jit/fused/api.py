@@ -27,9 +27,9 @@ def fuse(net: nn.Module, *, fold_norms: bool = False) -> None:
     rounding. State-dict keys do not change. The input of ``net`` stays frames ``[N*T, C, H, W]``, in float64, float32,
     bfloat16 or float16, also under autocast.
 
-    Double backward is not supported. Under ``torch.export``, tracing and ``torch.func`` the network runs unfused. When
-    training on a GPU, a block is one operator for dispatch modes such as selective checkpointing. The cast of its
-    weights is another operator. Compiled networks have separate operators for the layers.
+    Double backward raises ``RuntimeError``. Under ``torch.export``, tracing and ``torch.func`` the network runs
+    unfused. When training on a GPU, a block is one operator for dispatch modes such as selective checkpointing. The
+    cast of its weights is another operator. Compiled networks have separate operators for the layers.
 
     Args:
         net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision, timm or mmaction2, converted by

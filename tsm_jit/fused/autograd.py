@@ -1,17 +1,17 @@
-"""Autograd for the operators in ``ops/residual.py``. Double backward is not supported.
+"""Autograd for the operators in ``ops/residual.py``. Double backward raises an error.
 
 Under ``no_grad`` the functions call the operators directly and may overwrite their inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from tsm_jit.ops import residual as operators
@@ -170,6 +170,50 @@ def _restored(
 ) -> NormedInput:
     norm = None if meta is None else Norm(saved[1], saved[2], saved[3], None, *meta)
     return NormedInput(saved[0], norm, needs_grad, norm_needs_grad)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for a ``backward``: a second derivative through it raises ``RuntimeError``.
+
+    PyTorch's decorator of this name cuts the graph, so ``torch.autograd.grad`` finds no path to its error and returns
+    wrong values. Here the error is on every path from the gradients to the inputs of the backward.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if is_compiling() or not torch.is_grad_enabled():  # AOTAutograd refuses second derivatives itself
+            with torch.no_grad():
+                return backward(ctx, *grads)
+        once = _SavedOnce(ctx)
+        with torch.no_grad():
+            outputs = backward(once, *grads)
+        sources = [each for each in (*grads, *once.saved_tensors) if each is not None and each.requires_grad]
+        return _NotTwice.apply(outputs, *sources) if sources else outputs
+
+    return checked
+
+
+class _SavedOnce:
+    """A ``ctx`` whose saved tensors can be read again. Hooks of checkpointing unpack them only once."""
+
+    def __init__(self, ctx: Any):
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+class _NotTwice(Function):
+    """Returns first derivatives, which depend on ``sources``. Its backward raises."""
+
+    @staticmethod
+    def forward(ctx, grads, *sources):
+        return tuple(None if grad is None else grad.detach() for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("a fused network must not be differentiated twice: call residual.unfuse first")
 
 
 def check_gradient(grad: Tensor | None) -> None:

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from tsm_jit.fused.autograd import for_consumers, norm_add_relu, norm_of, norm_relu
+from tsm_jit.fused.autograd import for_consumers, norm_add_relu, norm_of, norm_relu, once_differentiable
 from tsm_jit.ops.residual import NO_SHIFT, Norm, NormedInput, norm_add_relu_backward
 from tsm_jit.ops.residual_block import (
     ConvParams,
