@@ -171,6 +171,11 @@ def shift_conv1x1(
         weight = torch.randn(32, 64, 1, 1)
         y = tsm_jit.shift_conv1x1(x, weight, None, 8, tsm_jit.plans.temporal(64))  # [16, 32, 56, 56]
     """
+    if _are_proxies(x, weight, bias):
+        return handle_torch_function(
+            shift_conv1x1, (x, weight, bias), x, weight, bias, n_segment, groups, stride=stride, padding=padding,
+            n_segment_shifted=n_segment_shifted,
+        )  # fmt: skip
     shape = _dense_shape(x)
     if len(shape) != 4:
         raise ValueError(f"x must be frames [N*T, C, H, W], got the shape {list(shape)}")
@@ -222,6 +227,11 @@ def shift_linear(
         weight = torch.randn(576, 192)
         y = tsm_jit.shift_linear(x, weight, None, 8, tsm_jit.plans.temporal(192), num_prefix_tokens=1)  # [16, 197, 576]
     """
+    if _are_proxies(x, weight, bias):
+        return handle_torch_function(
+            shift_linear, (x, weight, bias), x, weight, bias, n_segment, groups, num_prefix_tokens=num_prefix_tokens,
+            padding=padding, n_segment_shifted=n_segment_shifted,
+        )  # fmt: skip
     shape = _dense_shape(x)
     if len(shape) != 3:
         raise ValueError(f"x must be tokens [N*T, L, C], got the shape {list(shape)}")
@@ -270,6 +280,17 @@ def _cached(encode: Callable[..., str]) -> Callable[..., str]:
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _are_proxies(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether torch.fx traces: the called function is then a leaf of its graph. Raises TypeError for other objects."""
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
+        return False
+    if has_torch_function((x, weight, bias)):
+        return True
+    values = {"x": x, "weight": weight, "bias": bias}
+    name = next(name for name, value in values.items() if not isinstance(value, Tensor))
+    raise TypeError(f"{name} must be a torch.Tensor, got {type(values[name]).__name__}")
 
 
 def _dense_shape(x: Any) -> torch.Size:

@@ -84,6 +84,26 @@ def test_the_functions_are_leaves_of_an_fx_graph():
     torch.testing.assert_close(traced(x), both(x), rtol=0, atol=0)
 
 
+def test_products_are_leaves_of_an_fx_graph():
+    """With weights of the module and weights that are inputs."""
+
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(16, 6, 1)
+
+        def forward(self, x, weight):
+            y = tsm_jit.shift_conv1x1(x, self.conv.weight, self.conv.bias, 4, [(2, 1)], stride=2, padding="keep")
+            tokens = x.flatten(2).transpose(1, 2)
+            return y, tsm_jit.shift_linear(tokens, weight, None, 4, [(3, -1)], num_prefix_tokens=1)
+
+    net, x, weight = Products(), torch.randn(8, 16, 5, 3), torch.randn(6, 16)
+    traced = torch.fx.symbolic_trace(net)
+    assert {node.target for node in traced.graph.nodes} >= {tsm_jit.shift_conv1x1, tsm_jit.shift_linear}
+    for found, expected in zip(traced(x, weight), net(x, weight), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_feature_extractors():
     net = resnet()
     x = torch.randn(8, 3, 32, 32)

@@ -443,6 +443,10 @@ def shift_by_a_function(net, x, out):
     return tsm_jit.temporal_shift(out, 8)
 
 
+def shift_in_a_product(net, x, out):
+    return tsm_jit.shift_conv1x1(out, net.conv.net.weight, None, 8, [(1, 1)])
+
+
 def test_what_cannot_run_on_a_stream():
     pooled = torchvision.models.resnet18()
     tsm_jit.make_temporal_shift(pooled, 8, temporal_pool=True)
@@ -462,6 +466,10 @@ def test_what_cannot_run_on_a_stream():
         (
             Joined(shift_by_a_function).eval(),
             "model must shift by modules such as TemporalShift, got a call of temporal_shift",
+        ),
+        (
+            Joined(shift_in_a_product).eval(),
+            "model must shift by modules such as TemporalShift, got a call of shift_conv1x1",
         ),
         (twice, "model must call each shift once per frame, got a second call at 'conv'"),
         (never, "model must call each shift once per frame, got no call at 'other'"),

@@ -342,6 +342,19 @@ def test_wrong_arguments(function, shapes, options, says):
         function(x, weight, None, 4, [(8, 1)], **options)
 
 
+@pytest.mark.parametrize(
+    ("function", "shape"), [(tsm_jit.shift_conv1x1, (8, 16, 3, 3)), (tsm_jit.shift_linear, (8, 5, 16))]
+)
+def test_parameters_that_are_no_tensors(function, shape):
+    x, weight = torch.zeros(shape), torch.zeros(4, 16, *[1] * (len(shape) // 4 * 2))
+    for parameters, says in (
+        ((None, None), "weight must be .* NoneType"),
+        ((weight, [0.0] * 4), "bias must be .* list"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            function(x, *parameters, 4, [(8, 1)])
+
+
 def test_the_kernels_in_the_interpreter():
     """The kernels on the CPU, against float64."""
     pytest.importorskip("triton")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tsm_jit.functional import shift_groups, temporal_shift
+from tsm_jit.functional import shift_conv1x1, shift_groups, shift_linear, temporal_shift
 from tsm_jit.modules.online import Delay, FrameShift, FrameState, OnlineShift
 
 # Properties that do not differ between frames: layers may read them at any time.
@@ -160,7 +160,7 @@ def _check(graph: fx.Graph, modules: dict[str, nn.Module], shifts: dict[fx.Node,
             place, got = name.rpartition(".")[0], "no call" if calls[module] == 0 else "a second call"
             raise ValueError(f"model must call each shift once per frame, got {got} at {place!r}")
     for node in graph.nodes:
-        if node.target in (temporal_shift, shift_groups):
+        if node.target in (temporal_shift, shift_groups, shift_conv1x1, shift_linear):
             raise ValueError(f"model must shift by modules such as TemporalShift, got a call of {node.target.__name__}")
 
 
