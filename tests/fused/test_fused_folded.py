@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 from fused_networks import FORMATS, NETWORKS, pair, small, tsm
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import tsm_jit
 from tsm_jit import residual
@@ -89,6 +90,74 @@ def test_copies_and_state(device, tmp_path):
         tsm_jit.n_segment(found, 2)
         tsm_jit.n_segment(net, 2)
         torch.testing.assert_close(found(x), net.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+def share_convolution(net):
+    net.layer2[2].conv2 = net.layer2[1].conv2
+
+
+def share_norm(net):
+    net.avgpool = nn.Sequential(net.layer4[0].bn2, net.avgpool)
+
+
+def share_block(net):
+    net.layer2[2] = net.layer2[1]
+
+
+@pytest.mark.parametrize("share", [share_convolution, share_norm, share_block])
+def test_layers_in_several_places_stay(device, share):
+    """Folded for one place, they would be wrong in another."""
+    net, _, x = pair(lambda: tsm(small(BasicBlock)), device)
+    share(net)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(net)(x), net.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+HOOKED = ("conv1", "bn1", "layer1.0.bn1", "layer2.0.downsample.1", "layer3.0.conv1.net")
+
+
+def scores_and_seen(net: nn.Module, x: Tensor, names=HOOKED) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scores with hooks that change the outputs of some layers, and these outputs as they are at the end."""
+    seen = {}
+
+    def hook(name: str):
+        return lambda module, args, out: seen.update({name: out + 1}) or seen[name]
+
+    handles = [net.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    with torch.no_grad():
+        scores = net(x)
+    for handle in handles:
+        handle.remove()
+    return scores, seen
+
+
+def test_hooks_on_what_takes_the_place_of_norms(device):
+    """They are called, and nothing changes what they have seen, if no ReLU works in place."""
+    net, _, x = pair(lambda: tsm(small(BasicBlock, layers=(1, 1, 1, 1))), device)
+    for module in net.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    found, plain = folded(net), folded(net)
+    residual.unfuse(plain)
+    (scores, seen), (expected, expected_seen) = (scores_and_seen(each, x) for each in (found, plain))
+    torch.testing.assert_close(scores, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(seen, expected_seen, rtol=1e-10, atol=1e-10)
+    assert seen.keys() == set(HOOKED)
+
+
+def test_norms_with_hooks_stay(device):
+    net, _, x = pair(lambda: tsm(small(BasicBlock, layers=(1, 1, 1, 1))), device)
+    for norm in (net.bn1, net.layer2[0].bn1, net.layer2[0].downsample[1]):
+        norm.register_forward_hook(lambda module, args, out: out.sin())
+    with torch.no_grad():
+        torch.testing.assert_close(folded(net)(x), net.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_shapes_on_the_meta_device(block):
+    net, _, x = pair(lambda: tsm(small(block, layers=(1, 1, 1, 1))), torch.device("cpu"))
+    with torch.no_grad():
+        assert folded(net).to("meta")(x.to("meta")).shape == (8, 5)
 
 
 def test_training_mode_is_refused(device):

@@ -40,6 +40,7 @@ def fuse(net: nn.Module, *, fold_norms: bool = False) -> None:
         fold_norms: for inference only: fold the batch normalizations into the convolutions before them, for good. Each
             ReLU and each addition then is part of a convolution. Parameters change and stop to require grad, the keys
             of norms leave the state dict, and :func:`unfuse` does not bring them back. Scores change by rounding.
+            Norms with hooks, and layers that the network uses in several places, stay as they are.
 
     Raises:
         TypeError: ``net`` is not a ResNet.

@@ -29,6 +29,7 @@ from tsm_jit.fused.match import (
     BlockLayers,
     block_layers,
     is_convolution,
+    is_identity,
     is_pool,
     is_relu,
     is_shifted,
@@ -79,7 +80,7 @@ def run_stem(modules: list[nn.Module], x: Tensor, following: nn.Module) -> Strea
     z = x
     for module in before:
         z = module(z)
-    if is_relu(relu) and type(norm) is nn.Identity and not torch.is_grad_enabled():
+    if is_relu(relu) and is_identity(norm) and is_convolution(before[-1]) and not torch.is_grad_enabled():
         x = pool(z.relu_())
     elif not is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
         x = pool(relu(norm(z)))
@@ -157,11 +158,10 @@ def is_folded(block: BlockLayers) -> bool:
     if torch.is_grad_enabled() or len(block.branch) % 2 == 0:  # decides for most blocks that have norms, at no cost
         return False
     convolutions = [unshifted_module(module) for module in block.branch[::2]]
-    return (
-        all(map(is_relu, block.branch[1::2]))
-        and all(map(_has_bias, convolutions))
-        and not torch.is_autocast_enabled(convolutions[0].weight.device.type)  # type: ignore[union-attr, arg-type]
-    )
+    if not all(map(is_relu, block.branch[1::2])) or not all(map(_has_bias, convolutions)):
+        return False
+    device: Any = convolutions[0].weight.device
+    return not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type))
 
 
 def _has_bias(module: nn.Module) -> bool:

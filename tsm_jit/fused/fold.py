@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections import Counter
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tsm_jit.fused.match import block_layers, is_convolution, layers_of, unshifted_module
+from tsm_jit.modules.base import has_hooks
 
 
 def check_foldable(net: nn.Module) -> None:
@@ -21,21 +23,27 @@ def check_foldable(net: nn.Module) -> None:
 def fold_into_convolutions(net: nn.Module, stem: list[nn.Module], blocks: list[nn.Module]) -> None:
     """Folds each norm that follows a convolution in ``stem`` or in the supported ``blocks`` into this convolution.
 
-    The weights and biases of the convolutions change, and ``nn.Identity`` takes the place of the norms.
+    The weights and biases of the convolutions change, and ``nn.Identity`` takes the place of the norms. Norms with
+    hooks stay. So do layers that ``net`` has in several places, since another place may need the unfolded layer.
     """
+    places = Counter(module for _, module in net.named_modules(remove_duplicate=False))
     sequences = [stem]
     for block in blocks:
         sequences += [[unshifted_module(module) for module in layers] for layers in block_layers(block)]
     folded = {}
     for modules in sequences:
         for conv, norm in itertools.pairwise(modules):
-            if is_convolution(conv) and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
+            if is_convolution(conv) and _is_foldable(norm) and places[conv] == places[norm] == 1:
                 _fold(conv, norm)
                 folded[norm] = nn.Identity()
     for parent in list(net.modules()):
         for name, child in parent._modules.items():
             if child in folded:
                 parent._modules[name] = folded[child]
+
+
+def _is_foldable(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    return type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not has_hooks(norm)
 
 
 @torch.no_grad()

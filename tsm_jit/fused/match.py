@@ -57,7 +57,7 @@ def block_layers(block: nn.Module) -> BlockLayers:
         branch += layers_of(module) if module._modules else (module,)  # calls cost time in every forward
     downsample: Any = block.downsample
     return BlockLayers(
-        [module for module in branch if type(module) is not nn.Identity],
+        [module for module in branch if not is_identity(module)],
         [] if downsample is None else layers_of(downsample),
     )
 
@@ -116,6 +116,11 @@ def is_shifted(module: nn.Module) -> TypeGuard[ShiftedModule]:
     if type(module) not in _SHIFTS or has_hooks(module):
         return False
     return module.split_shard() is None  # type: ignore[operator]
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Whether ``module`` is an identity without hooks."""
+    return type(module) is nn.Identity and not has_hooks(module)
 
 
 def is_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:
