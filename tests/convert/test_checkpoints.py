@@ -247,7 +247,7 @@ def test_little_is_placed():
     assert "and 19 more. Missing: 'conv1.weight' (nearest: 'features.18.weight')" in str(error.value)
     weights = net.state_dict()
     parameters = [name for name, _ in net.named_parameters() if not name.startswith("fc.")]
-    with pytest.raises(ValueError, match=r"60 parameters .*, got 29 "):
+    with pytest.raises(ValueError, match=r"60 parameters .*, got 28 "):
         checkpoints.convert({name: weights[name] for name in parameters[:29]}, target=net)
     converted = checkpoints.convert({name: weights[name] for name in parameters[:30]}, target=net)
     assert converted.missing == [key for key in weights if key not in parameters[:30]]
@@ -265,6 +265,19 @@ def test_little_is_placed():
         ValueError, match=r"state_dict must hold weights for target='torchvision', but none match: 'a.b'"
     ):
         checkpoints.convert({"a.b": torch.zeros(1)}, "mmaction2", target="torchvision")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_folded_norms(name):
+    """Weights with norms must not go to a network whose norms are folded, nor the other way round."""
+    net = ours(name).eval()
+    folded = copy.deepcopy(net)
+    tsm_jit.residual.fuse(folded, fold_norms=True)
+    for weights, target in ((net.state_dict(), folded), (folded.state_dict(), net)):
+        with pytest.raises(ValueError, match=r"conv1.bias"):
+            checkpoints.convert(prefixed("module.", weights), target=target)
+    converted = checkpoints.convert(prefixed("module.", folded.state_dict()), target=folded)
+    assert (converted.unplaced, converted.missing) == ({}, [])
 
 
 def test_another_number_of_classes_is_no_error():

@@ -95,8 +95,9 @@ def convert(
         ValueError: ``state_dict`` is empty; ``source`` or ``target`` is no layout; ``target`` must be a network but is
             a layout: ``"tsam"`` for weights without shifts; ``"tsm"``, ``"mmaction2"`` or ``"tsam"`` for a network that
             is no ResNet of torchvision.
-        ValueError: too few weights match. A network as ``target`` must get at least half of its parameters. Buffers
-            and the last layer do not count. A layout as ``target`` must get at least one weight.
+        ValueError: too few weights match. A network as ``target`` must get at least half of its parameters. Buffers,
+            the last layer and layers that get only some of their parameters do not count. A layout as ``target`` must
+            get at least one weight.
 
     Example::
 
@@ -221,14 +222,21 @@ def _convert_for_network(state_dict: Mapping[str, Tensor], source: Layout | None
     conversion, target = max(attempts, key=lambda attempt: len(attempt[0].state_dict))  # the first of equal ones
     buffers = dict(network.named_buffers(remove_duplicate=False))
     needed = [key for key in there if key not in buffers and not target.plain.get(key, "").startswith(HEAD)]
-    placed = sum(key in conversion.state_dict for key in needed)
+    # Part of a layer is worth nothing: a network with folded norms would get weights without the biases they need.
+    partly = {_layer(key) for key in needed if key not in conversion.state_dict}
+    placed = sum(_layer(key) not in partly for key in needed)
     if 2 * placed < len(needed) or not conversion.state_dict:
         raise ValueError(
             f"state_dict must hold at least half of the target's {len(needed)} parameters apart from the last layer, "
-            f"got {placed} (source layout: {conversion.source!r}). Unplaced: {_first(conversion.unplaced, there)}. "
+            f"got {placed} in complete layers (source layout: {conversion.source!r}). Unplaced: "
+            f"{_first(conversion.unplaced, there)}. "
             f"Missing: {_first(dict.fromkeys(conversion.missing), state_dict)}"
         )
     return conversion
+
+
+def _layer(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _attempts(

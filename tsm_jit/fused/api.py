@@ -39,8 +39,8 @@ def fuse(net: nn.Module, *, fold_norms: bool = False) -> None:
             :func:`tsm_jit.n_segment` and :func:`tsm_jit.remove_temporal_shift` still work on the network.
         fold_norms: for inference only: fold the batch normalizations into the convolutions before them, for good. Each
             ReLU and each addition then is part of a convolution. Parameters change and stop to require grad, the keys
-            of norms leave the state dict, and :func:`unfuse` does not bring them back. Scores change by rounding.
-            Norms with hooks, and layers that the network uses in several places, stay as they are.
+            of norms leave the state dict, and :func:`unfuse` does not bring them back: load weights with norms
+            before. Scores change by rounding. Norms with hooks stay, and layers that the network uses several times.
 
     Raises:
         TypeError: ``net`` is not a ResNet.
