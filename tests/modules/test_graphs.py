@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
 
@@ -182,6 +183,15 @@ def test_onnx_of_an_exported_program():
 def small() -> tuple[nn.Module, torch.Tensor]:
     shift = tsm_jit.TemporalShift(nn.Conv2d(16, 8, 3, padding=1), 4, inplace=True)
     return nn.Sequential(shift, nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval(), torch.randn(8, 16, 5, 7)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_traces_of_operators(mode):
+    net, x = small()
+    for grads in (torch.enable_grad(), torch.no_grad()):
+        with grads:
+            traced = make_fx(net, tracing_mode=mode, _allow_non_fake_inputs=mode != "real")(x)
+            torch.testing.assert_close(traced(2 * x), net(2 * x), rtol=1e-5, atol=1e-5)
 
 
 def test_openvino_runs_exported_programs():

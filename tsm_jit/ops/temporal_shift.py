@@ -293,13 +293,16 @@ def _check_view(x: Tensor) -> None:
 def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """Context manager that yields ``shift(x)``. If autograd saves this tensor, the backward recomputes it from ``x``.
 
-    If other saved-tensor hooks are active (checkpointing, offloading to the CPU), it adds no hooks. Nor does it if
-    ``x`` is a view of a larger storage, which would keep more memory than the shifted copy.
+    If other saved-tensor hooks are active (checkpointing, offloading to the CPU), it adds no hooks. Nor does it for
+    subclasses of ``Tensor``, or if ``x`` is a view of a larger storage, which would keep more memory than the copy.
     """
     shifted = shift(x)
+    if type(shifted) is not Tensor:  # it may have no memory, such as a fake tensor
+        yield shifted
+        return
     copy_storage, dtype = shifted.untyped_storage(), shifted.dtype
     address = copy_storage.data_ptr()
-    has_version_and_storage = not x.is_inference() and address != 0  # not so for inference tensors and fake tensors
+    has_version_and_storage = not x.is_inference() and address != 0  # not so for inference tensors and on meta
     if has_saved_tensor_hooks() or not has_version_and_storage or x.untyped_storage().nbytes() > copy_storage.nbytes():
         yield shifted
         return
