@@ -180,6 +180,12 @@ def test_onnx_of_an_exported_program():
     torch.testing.assert_close(torch.from_numpy(scores), net(x), rtol=1e-4, atol=1e-4)
 
 
+def test_pooled_networks_before_their_first_call():
+    net, x = pooled(), torch.randn(8, 3, 32, 32)
+    graph = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(graph(x), net(x), rtol=1e-5, atol=1e-5)
+
+
 def small() -> tuple[nn.Module, torch.Tensor]:
     shift = tsm_jit.TemporalShift(nn.Conv2d(16, 8, 3, padding=1), 4, inplace=True)
     return nn.Sequential(shift, nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval(), torch.randn(8, 16, 5, 7)

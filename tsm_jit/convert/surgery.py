@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from torch import nn
+from torch.compiler import is_compiling
 
 from tsm_jit._checks import integer
 from tsm_jit.modules.base import ClipModule, ShiftedModule, unwrapped
@@ -129,7 +130,8 @@ class NeedsPool:
                 "net must pool over time, as make_temporal_shift was called with temporal_pool=True: later stages "
                 "expect half of the frames; call make_temporal_pool as well"
             )
-        self.remove(net)
+        if not is_compiling():  # compilers cannot change hooks
+            self.remove(net)
 
     @staticmethod
     def remove(net: nn.Module) -> None:
