@@ -149,6 +149,11 @@ def test_modules_without_attributes_of_later_versions_take_their_defaults():
     del tokens.__dict__["num_prefix_tokens"]
     x = torch.randn(8, 5, 8)
     assert torch.equal(tokens(x), expected(x))
+    block = tsm_jit.non_local.NONLocalBlock3D(8)
+    expected = copy.deepcopy(block)
+    del block.__dict__["mode"]
+    x = torch.randn(1, 8, 2, 4, 4)
+    assert torch.equal(block(x), expected(x))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

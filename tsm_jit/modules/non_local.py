@@ -44,6 +44,8 @@ class NONLocalBlock3D(nn.Module):
         y = block(torch.randn(2, 64, 8, 14, 14))  # [2, 64, 8, 14, 14]
     """
 
+    mode: Mode = "embedded_gaussian"  # also of modules that were made by other code
+
     def __init__(
         self,
         in_channels: int,
