@@ -43,12 +43,16 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Without these keys, a single state dict under any key is taken. Several are joined as ``key.name``: TSAM saves one
     for each part of the network.
 
+    Files of trainers also hold other objects, such as the logs of mmengine. Their classes could run code, so these
+    objects are skipped. Classes that ``torch.serialization.safe_globals`` allows are read.
+
     Args:
         path: a file of ``torch.save``, or of safetensors if it ends in ``.safetensors``.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it has no state dict, or ``torch.load(weights_only=True)`` cannot read it.
+        ValueError: it has no state dict, ``torch.load(weights_only=True)`` cannot read it, or its weights are part of
+            objects that would be skipped, such as a whole network.
         ImportError: it is a safetensors file, and the package safetensors is not installed.
 
     Example::
@@ -58,10 +62,14 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         assert tsm_jit.checkpoints.load("checkpoint.pth").keys() == weights.keys()
     """
     name = os.fspath(path)
-    saved = _read_safetensors(name) if name.endswith(".safetensors") else _read_torch(name)
+    is_safetensors = name.endswith(".safetensors")
+    unknown = [] if is_safetensors else _unknown_classes(name)
+    saved = _read_safetensors(name) if is_safetensors else _read_torch(name, unknown)
     weights = _find_weights(saved)
     if weights is not None:
         return weights
+    if unknown:
+        raise ValueError(f"path must be a file with a state dict, got {name!r}: {_needs_code(unknown)}")
     try:
         check_state_dict(_likely_weights(saved))
     except (TypeError, ValueError) as error:
@@ -80,15 +88,41 @@ def check_state_dict(state_dict: Any) -> None:
         raise ValueError("state_dict must hold weights, got none")
 
 
-def _read_torch(path: str) -> Any:
+class _Skipped:
+    """Stands for an object of a class that could run code. It keeps no values."""
+
+    def __new__(cls, *_: Any) -> _Skipped:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _unknown_classes(path: str) -> list[str]:
+    """The classes and functions in a file of ``torch.save`` that ``torch.load(weights_only=True)`` refuses."""
     try:
-        with _allow_namespace():
+        return [each for each in torch.serialization.get_unsafe_globals_in_checkpoint(path) if each != _NAMESPACE]
+    except Exception:  # no file, no zip file, or a damaged one: torch.load tells
+        return []
+
+
+_NAMESPACE = "argparse.Namespace"
+
+
+def _read_torch(path: str, unknown: list[str]) -> Any:
+    skipped: list[Any] = [(type("_Skipped", (_Skipped,), {}), name) for name in unknown]
+    try:
+        with _allow_namespace(), torch.serialization.safe_globals(skipped):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of a damaged file, any
+        problem = _needs_code(unknown) if unknown else str(error).partition("\n")[0]
         raise ValueError(
-            f"path must be a file that torch.load(weights_only=True) reads, got {path!r}: {_load_problem(path, error)}"
+            f"path must be a file that torch.load(weights_only=True) reads, got {path!r}: {problem}"
         ) from error
 
 
@@ -99,14 +133,7 @@ def _allow_namespace() -> AbstractContextManager[Any]:
     return torch.serialization.safe_globals([argparse.Namespace])
 
 
-def _load_problem(path: str, error: Exception) -> str:
-    try:
-        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no zip file, or a damaged one
-        classes = []
-    classes = [each for each in classes if each != "argparse.Namespace"]
-    if not classes:
-        return str(error).partition("\n")[0]
+def _needs_code(classes: list[str]) -> str:
     return (
         f"it contains {', '.join(classes)}, which could run code. If you trust the file, open it with "
         "torch.load(path, weights_only=False) and pass its state dict to convert. Or call load inside "
@@ -133,11 +160,13 @@ def _find_weights(saved: Any, depth: int = 2) -> dict[str, Tensor] | None:
     if not isinstance(saved, Mapping) or not depth:
         return None
     for key in _WEIGHT_KEYS:
+        if isinstance(saved.get(key), _Skipped):
+            return None  # later keys would have other weights
         weights = _find_weights(saved.get(key), depth - 1)
         if weights is not None:
             return weights
-    if any(isinstance(value, Tensor) and value.dim() for value in saved.values()):
-        return None  # a state dict with entries that are no tensors; parts of it would not be the whole
+    if any(isinstance(value, _Skipped) or (isinstance(value, Tensor) and value.dim()) for value in saved.values()):
+        return None  # parts of the weights would not be the whole
     parts = {key: value for key, value in saved.items() if _is_state_dict(value)}
     if len(parts) == 1:
         return _find_weights(next(iter(parts.values())))
