@@ -35,7 +35,7 @@ def fold_into_convolutions(net: nn.Module, stem: list[nn.Module], blocks: list[n
         for conv, norm in itertools.pairwise(modules):
             if is_convolution(conv) and _is_foldable(norm) and places[conv] == places[norm] == 1:
                 _fold(conv, norm)
-                folded[norm] = nn.Identity()
+                folded[norm] = nn.Identity().eval()
     for parent in list(net.modules()):
         for name, child in parent._modules.items():
             if child in folded:
