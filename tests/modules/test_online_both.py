@@ -478,6 +478,20 @@ def test_what_cannot_run_on_a_stream():
             online.convert(model)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_compiled(mode):
+    net, x = small(), videos(5)
+    torch.compiler.reset()
+    stream = online.convert(net)
+    compiled = torch.compile(stream, backend="aot_eager")
+    with mode():
+        outputs = [compiled(frame) for frame in x.unbind(1)][stream.latency :] + list(stream.flush())
+    assert_close(torch.stack(outputs, 1), offline(net, x))
+    in_place = online.convert(with_statistics(Joined(JOINS["concatenation"], lambda x: x[:, 2:].relu_())))
+    with mode(), pytest.raises(ValueError, match="model must not change activations in place"):
+        torch.compile(in_place, backend="aot_eager")(x[:, 0])
+
+
 def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     net, x = small().float(), videos(5).float()

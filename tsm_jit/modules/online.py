@@ -301,14 +301,13 @@ class OnlineNetwork(nn.Module):
         frame = self._frame
         frame.before, frame.after, frame.may_differ = before, [None] * len(frame.places), may_differ
         frame.is_explicit = is_explicit
+        call = self._call
+        if frame.reach and before[0] is None:
+            call = self._call_watched
+            if torch.compiler.is_compiling():  # a compiler does not count changes in place as PyTorch does
+                call = torch.compiler.disable(call)
         try:
-            if not frame.reach:
-                out = self.net(frames)
-            else:
-                with _watching(frame) if before[0] is None else contextlib.nullcontext():
-                    frames = frames.clone() if frame.watched is not None and frames.is_inference() else frames
-                    frame.advance(frames)
-                    out = self.net(frames)
+            out = call(frames)
             after = frame.after
         finally:
             frame.before, frame.after, frame.exists = None, [], None
@@ -318,6 +317,15 @@ class OnlineNetwork(nn.Module):
                 raise ValueError(f"model must call each shift once per frame, got no call at {place!r}")
             state.append(value)
         return out, state
+
+    def _call(self, frames: Tensor) -> Any:
+        if self._frame.reach:
+            self._frame.advance(frames)
+        return self.net(frames)
+
+    def _call_watched(self, frames: Tensor) -> Any:
+        with _watching(self._frame):
+            return self._call(frames.clone() if frames.is_inference() else frames)
 
     def _store(self, state: State) -> None:
         # The state must not be an inference tensor: frames outside of inference_mode could not write to it.
