@@ -68,15 +68,17 @@ class Skipped:
     """The videos that could not be read. Each is reported once, by the first process that meets it."""
 
     def __init__(self):
-        self.reasons: set[str] = set()
+        self.reasons: dict[str, str] = {}  # by the path: the reason may differ between the frames of a damaged video
 
-    def add(self, reasons: Sequence[str]) -> None:
-        for reason in sorted(set(reasons) - self.reasons):
-            tqdm.write(f"skipped: {reason}", file=sys.stderr)
-        self.reasons.update(reasons)
+    def add(self, failures: Sequence[tuple[str, str]]) -> None:
+        for path, reason in failures:
+            if path not in self.reasons:
+                tqdm.write(f"skipped: {reason}", file=sys.stderr)
+                self.reasons[path] = reason
 
     def share(self, processes: Processes) -> None:
-        self.reasons = set().union(*processes.gather(self.reasons))
+        for reasons in processes.gather(self.reasons):
+            self.reasons |= reasons
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -122,7 +124,7 @@ def evaluate(model: nn.Module, clips: EvaluationClips, options, processes: Proce
         pin_memory=processes.device.type == "cuda",
     )
     results: list[tuple[Tensor, Tensor]] = []
-    failures: list[str] = []
+    failures: list[tuple[str, str]] = []
     for x, labels, failed in tqdm(loader, "evaluation", leave=False, disable=processes.rank > 0 or None):
         with autocast(processes.device, options.precision):
             scores = model(to_device(x.flatten(0, 1), processes.device)).float()
@@ -203,7 +205,7 @@ class Training:
                 waiting += time.perf_counter() - before
                 self.skipped.add(failures)
                 if (labels < 0).any():
-                    raise WrongInputError(f"too many videos in a row cannot be read, such as: {failures[-1]}")
+                    raise WrongInputError(f"too many videos in a row cannot be read, such as: {failures[-1][1]}")
                 self.batch(clips, labels, part)
             self.optimizer.step()
             self.schedule.step()
@@ -229,7 +231,7 @@ class Training:
             return
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
         position = {"epoch": self.batches.epoch, "first": self.batches.first, "totals": self.totals}
-        rest = {"history": self.history, "skipped": sorted(self.skipped.reasons), "run": run}
+        rest = {"history": self.history, "skipped": self.skipped.reasons, "run": run}
         save(parts | position | rest, path)
 
     def load(self, path: Path, run: dict) -> None:
@@ -238,7 +240,7 @@ class Training:
         for name in ("model", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.batches.epoch, self.batches.first = state["epoch"], state["first"]
-        self.history, self.skipped.reasons = state["history"], set(state["skipped"])
+        self.history, self.skipped.reasons = state["history"], state["skipped"]
         if self.processes.rank == 0:  # the sum over all processes
             self.totals.copy_(state["totals"])
 

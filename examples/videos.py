@@ -26,6 +26,9 @@ SCALES = (1, 0.875, 0.75, 0.66)  # of TSM's crops, relative to the shorter side
 MARGIN = 8 / 7  # the shorter side relative to the crop: 256 to 224 pixels in the papers
 ATTEMPTS = 20  # so many unreadable videos in a row are a wrong path
 
+Failure = tuple[str, str]  # the path of a video, and why it cannot be read
+Item = tuple[Tensor, int, list[Failure]]  # of a data set
+
 
 @dataclass(frozen=True)
 class Video:
@@ -213,6 +216,8 @@ def evaluation_crops(frames: Tensor, side: int, count: int = 1) -> Tensor:
 class TrainingClips(Dataset):
     """Random clips of videos. An item is ``(clip, label, failures)``; its key is ``(video, seed)``.
 
+    A failure is the path of a video that cannot be read, and the reason in one line.
+
     The clip is uint8 ``[T, 3, side, side]``: a random frame of each segment, a scale-jitter crop and, with ``flip``,
     a mirror image half of the time. In place of an unreadable video, the next readable one is taken. If there is none
     nearby, the label is -1.
@@ -226,9 +231,9 @@ class TrainingClips(Dataset):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         index, seed = key
-        failures: list[str] = []
+        failures: list[Failure] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for attempt in range(min(ATTEMPTS, len(self.videos))):
@@ -237,7 +242,7 @@ class TrainingClips(Dataset):
                 try:
                     frames = read(video, lambda total: segment_frames(total, positions), round(MARGIN * self.side))  # noqa: B023
                 except UnusableVideoError as error:
-                    failures.append(str(error))
+                    failures.append((str(video.path), str(error)))
                     continue
                 clip = scale_jitter_crop(frames, self.side)
                 if self.flip and torch.rand(()) < 0.5:
@@ -263,7 +268,7 @@ class EvaluationClips(Dataset):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
+    def __getitem__(self, index: int) -> Item:
         video = self.videos[index]
 
         def choose(total: int) -> list[int]:
@@ -274,12 +279,12 @@ class EvaluationClips(Dataset):
             frames = read(video, choose, round(MARGIN * self.side))
         except UnusableVideoError as error:
             views = torch.zeros(self.clips * self.crops, self.n_segment, 3, self.side, self.side, dtype=torch.uint8)
-            return views, -1, [str(error)]
+            return views, -1, [(str(video.path), str(error))]
         crops = evaluation_crops(frames, self.side, self.crops)  # [crops, clips * T, 3, side, side]
         return crops.unflatten(1, (self.clips, self.n_segment)).flatten(0, 1), video.label, []
 
 
-def collate(items: Sequence[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+def collate(items: Sequence[Item]) -> tuple[Tensor, Tensor, list[Failure]]:
     """Joins items of a data set to a batch."""
     clips, labels, failures = zip(*items, strict=True)
     return torch.stack(clips), torch.tensor(labels), [each for some in failures for each in some]

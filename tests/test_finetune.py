@@ -28,7 +28,7 @@ import videos  # noqa: E402
 from torchvision.transforms.v2.functional import to_pil_image  # noqa: E402
 from training import WrongInputError  # noqa: E402
 
-from tsm_jit.video_io import write_video  # noqa: E402
+from tsm_jit.video_io import UnusableVideoError, write_video  # noqa: E402
 
 SEGMENTS, SIDE, EPOCHS = 4, 32, 6
 TINY = f"--network timm/test_resnet --weights none --segments {SEGMENTS} --side {SIDE} --no-flip".split()
@@ -307,6 +307,26 @@ def test_a_run_stops_if_no_video_can_be_read():
     options = Namespace(batch=2, accumulate=1, workers=0, precision="float32")
     with pytest.raises(WrongInputError, match=r"none of the 2 videos for validation can be read"):
         finetune.evaluate(torch.nn.Identity(), clips, options, finetune.Processes(), finetune.Skipped())
+
+
+def test_a_video_is_skipped_once_whatever_the_reason(monkeypatch, capsys):
+    """Which frames of a damaged video can be decoded differs from clip to clip."""
+
+    def read(video, choose, shorter):
+        raise UnusableVideoError(f"{video.path}: {choose(1000)} cannot be decoded")
+
+    monkeypatch.setattr(videos, "read", read)
+    found = [videos.Video(Path("a.mp4"), 0), videos.Video(Path("b.mp4"), 1)]
+    training, skipped = videos.TrainingClips(found, SEGMENTS, SIDE, flip=True), finetune.Skipped()
+    reasons = set()
+    for seed in range(5):
+        _, _, failures = training[(0, seed)]
+        skipped.add(failures)
+        reasons.update(reason for _, reason in failures)
+    skipped.add(videos.EvaluationClips(found, SEGMENTS, SIDE)[1][2])
+    skipped.share(finetune.Processes())
+    assert len(reasons) > 2
+    assert len(skipped.reasons) == capsys.readouterr().err.count("skipped: ") == 2
 
 
 def test_says_which_package_is_missing(monkeypatch, capsys):
