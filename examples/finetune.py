@@ -45,7 +45,17 @@ try:
     from matplotlib.figure import Figure
     from networks import FromBytes, Recipe, load_trained, make, normalize, save_trained, start_from
     from tqdm import tqdm
-    from videos import Batches, EvaluationClips, TrainingClips, Video, collate, frame_interval, hold_out, read_videos
+    from videos import (
+        Batches,
+        EvaluationClips,
+        TrainingClips,
+        Video,
+        collate,
+        frame_interval,
+        hold_out,
+        read_lines,
+        read_videos,
+    )
 except ImportError as error:
     sys.stderr.write(f"this example needs {error.name}: pip install 'tsm-jit[finetune]'\n")
     raise SystemExit(2)
@@ -343,8 +353,7 @@ def export(model: nn.Module, clips: Tensor, path: Path) -> float:
 
 def data_sets(options: argparse.Namespace) -> tuple[list[Video], list[Video], list[str]]:
     """Videos for training, videos for validation, names of the classes."""
-    names = options.classes.read_text().split("\n") if options.classes else None
-    names = [name.strip() for name in names if name.strip()] if names else None
+    names = [name for _, name in read_lines(options.classes)] if options.classes else None
     training, classes = read_videos(options.data, options.root, names)
     if options.val is None:
         return *hold_out(training, options.seed), classes

@@ -60,7 +60,7 @@ def read_videos(source: Path, root: Path | None = None, classes: Sequence[str] |
     if source.is_dir():
         videos, classes = _read_folder(source, classes)
     elif source.is_file():
-        videos = [_read_line(line, f"{source}:{n}", root or source.parent) for n, line in _lines(source)]
+        videos = [_read_line(line, f"{source}:{n}", root or source.parent) for n, line in read_lines(source)]
         if classes is None:
             classes = [str(i) for i in range(max((video.label for video in videos), default=-1) + 1)]
     else:
@@ -89,18 +89,23 @@ def _read_folder(folder: Path, classes: Sequence[str] | None) -> tuple[list[Vide
     return videos, classes
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def read_lines(file: Path) -> list[tuple[int, str]]:
+    """Reads the lines of a text file in UTF-8 that are not blank, each with its number.
+
+    Raises:
+        WrongInputError: it is no text file.
+    """
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8-sig")  # programs of Windows write a mark at the beginning
     except UnicodeDecodeError:
-        raise WrongInputError(f"{file} must be a folder of class folders or a list file, got neither") from None
-    return ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        raise WrongInputError(f"{file} must be a list in UTF-8, got other bytes") from None
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _read_line(line: str, place: str, root: Path) -> Video:
-    match = re.fullmatch(r"\s*(\S.*?)(?:\s+(\d+))?\s+(\d+)\s*", line)
+    match = re.fullmatch(r"(.+?)(?:\s+(\d+))?\s+(\d+)", line)
     if not match:
-        raise WrongInputError(f"{place}: a line must be 'path label' or 'path num_frames label', got {line.strip()!r}")
+        raise WrongInputError(f"{place}: a line must be 'path label' or 'path num_frames label', got {line!r}")
     path, frames, label = match.groups()
     return Video(root / path, int(label), None if frames is None else int(frames))
 

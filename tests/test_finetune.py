@@ -182,6 +182,14 @@ def test_lists_of_tsm_and_mmaction2_and_folders_of_pictures(tmp_path):
     assert videos.read_videos(tmp_path / "list.txt", root=Path("/elsewhere"))[0][2].path == Path("/elsewhere/frames")
 
 
+def test_lists_of_other_systems(tmp_path):
+    (tmp_path / "list.txt").write_bytes("\ufeff für.mp4 1\r\n\r\nb\u2028c.mp4\t9\t0 \r\n".encode())
+    (tmp_path / "names.txt").write_bytes("\ufeffüben\r\nlaufen\r\n".encode())
+    found, _ = videos.read_videos(tmp_path / "list.txt")
+    assert [(v.path.name, v.frames, v.label) for v in found] == [("für.mp4", None, 1), ("b\u2028c.mp4", 9, 0)]
+    assert [name for _, name in videos.read_lines(tmp_path / "names.txt")] == ["üben", "laufen"]
+
+
 @pytest.mark.parametrize("total", [1, 3, 8, 50])
 def test_each_segment_gives_one_frame(total):
     middle = videos.segment_frames(total, [0.5] * 8)
@@ -284,7 +292,7 @@ def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
         (tmp_path / "empty",): "has no videos",
         (tmp_path / "one",): "set --val",
         (tmp_path / "line.txt",): "line.txt:2: a line must be 'path label' or 'path num_frames label', got 'b.mp4'",
-        (data / "vertical" / "0.mp4",): "must be a folder of class folders or a list file, got neither",
+        (data / "vertical" / "0.mp4",): "0.mp4 must be a list in UTF-8, got other bytes",
         (tmp_path / "gone.txt",): "too many videos in a row cannot be read, such as: ",
         (tmp_path / "gone.txt", "--classes", tmp_path / "names.txt"): "labels must be below 1, got 1",
         (data, "--val", tmp_path / "one"): "a folder for a class that is not known from training: class",
