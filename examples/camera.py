@@ -41,7 +41,7 @@ except ImportError as error:
     sys.stderr.write(f"this example needs {error.name}: pip install 'tsm-jit[finetune]'\n")
     raise SystemExit(2)
 
-from training import WrongInputError, exit_code
+from training import WrongInputError, exit_code, number
 
 DEVICE_FORMATS = {"darwin": "avfoundation", "win32": "dshow"}  # of FFmpeg's cameras; elsewhere v4l2
 SHOWN = 3  # classes drawn over the picture
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source.add_argument("--file", type=Path, help="a video file")
     parser.add_argument("--output", type=Path, help="writes a video file, instead of showing a window")
     parser.add_argument(
-        "--interval", type=float, help="seconds between frames of the network (default: as in training)"
+        "--interval", type=number(float, 0), help="seconds between frames of the network (default: as in training)"
     )
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options), UnusableVideoError)

@@ -60,7 +60,7 @@ except ImportError as error:
     sys.stderr.write(f"this example needs {error.name}: pip install 'tsm-jit[finetune]'\n")
     raise SystemExit(2)
 
-from training import Processes, WrongInputError, autocast, exit_code, load, positive, save, write_csv
+from training import Processes, WrongInputError, autocast, exit_code, load, number, positive, save, write_csv
 
 STEPS_PER_CHECKPOINT = 500  # besides the one at the end of an epoch
 ONNX_TOLERANCE = 1e-3  # relative to the largest score; both round in other places
@@ -493,13 +493,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=positive, default=30)
     parser.add_argument("--batch", type=positive, default=32, help="clips of a step, of all processes")
     parser.add_argument("--accumulate", type=positive, default=1, help="splits the batch of a step, to save memory")
-    parser.add_argument("--lr", type=float, default=3e-4, help="the highest learning rate")
-    parser.add_argument("--dropout", type=float, default=0.5, help="before the last layer")
+    parser.add_argument("--lr", type=number(float, 0), default=3e-4, help="the highest learning rate")
+    parser.add_argument("--dropout", type=number(float, 0, 1), default=0.5, help="before the last layer")
     parser.add_argument("--no-flip", action="store_true", help="no mirror images")
     parser.add_argument("--fuse", action="store_true", help="tsm_jit.residual.fuse, for ResNets")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto")
-    parser.add_argument("--workers", type=int, help="processes that decode, by default all cores but one")
+    parser.add_argument("--workers", type=number(int, 0), help="processes that decode, by default all cores but one")
     parser.add_argument("--eval-clips", type=positive, default=1, help="times in each video, at the end")
     parser.add_argument("--eval-crops", type=positive, default=1, help="places in each frame, at the end")
     parser.add_argument("--seed", type=int, default=0)

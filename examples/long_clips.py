@@ -29,7 +29,7 @@ try:
     import torchvision
     import training
     from tqdm import tqdm
-    from training import WrongInputError, positive
+    from training import WrongInputError, number, positive
 
     from tsm_jit.video_io import UnusableVideoError, default_clip, read_frames
 except ImportError as error:
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--time", type=positive, help="processes that share the frames of a clip (default: all)")
     parser.add_argument("--steps", type=positive, default=1000, help="in all (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=number(float, 0), default=3e-4, help="default: %(default)s")
     parser.add_argument("--save-every", type=positive, default=100, help="steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and clips (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from training import positive
 
 from tsm_jit.video_io import write_video
 
@@ -49,7 +50,7 @@ def moving_square(label: str, generator: torch.Generator, frames: int = 32, side
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder, which gets a folder for each class")
-    parser.add_argument("--count", type=int, default=20, help="videos of each class (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=20, help="videos of each class (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     generator = torch.Generator().manual_seed(options.seed)

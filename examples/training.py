@@ -1,8 +1,9 @@
 """Shared parts of the training examples: processes, precision, checkpoints, logs and the command line. Not a script."""
 
+import argparse
 import csv
+import math
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -84,10 +85,10 @@ def load(path: Path, run: dict) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["run"]
+        saved = dict(state["run"])
     except FileNotFoundError:
         raise WrongInputError(f"{path} does not exist: nothing to resume") from None
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+    except Exception:  # of another file, any
         raise WrongInputError(f"{path} is no checkpoint of this example") from None
     for key, value in run.items():
         if saved.get(key) != value:
@@ -103,11 +104,21 @@ def write_csv(rows: Sequence[dict], path: Path) -> None:
         writer.writerows(rows)
 
 
-def positive(text: str) -> int:
-    """The type of a command-line option that is an integer of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The type of a command-line option that is a finite number from ``least`` to ``most``."""
+    bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not (least <= value <= most and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # for the message of argparse about a text that is no number
+    return read
+
+
+positive = number(int, 1)
 
 
 def exit_code(run: Callable[[], None], *wrong: type[Exception]) -> int:
