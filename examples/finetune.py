@@ -362,7 +362,7 @@ def data_sets(options: argparse.Namespace) -> tuple[list[Video], list[Video], li
 
 def identity(options: argparse.Namespace, recipe: Recipe, videos: Sequence[Video]) -> dict:
     """The settings that a resumed run must share, as values of a checkpoint."""
-    names = ("batch", "accumulate", "epochs", "lr", "dropout", "no_flip", "seed", "precision", "fuse")
+    names = ("batch", "accumulate", "epochs", "lr", "dropout", "no_flip", "seed", "precision", "fuse", "compile")
     lines = "\n".join(f"{video.path.name} {video.label}" for video in videos)
     return {**asdict(recipe), **{name: getattr(options, name) for name in names}, "videos": zlib.crc32(lines.encode())}
 
@@ -460,7 +460,7 @@ def run(options: argparse.Namespace) -> None:
                 raise WrongInputError(f"--fuse: {error}") from None
         clips = TrainingClips(videos, options.segments, options.side, not options.no_flip)
         training = Training(model, clips, options, processes)
-        settings = identity(options, recipe, videos)
+        settings = identity(options, recipe, [*videos, *held])
         options.output.mkdir(parents=True, exist_ok=True)
         if options.resume:
             training.load(options.output / "checkpoint.pt", settings)

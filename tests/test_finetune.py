@@ -131,7 +131,12 @@ def test_resumed_is_as_uninterrupted(saves, whole_run, data, tmp_path, monkeypat
             run()
     if saves == 4:
         assert run("--resume", "--seed", "1") == 2
-        assert "is of another run: its seed is 0, not 1" in capsys.readouterr().err
+        (tmp_path / "val.txt").write_text(f"{data / 'vertical' / '0.mp4'} 1\n")
+        assert run("--resume", "--val", str(tmp_path / "val.txt")) == 2
+        assert run("--resume", "--compile") == 2
+        errors = capsys.readouterr().err
+        for says in ("its seed is 0, not 1", "its videos is ", "its compile is False, not True"):
+            assert f"is of another run: {says}" in errors
     assert run("--resume") == 0
     whole, parts = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (whole_run[0], tmp_path))
     for name, value in whole["model"].items():
