@@ -142,7 +142,8 @@ class Watcher:
         """Runs the network if it is time for its next picture."""
         if picture.time < self.next - 1e-3:  # clocks round
             return
-        self.next = max(self.next + self.interval, picture.time)
+        on_time = picture.time < self.next + self.interval  # else pictures are missing
+        self.next = (self.next if on_time else picture.time) + self.interval
         frame = transforms.pil_to_tensor(picture.image)[None]
         frame = transforms.resize(frame, [round(MARGIN * self.recipe.side)], antialias=True)
         (frame,) = evaluation_crops(frame, self.recipe.side)
@@ -218,8 +219,11 @@ class VideoFile:
     def show(self, picture: Image.Image, seconds: float) -> bool:
         width, height = (length // 2 * 2 for length in picture.size)
         if self.container is None:  # only now, so that a wrong input leaves no empty file
-            self.container = self.stack.enter_context(av.open(str(self.path), "w"))
-            self.stream = add_video_stream(self.container, width, height, 30)
+            try:
+                self.container = self.stack.enter_context(av.open(str(self.path), "w"))
+                self.stream = add_video_stream(self.container, width, height, 30)
+            except (ValueError, av.FFmpegError) as error:  # such as an unknown suffix
+                raise WrongInputError(f"{self.path} cannot be written as a video: {error}") from None
             self.stream.codec_context.time_base = Fraction(1, 1000)
             self.stack.callback(lambda: self.container.mux(self.stream.encode()))
         frame = av.VideoFrame.from_image(picture.crop((0, 0, width, height)))
@@ -265,6 +269,8 @@ def run(options: argparse.Namespace) -> None:
     """Shows pictures until the file ends or the user stops it."""
     if options.output and not options.output.parent.is_dir():
         raise WrongInputError(f"the folder of {options.output} does not exist")
+    if options.output and options.file and options.output.exists() and options.output.samefile(options.file):
+        raise WrongInputError(f"--output must be another file than --file, got {options.output} for both")
     model, recipe = load_trained(options.network)
     interval = options.interval if options.interval is not None else recipe.interval or 0.0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

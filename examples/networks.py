@@ -89,12 +89,14 @@ def load_trained(path: Path) -> tuple[tsm_jit.VideoModel, Recipe]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         recipe = Recipe(**saved["recipe"])
+        model = make(recipe)
+        model.load_state_dict(saved["state_dict"])
+    except WrongInputError:  # such as a missing timm
+        raise
     except FileNotFoundError:
         raise WrongInputError(f"{path} does not exist") from None
     except Exception:  # of a damaged file, any
         raise WrongInputError(f"{path} is no network that finetune.py has written") from None
-    model = make(recipe)
-    model.load_state_dict(saved["state_dict"])
     return model.eval(), recipe
 
 

@@ -88,6 +88,24 @@ def test_scores_are_those_of_the_network_on_the_pictures_of_its_interval(network
     assert dict(watcher.best()) == pytest.approx(dict(zip(recipe.classes, expected.tolist(), strict=True)), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("times", "seen"),
+    [
+        ([0, 0.1, 0.2, 0.3, 1.0, 1.1, 1.2, 1.3], [0, 0.2, 1.0, 1.2]),  # pictures are missing for a while
+        ([0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9], [0, 0.3, 0.45, 0.6, 0.9]),  # 0.2 s on average
+        ([0, 0.5, 1.0], [0, 0.5, 1.0]),
+    ],
+)
+def test_which_pictures_the_network_gets(times, seen, network, monkeypatch):
+    monkeypatch.setattr(camera, "normalize", lambda frame: got.append(picture.time) or frame / 255)
+    got: list[float] = []
+    watcher = camera.Watcher(*networks.load_trained(network), 0.2, torch.device("cpu"))
+    for picture, when in zip(pictures(len(times)), times, strict=True):
+        picture = replace(picture, time=when)
+        watcher.see(picture)
+    assert got == seen
+
+
 def whole_clip(model: nn.Module, shown: list[camera.Picture]) -> torch.Tensor:
     """The scores of each picture in one clip of all of them."""
     frames = torch.stack([camera.transforms.pil_to_tensor(picture.image) for picture in shown])
@@ -178,7 +196,9 @@ def test_an_error_of_the_camera_reaches_the_user():
 
 def test_refuses_what_it_cannot_use(network, video, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    output = ["--output", str(tmp_path / "out.mp4")]
+    output, other, content = ["--output", str(tmp_path / "out.mp4")], tmp_path / "other.pt", video.read_bytes()
+    saved = torch.load(network, weights_only=True)
+    torch.save(saved | {"state_dict": {}}, other)
     for arguments, says in {
         (video, "--file", video, *output): "video.mp4 is no network that finetune.py has written",
         (tmp_path / "no.pt", "--file", video, *output): "no.pt does not exist",
@@ -187,12 +207,17 @@ def test_refuses_what_it_cannot_use(network, video, tmp_path, capsys, monkeypatc
         (network, "--file", video): "a window needs OpenCV: pip install opencv-python, or set --output",
         (network, "--device", tmp_path / "camera", *output): "camera",
         (network, "--file", video, "--output", tmp_path / "no" / "out.mp4"): "no/out.mp4 does not exist",
+        (network, "--file", video, "--output", tmp_path / "out.unknown"): "out.unknown cannot be written as a video: ",
+        (network, "--file", video, "--output", tmp_path / "out.gif"): "out.gif cannot be written as a video: ",
+        (network, "--file", video, "--output", video): "--output must be another file than --file",
+        (other, "--file", video, *output): "other.pt is no network that finetune.py has written",
     }.items():
         assert camera.main(list(map(str, arguments))) == 2, says
         error = capsys.readouterr().err
         assert says in error
         assert error.count("\n") == 1
-    assert not (tmp_path / "out.mp4").exists()
+    assert not [path for path in tmp_path.iterdir() if path.stem == "out"]
+    assert video.read_bytes() == content
 
 
 def test_a_window_needs_a_display(network, video, capsys, monkeypatch):
