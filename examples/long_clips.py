@@ -10,7 +10,6 @@ motion if the video is short. ``examples/README.md``, "Long clips", explains the
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ try:
     import torchvision
     import training
     from tqdm import tqdm
-    from training import WrongInputError, number, positive
+    from training import Processes, WrongInputError, number, positive
 
     from tsm_jit.video_io import UnusableVideoError, default_clip, read_frames
 except ImportError as error:
@@ -37,20 +36,6 @@ except ImportError as error:
     raise SystemExit(2)
 
 SLOWEST = 0.25  # frames of the video for each frame of a clip
-
-
-def start_processes() -> torch.device:
-    """Joins the processes that ``torchrun`` started, or is the only one. Returns the device of this process."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device
 
 
 def data_and_time(device: torch.device, time: int | None) -> DeviceMesh:
@@ -171,9 +156,8 @@ def train(state: Training, path: Path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Raises WrongInputError, UnusableVideoError, or OSError if nothing can be written."""
-    device = start_processes()
-    try:
-        mesh = data_and_time(device, options.time)
+    with Processes(group_of_one=True) as processes:
+        mesh = data_and_time(processes.device, options.time)
         for name, least in (("batch", mesh["data"].size()), ("frames", max(2, mesh["time"].size()))):
             if getattr(options, name) < least:
                 got = f"{getattr(options, name)} on a grid of {mesh['data'].size()} x {mesh['time'].size()}"
@@ -185,13 +169,11 @@ def run(options: argparse.Namespace) -> None:
         if len(video) < SLOWEST * options.frames:
             needed = int(SLOWEST * options.frames)
             raise WrongInputError(f"{path} is too short: {len(video)} frames, {needed} are needed")
-        state = Training(Clips(video, options.frames, options.side), mesh, device, options)
+        state = Training(Clips(video, options.frames, options.side), mesh, processes.device, options)
         checkpoint = options.output / "checkpoint.pt"
         if options.resume:
             state.load(checkpoint)
         train(state, checkpoint)
-    finally:
-        dist.destroy_process_group()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,9 +23,12 @@ class Processes:
     """The processes that ``torchrun`` started, or this process alone. They communicate by NCCL on GPUs, else by gloo.
 
     Use it as a context manager, which ends the communication.
+
+    Args:
+        group_of_one: whether a process alone forms a process group, too, as a ``DeviceMesh`` needs.
     """
 
-    def __init__(self):
+    def __init__(self, group_of_one: bool = False):
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0)) if self.count > 1 else 0
         self.on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.count > 1 else 1
@@ -33,14 +36,18 @@ class Processes:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
+        backend = "nccl" if cuda else "gloo"
+        self.grouped = self.count > 1 or group_of_one
         if self.count > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group(backend)
+        elif group_of_one:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
     def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if self.count > 1 and error is None:  # after an error, the others may be waiting for this one
+        if self.grouped and (self.count == 1 or error is None):  # after an error, others may be waiting for this one
             dist.destroy_process_group()
 
     def sum(self, x: Tensor) -> Tensor:
