@@ -166,6 +166,35 @@ def test_no_grad_in_a_forward_is_refused():
             online.convert(make(frozen))
 
 
+def data_of_a_frame(net, x):
+    x = net.first(x)
+    out = net.conv(x)
+    x.data.mul_(2)
+    return out + x
+
+
+def data_of_a_weight(net, x):
+    net.scale.data += x.mean()
+    return net.conv(net.first(x)) * net.scale
+
+
+def assigned_data(net, x):
+    net.scale.data = x.mean((0, 2, 3)).view(1, 3, 1, 1)
+    return net.conv(net.first(x)) * net.scale.mean()
+
+
+def assigned_view(net, x):
+    x = net.first(x)
+    x.mT += 1
+    return net.conv(x)
+
+
+@pytest.mark.parametrize("join", [data_of_a_frame, data_of_a_weight, assigned_data, assigned_view])
+def test_changes_that_a_trace_does_not_see_are_refused(join):
+    with pytest.raises(ValueError, match=r"a module with shifts (uses|assigns) the attribute '(data|mT)' of a tensor"):
+        online.convert(make(join))
+
+
 CONSTANTS = {
     "a view of a buffer": lambda net, x: net.conv(net.first(x) - net.mean.view(1, -1, 1, 1)),
     "torch.tensor": lambda net, x: net.conv(net.first(x) - torch.tensor([0.5] * 8).view(1, -1, 1, 1)),

@@ -165,7 +165,20 @@ def _check(graph: fx.Graph, modules: dict[str, nn.Module], shifts: dict[fx.Node,
 
 
 class _Proxy(fx.Proxy):
-    """Records ``x += y`` in place. fx would record ``x = x + y``, which does not change other names of ``x``."""
+    """Records ``x += y`` in place. fx would record ``x = x + y``, which does not change other names of ``x``.
+
+    Refuses changes that neither the graph nor the check of the first frame would see.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":
+            raise ValueError("a module with shifts uses the attribute 'data' of a tensor: its changes go unseen")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):  # fx does not record it
+            raise ValueError(f"a module with shifts assigns the attribute {name!r} of a tensor")
+        super().__setattr__(name, value)
 
     def _in_place(self, function: Callable, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})

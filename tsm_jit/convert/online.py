@@ -42,7 +42,7 @@ def convert(model: nn.Module) -> OnlineNetwork:
             temporal modules, such as a temporal pool or non-local blocks. It is a :class:`tsm_jit.VideoModel`, which
             takes clips.
         ValueError: its shifts read later frames, and it is in training mode or torch.fx cannot trace it. Or it then
-            writes frames into a tensor that does not depend on frames.
+            writes frames into a tensor that does not depend on frames, uses ``x.data`` or assigns attributes of ``x``.
 
     Example::
 
