@@ -204,9 +204,19 @@ CONSTANTS = {
 }
 
 
+class Constant:
+    """Can be pickled, unlike a lambda."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self, net, x):
+        return CONSTANTS[self.name](net, x)
+
+
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_tensors_that_do_not_depend_on_frames(name):
-    net, x = make(CONSTANTS[name]), video()
+    net, x = make(Constant(name)), video()
     for stream in (online.convert(net), pickle.loads(pickle.dumps(online.convert(net)))):
         assert list(stream.net.state_dict()) == list(net.state_dict())
         with torch.no_grad():
@@ -228,9 +238,11 @@ class Twice(nn.Sequential):
 @pytest.mark.parametrize(
     "how", [lambda stream: stream, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(copy.deepcopy(stream)))]
 )
-def test_the_keys_of_the_state_dict(how):
+def test_keys_of_the_state_dict_and_attributes(how):
     net, x = Twice().eval().double(), video()
+    net.num_classes, net[1].stride = 8, (1, 1)
     stream = how(how(online.convert(net)))
+    assert (stream.net.num_classes, stream.net.get_submodule("1").stride) == (8, (1, 1))
     assert list(stream.net.state_dict()) == list(net.state_dict())
     assert [name for name, _ in stream.net.named_parameters()] == [name for name, _ in net.named_parameters()]
     other = Twice().eval().double()

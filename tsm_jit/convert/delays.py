@@ -258,7 +258,7 @@ def _free_name(net: nn.Module, name: str) -> str:
 
 
 class _GraphModule(fx.GraphModule):
-    """Also has the modules, parameters and buffers that the graph does not read, so the same state-dict keys."""
+    """Also has what the graph does not read: attributes, modules, parameters and buffers, so the state-dict keys."""
 
     def __init__(self, net: nn.Module, graph: fx.Graph, class_name: str = "GraphModule"):
         super().__init__(net, graph, class_name)
@@ -279,9 +279,12 @@ def _rebuild(rebuild: Callable, arguments: tuple) -> fx.GraphModule:
 
 
 def _complete(result: nn.Module, net: nn.Module, copies: dict[nn.Module, nn.Module]) -> None:
-    """Adds to the containers that fx created what it left out, in the order of ``net``."""
+    """Adds to the containers that fx created what it left out, in the order of ``net``: modules, values, attributes."""
     copies[net] = result
     result.training = net.training
+    for name, value in vars(net).items():  # such as num_classes
+        if not hasattr(result, name):
+            vars(result)[name] = value
     others = {name: value for name, value in result._buffers.items() if name not in net._buffers}
     result._parameters = dict(net._parameters)
     result._buffers = {**net._buffers, **others}
