@@ -72,6 +72,12 @@ def test_an_odd_row_and_column_are_dropped(tmp_path):
     assert video_io.read_frames(tmp_path / "grey.mp4", range).shape == (FRAMES, 3, 34, 50)
 
 
+def test_a_file_of_subtitles_has_neither_video_nor_sound(tmp_path):
+    (tmp_path / "a.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nhello\n")
+    with pytest.raises(video_io.UnusableVideoError, match=r"a\.srt has no video stream$"):
+        video_io.read_frames(tmp_path / "a.srt", range)
+
+
 def test_duration(tmp_path):
     video_io.write_video(tmp_path / "grey.mp4", grey(), rate=10)
     assert video_io.duration(tmp_path / "grey.mp4") == pytest.approx(FRAMES / 10, rel=0.05)

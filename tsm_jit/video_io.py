@@ -199,7 +199,8 @@ def open_video(path: Path) -> Iterator[Any]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise UnusableVideoError(f"{path} has no video stream, only sound")
+                only_sound = ", only sound" if container.streams.audio else ""
+                raise UnusableVideoError(f"{path} has no video stream{only_sound}")
             yield container
     except FileNotFoundError:
         raise UnusableVideoError(f"{path} does not exist") from None
