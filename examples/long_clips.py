@@ -116,7 +116,8 @@ class Training:
 
     def identity(self) -> dict:
         """What a run that resumes another one has in common with it."""
-        return {name: getattr(self.options, name) for name in ("net", "frames", "side", "batch", "seed")}
+        names = ("net", "frames", "side", "batch", "seed", "learning_rate")
+        return {name: getattr(self.options, name) for name in names}
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint."""

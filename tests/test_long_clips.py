@@ -79,7 +79,7 @@ def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
     broken = tmp_path / "checkpoint.pt"
     broken.write_text("no checkpoint")
     (tmp_path / "done").mkdir()
-    run = {"net": "resnet18", "frames": 7, "side": 32, "batch": 2, "seed": 0}
+    run = {"net": "resnet18", "frames": 7, "side": 32, "batch": 2, "seed": 0, "learning_rate": 3e-4}
     torch.save({"run": run}, tmp_path / "done" / "checkpoint.pt")
     for arguments, says in {
         ("--video", tmp_path / "nothing.mp4"): "nothing.mp4 does not exist",
@@ -89,6 +89,7 @@ def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
         ("--video", video, "--resume", "--output", tmp_path / "new"): "nothing to resume",
         ("--video", video, "--resume", "--output", tmp_path): "is no checkpoint of this example",
         ("--video", video, "--resume", "--seed", 1, "--output", tmp_path / "done"): "its seed is 0, not 1",
+        ("--video", video, "--resume", "--learning-rate", 1, "--output", tmp_path / "done"): "is 0.0003, not 1.0",
     }.items():
         assert alone("--steps", 2, *arguments) == 2
         error = capsys.readouterr().err
