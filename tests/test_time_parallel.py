@@ -1,13 +1,13 @@
-"""One clip over several processes, which run the cases of ``time_parallel.py``: four on a CPU, or one for each GPU."""
+"""One clip over several processes, which run the cases of ``time_parallel``: four on a CPU, or one for each GPU."""
 
 import multiprocessing
 import signal
 import time
 
 import pytest
-import time_parallel
 import torch
 from processes import start
+from time_parallel import runner
 
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
@@ -20,13 +20,13 @@ def transport(request) -> str:
 
 
 def test_clips_split_over_processes(seed, tmp_path):
-    start(time_parallel.run, (4, tmp_path, seed, "gloo"), 4)
+    start(runner.run, (4, tmp_path, seed, "gloo"), 4)
 
 
 @needs_gpus
 def test_clips_split_over_gpus(seed, tmp_path, transport):
     world = min(4, torch.cuda.device_count())
-    start(time_parallel.run, (world, tmp_path, seed, transport), world, forked=False)
+    start(runner.run, (world, tmp_path, seed, transport), world, forked=False)
 
 
 @needs_gpus
@@ -34,7 +34,7 @@ def test_a_gpu_whose_process_dies(tmp_path, transport):
     """The other one ends with an error, or PyTorch ends it, some time after the time-out of five seconds."""
     context = multiprocessing.get_context("spawn")
     arguments = [(rank, tmp_path, transport) for rank in range(2)]
-    processes = [context.Process(target=time_parallel.run_with_a_rank_that_dies, args=each) for each in arguments]
+    processes = [context.Process(target=runner.run_with_a_rank_that_dies, args=each) for each in arguments]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 90
@@ -45,4 +45,4 @@ def test_a_gpu_whose_process_dies(tmp_path, transport):
     survivor, dead = [process.exitcode for process in processes]
     assert dead == 0
     assert (tmp_path / "waits").exists()
-    assert survivor in (time_parallel.GETS_AN_ERROR, -signal.SIGABRT)
+    assert survivor in (runner.GETS_AN_ERROR, -signal.SIGABRT)

@@ -1,0 +1,137 @@
+"""Cases of networks: outputs and gradients equal those of one process."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import tsm_jit
+from time_parallel.cases import MESHES, average, case, close, compare, loss_of, model_of, new_clips, resnet, share
+from tsm_jit.distributed import parallelize_time, shard_frames
+
+
+@case((2, 3, 4), family="TSM", inplace=True)
+@case((3,), family="TSM", inplace=False)
+@case((2, 4), family="TSAM", inplace=True)
+@case((3,), family="TSAM", inplace=False)
+@case((4,), family="past", inplace=False)
+@case((4,), family="circular", inplace=True)
+def networks(mesh, family, inplace):
+    compare(model_of(family, inplace), mesh, new_clips())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, net, use_reentrant):
+        super().__init__()
+        self.net, self.use_reentrant = net, use_reentrant
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=self.use_reentrant)
+
+
+@case((2,), use_reentrant=False)
+@case((2,), use_reentrant=True)
+def checkpointing(mesh, use_reentrant):
+    model = model_of()
+    for i in range(3):
+        model.backbone[i] = Checkpointed(model.backbone[i], use_reentrant)
+    compare(model, mesh, new_clips())
+
+
+@case((2,), on=("gloo", "NCCL"))
+def autocast(mesh):
+    model, clips = model_of().float(), new_clips().float()
+    whole = copy.deepcopy(model)
+    parallelize_time(model, mesh)
+    with torch.autocast(clips.device.type, torch.bfloat16):
+        expected, scores = whole(clips), model(shard_frames(clips, mesh))
+    assert scores.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(scores, expected, rtol=0.02, atol=0.02)
+    loss_of(expected.float()).backward()
+    loss_of(scores.float()).backward()
+    average(model, mesh.get_group())
+    for weight, single in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, single.grad, rtol=0.1, atol=0.02)
+
+
+@case((2,), on=("gloo", "NCCL"))
+def compiled(mesh):
+    model = model_of()
+    compare(model, mesh, new_clips(), run=torch.compile(model, backend="aot_eager", fullgraph=True))
+
+
+@case((2,), on=("gloo", "NCCL"))
+def fused(mesh):
+    """In either order; frozen norms."""
+    net = resnet()
+    tsm_jit.residual.fuse(net)
+    compare(tsm_jit.VideoModel(net).eval(), mesh, torch.randn(1, 5, 3, 32, 32, dtype=torch.float64))
+    net = resnet()
+    frames = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = net(frames)
+    parallelize_time(net, mesh)
+    tsm_jit.residual.fuse(net)
+    with torch.no_grad():
+        close(net(shard_frames(frames[None], mesh)), share(expected[None], mesh))
+
+
+@case((2, 3), on=("NCCL",))
+def training_with_synchronized_norm(mesh):
+    plain = resnet().train()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain), mesh.get_group())
+    clips = torch.randn(2, 5, 3, 32, 32, dtype=torch.float64)
+    near = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)  # it exchanges inverses of deviations
+    compare(tsm_jit.VideoModel(model), mesh, clips, whole=tsm_jit.VideoModel(plain), close=near)
+
+
+@case((2,), on=("gloo",))
+def synchronized_norm(mesh):
+    """PyTorch's has no training on CPUs. In evaluation it is exact, and surgery finds the shifts inside."""
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(resnet())
+    compare(tsm_jit.VideoModel(net).eval(), mesh, torch.randn(1, 5, 3, 32, 32, dtype=torch.float64))
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+        net.train()(torch.randn(3 - mesh.get_local_rank(), 3, 32, 32, dtype=torch.float64))
+
+
+# --- with data parallelism -------------------------------------------------------------------------------------------
+
+
+def compare_weights(model, whole, all_clips) -> None:
+    loss_of(whole(all_clips)).backward()
+    for weight, single in zip(model.parameters(), whole.parameters(), strict=True):
+        grad = weight.grad.full_tensor() if hasattr(weight.grad, "full_tensor") else weight.grad
+        close(grad, single.grad)
+
+
+@case((2, 4))
+def ddp(mesh):
+    """Over all ranks, data and time, with a layer after the mean; the loss is not scaled."""
+    both = MESHES["data and time", mesh.size()]
+    model, clips = nn.Sequential(model_of(), nn.Linear(3, 3).double()), new_clips(clips=4)
+    whole = copy.deepcopy(model)
+    parallelize_time(model, both["time"])
+    wrapped = DistributedDataParallel(model, process_group=mesh.get_group())
+    mine = clips.chunk(both["data"].size())[both.get_local_rank("data")]
+    loss_of(wrapped(shard_frames(mine, both["time"]))).backward()
+    compare_weights(model, whole, clips)
+
+
+@case((2, 4))
+def fsdp2(mesh):
+    """Weights sharded over data, gradients averaged over time as well."""
+    both = MESHES["time and data", mesh.size()]
+    model, clips = model_of(), new_clips(clips=4)
+    whole = copy.deepcopy(model)
+    parallelize_time(model, both["time"])
+    for block in model.backbone[:2]:
+        fully_shard(block, mesh=both)
+    fully_shard(model, mesh=both)
+    mine = clips.chunk(both["data"].size())[both.get_local_rank("data")]
+    loss_of(model(shard_frames(mine, both["time"]))).backward()
+    compare_weights(model, whole, clips)

@@ -1,0 +1,53 @@
+"""Cases of ranks that differ."""
+
+import pytest
+import torch
+
+import tsm_jit
+from time_parallel.cases import case, compare, loss_of, model_of, new_clips
+from tsm_jit.distributed import parallelize_time, shard_frames
+
+
+@case((2, 3), on=("NCCL",))
+def other_new_shapes(mesh):
+    """Those that are new to all ranks, which can go on."""
+    model, rank = model_of(), mesh.get_local_rank()
+    parallelize_time(model, mesh)
+    model(shard_frames(new_clips(), mesh))
+    with pytest.raises(
+        ValueError, match=r"same shape.*rank 0: clips \[23, 7, 8, 3, 4\].*rank 1: clips \[24, 7, 8, 3, 4\]"
+    ):
+        model(shard_frames(new_clips(23 + rank), mesh))  # no other test has so many clips
+    lengths = r"rank 0: clips \[2, 28, 8.*rank 1: clips \[2, 29, 8"
+    with tsm_jit.n_segment(model, 28 + rank), pytest.raises(ValueError, match=lengths):
+        model(shard_frames(new_clips(2, 28 + rank), mesh))
+    compare(model_of(), mesh, new_clips())
+
+
+@case((3,), on=("gloo",))
+def other_shapes(mesh):
+    """All ranks name the shapes, whether they have seen them before or not, and can go on."""
+    model, rank = model_of(), mesh.get_local_rank()
+    parallelize_time(model, mesh)
+    for clips in (2, 3):
+        model(shard_frames(new_clips(clips), mesh))
+    for mine in ((2, 2, 3), (4, 2, 2)):
+        with pytest.raises(ValueError, match=rf"rank 0: clips \[{mine[0]}, 7, .*rank 2: clips \[{mine[2]}, 7, "):
+            model(shard_frames(new_clips(mine[rank]), mesh))
+    turned = new_clips().transpose(3, 4) if rank == 1 else new_clips()
+    with pytest.raises(
+        ValueError, match=r"same shape.*rank 0: clips \[2, 7, 8, 3, 4\].*rank 1: clips \[2, 7, 8, 4, 3\]"
+    ):
+        model(shard_frames(turned, mesh))
+    model.to(torch.float32 if rank == 1 else torch.float64)
+    with pytest.raises(ValueError, match=r"rank 0: clips .* torch\.float64.*rank 1: clips .* torch\.float32"):
+        model(shard_frames(new_clips().to(model.head.weight.dtype), mesh))
+    model.double()
+    with (
+        tsm_jit.n_segment(model, 7 if rank else 10),
+        pytest.raises(ValueError, match=r"clips \[2, 10, .*clips \[2, 7,"),
+    ):
+        model(shard_frames(new_clips(2, 7 if rank else 10), mesh))
+    scores = model(shard_frames(new_clips(), mesh))
+    with pytest.raises(ValueError, match=r"rank 0: the sum of \[2, 3\] .*; rank 1: clips"):
+        loss_of(scores).backward() if rank == 0 else model(shard_frames(new_clips(), mesh))
