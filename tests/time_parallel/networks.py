@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -63,6 +64,13 @@ def autocast(mesh):
 def compiled(mesh):
     model = model_of()
     compare(model, mesh, new_clips(), run=torch.compile(model, backend="aot_eager", fullgraph=True))
+    shifts = nn.Sequential(*[tsm_jit.TemporalShift(nn.Identity(), 7, 4) for _ in range(3)])
+    parallelize_time(shifts, mesh)
+    graphs = CompileCounter()
+    for shift in shifts:
+        shift.compile(backend=graphs)
+    shifts(shard_frames(new_clips(), mesh))
+    assert graphs.frame_count == 1  # modules share it
 
 
 @case((2,), on=("gloo", "NCCL"))

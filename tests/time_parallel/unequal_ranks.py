@@ -51,3 +51,19 @@ def other_shapes(mesh):
     scores = model(shard_frames(new_clips(), mesh))
     with pytest.raises(ValueError, match=r"rank 0: the sum of \[2, 3\] .*; rank 1: clips"):
         loss_of(scores).backward() if rank == 0 else model(shard_frames(new_clips(), mesh))
+
+
+@case((2,), on=("gloo",))
+def a_rank_that_starts_again(mesh):
+    """After an error between two shifts of one shape. The ranks notice, and then agree again."""
+    model, rank = model_of(), mesh.get_local_rank()
+    parallelize_time(model, mesh)
+    mine = shard_frames(new_clips(), mesh)
+    if rank == 1:
+        failing = model.backbone[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(mine)
+        failing.remove()
+    with pytest.raises(ValueError, match=r"rank 0: clips .*'backbone\.1\.conv1'; rank 1: clips .*'backbone\.0\.conv1'"):
+        model(mine)
+    compare(model_of(), mesh, new_clips())

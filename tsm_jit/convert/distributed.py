@@ -41,9 +41,10 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
         ValueError: ``mesh`` has more than one dimension or lacks this process; ``net`` has no temporal shift, or a clip
             length below the number of ranks; or ``net`` has temporal pools or non-local blocks, which combine frames in
             other ways. ``net`` is then unchanged.
-        ValueError: in ``forward`` and ``backward``, on all ranks: ranks differ in shape, dtype or clip length. On GPUs
-            shapes are compared when they are new: see "One clip over several GPUs" in examples/README.md. A rank whose
-            input does not have the frames that it must hold raises alone: the others wait until the time-out.
+        ValueError: in ``forward`` and ``backward``, on all ranks: ranks differ in shape, dtype, clip length or layer.
+            On GPUs they are compared when a shape is new: see "One clip over several GPUs" in examples/README.md. A
+            rank whose input does not have the frames that it must hold raises alone: the others wait until the
+            time-out.
         RuntimeError: in ``forward`` and ``backward``: another rank died or does not answer within the time-out of the
             process group; or a CUDA graph captures a shape that has not run before.
         NotImplementedError: in ``forward``: ``net`` is exported, traced or transformed by ``torch.func``.
@@ -78,8 +79,8 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
         shard.length(module.n_segment)  # raises ValueError
     if not modules:
         raise ValueError(f"net must have temporal shifts to split its clips, got {type(net).__name__} without")
-    for module in modules.values():
-        module.time_shard = shard
+    for name, module in modules.items():
+        module.time_shard, module.name_in_network = shard, name
 
 
 def shard_frames(clips: Tensor, mesh: Any) -> Tensor:

@@ -31,6 +31,7 @@ class ClipModule(nn.Module):
     n_segment: int
     halves_clip = False  # whether it halves the clip length before it calls its module
     time_shard: TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
+    name_in_network = ""  # set by parallelize_time
     __prepare_scriptable__ = refuse_scripting
 
     def split_shard(self) -> TimeShard | None:
@@ -118,6 +119,8 @@ class ShiftedModule(ClipModule):
         if shard is not None:
             from tsm_jit.ops.sharded_shift import sharded_shift  # keeps `import tsm_jit` fast
 
+            if eager:
+                shard = shard._replace(layer=self.name_in_network)
             # A recomputation in the backward takes the edges that have arrived in the forward.
             temporal_shift = functools.partial(sharded_shift, shard=shard, transfers=[])
         else:

@@ -57,8 +57,10 @@ class Ranks:
         self._memory: _PeerMemory | None = None
         self._shares_memory: bool | None = None  # unknown before the first message
 
-    def compare(self, call: str, message_bytes: int = 0) -> None:
+    def compare(self, call: str, layer: str = "", message_bytes: int = 0) -> None:
         """Raises ValueError on all ranks, before any data moves, unless all ranks make the same ``call``.
+
+        It is a call of ``layer``. Ranks are in different layers if one of them failed in another, and began again.
 
         The ranks must agree on when they compare calls: a comparison on one rank would meet another operation on the
         next. On CPUs, where communication blocks the host anyway, they compare at each call. On GPUs the comparison
@@ -73,13 +75,16 @@ class Ranks:
             return
         if not is_cpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"split clips must run once before a CUDA graph captures them, got a new call: {call}")
-        digest = int.from_bytes(hashlib.blake2b(call.encode(), digest_size=8).digest(), "little", signed=True)
+        place = f"{call} in {layer!r}" if layer else call
+        digest = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little", signed=True)
         own = torch.full((self.size,), digest, dtype=torch.int64, device=self.device)
         ones = [1] * self.size
         others = collectives().wait_tensor(collectives().all_to_all_single(own, ones, ones, self.name))
         if not torch.equal(own, others):
-            got = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(self._gather(call)))
-            raise ValueError(f"all ranks must call a shift with the same shape, dtype and clip length, got {got}")
+            got = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(self._gather(place)))
+            raise ValueError(
+                f"all ranks must call the same shift with the same shape, dtype and clip length, got {got}"
+            )
         if not is_cpu and message_bytes > 0:
             self._reserve(message_bytes)
         self._memory_of_calls[call] = self._memory if message_bytes > 0 else None

@@ -53,6 +53,7 @@ class TimeShard(NamedTuple):
     rank: int
     ranks: int
     group: str  # the name of the process group
+    layer: str = ""  # the name of the module, for ranks to compare; not in compiled graphs, which many modules share
 
     def length(self, n_segment: int) -> int:
         """The number of frames that this rank holds of a clip. Raises ValueError if a rank would have none."""
@@ -178,7 +179,7 @@ class _Call:
         all_messages = chain(*[_exchange_of(encoded, rank, shard.ranks).sent for rank in range(shard.ranks)])
         most = max([sum([edge.width * edge.length for edge in edges]) for edges in all_messages])
         self.message_bytes = most * clips * math.prod(frame) // frame[dim] * x.element_size()
-        ranks.compare(self.text, self.message_bytes)
+        ranks.compare(self.text, shard.layer, self.message_bytes)
         sent, received = [
             tuple([_parts(edges, clips, frame, dim) for edges in direction])
             for direction in (self._sent, self._received)
@@ -237,7 +238,7 @@ class _Transfer:
         if call is None:
             call = ranks.prepared[key] = _Call(x, encoded, shard, ranks, is_gradient)
         elif call.exchange.is_needed and x.device.type == "cpu":
-            ranks.compare(call.text)
+            ranks.compare(call.text, shard.layer)
         self._call, self._x, self._keep = call, x, keep
         self.local = call.exchange.local
 
@@ -323,21 +324,21 @@ def sharded_shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Tran
     the same ``x`` without communication.
     """
     if _is_compiling(x):
-        return torch.ops.tsm_jit.sharded_shift.default(x, shift, *shard)
+        return torch.ops.tsm_jit.sharded_shift.default(x, shift, *shard[:3])
     return _linear(x, functools.partial(_shift, transfers=transfers), sharded_shift_backward, shift, shard)
 
 
 def sharded_shift_backward(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
     """The adjoint of :func:`sharded_shift`: the gradient of the sum of what all ranks compute."""
     if _is_compiling(grad):
-        return torch.ops.tsm_jit.sharded_shift_backward.default(grad, shift, *shard)
+        return torch.ops.tsm_jit.sharded_shift_backward.default(grad, shift, *shard[:3])
     return _linear(grad, _shift_adjoint, sharded_shift, shift, shard)
 
 
 def sum_over_ranks(x: Tensor, shard: TimeShard) -> Tensor:
     """The sum of ``x`` over the ranks, equal on all of them. Its gradient is the sum of the gradients of all ranks."""
     if _is_compiling(x):
-        return torch.ops.tsm_jit.sum_over_ranks.default(x, *shard)
+        return torch.ops.tsm_jit.sum_over_ranks.default(x, *shard[:3])
     return _linear(x, _sum, sum_over_ranks, shard)
 
 
@@ -367,7 +368,7 @@ def _register(name: str, arguments: str, compute: Callable[..., Tensor], adjoint
         return compute(x, *others[:-3], TimeShard(*others[-3:]))
 
     def dispatched_kernel(x: Tensor, *others: Any) -> Tensor:
-        return op.kernel(x, *others[:-1], *others[-1])
+        return op.kernel(x, *others[:-1], *others[-1][:3])
 
     def autograd_kernel(x: Tensor, *others: Any) -> Tensor:
         return _Linear.apply(x, dispatched_kernel, adjoint, *others[:-3], TimeShard(*others[-3:]))
