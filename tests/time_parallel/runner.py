@@ -37,6 +37,8 @@ def ranks_that_hang_or_die(mesh):  # the last case
     with pytest.raises(RuntimeError, match="Timed out waiting 5000ms" if rank == 0 else "Connection|Read error|closed"):
         model(shard_frames(new_clips(), mesh))
     assert time.monotonic() - begin < 60
+    with pytest.raises(ValueError, match=r"clips must have the 4 frames .* got \[2, 5, 8, 3, 4\]"):
+        model(new_clips(2, 5))
 
 
 def make_meshes(rank: int, world: int, device: str) -> None:

@@ -48,6 +48,15 @@ def other_shapes(mesh):
         pytest.raises(ValueError, match=r"clips \[2, 10, .*clips \[2, 7,"),
     ):
         model(shard_frames(new_clips(2, 7 if rank else 10), mesh))
+    for net, name in (model, "clips"), (model.backbone, "x"):
+        mine = shard_frames(new_clips(), mesh)
+        with pytest.raises(ValueError, match=rf"rank 0: clips .*rank 2: {name} must have the 2 frames .*\[3, 8, 3"):
+            net(mine[:3] if rank == 2 else mine)
+    with (
+        tsm_jit.n_segment(model, 2 if rank == 0 else 7),
+        pytest.raises(ValueError, match=r"rank 0: n_segment must be at least .* ranks, 3, got 2; rank 1: clips"),
+    ):
+        model(mine)
     scores = model(shard_frames(new_clips(), mesh))
     with pytest.raises(ValueError, match=r"rank 0: the sum of \[2, 3\] .*; rank 1: clips"):
         loss_of(scores).backward() if rank == 0 else model(shard_frames(new_clips(), mesh))

@@ -42,9 +42,9 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
             length below the number of ranks; or ``net`` has temporal pools or non-local blocks, which combine frames in
             other ways. ``net`` is then unchanged.
         ValueError: in ``forward`` and ``backward``, on all ranks: ranks differ in shape, dtype, clip length or layer.
-            On GPUs they are compared when a shape is new: see "One clip over several GPUs" in examples/README.md. A
-            rank whose input does not have the frames that it must hold raises alone: the others wait until the
-            time-out.
+            Or an input does not have the frames that its rank must hold. On GPUs this rank raises alone, and the
+            others wait until the time-out. Calls are compared there when a shape is new: see "One clip over several
+            GPUs" in examples/README.md.
         RuntimeError: in ``forward`` and ``backward``: another rank died or does not answer within the time-out of the
             process group; or a CUDA graph captures a shape that has not run before.
         NotImplementedError: in ``forward``: ``net`` is exported, traced or transformed by ``torch.func``.

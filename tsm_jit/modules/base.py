@@ -96,11 +96,12 @@ class ShiftedModule(ClipModule):
         shard = self.split_shard()
         if shard is None or not isinstance(x, Tensor):
             return x
-        length, held, dim = self.n_segment, shard.length(self.n_segment), 1 if x.dim() == 5 else 0
+        length, held, dim = self.n_segment, shard.length(self.n_segment, x), 1 if x.dim() == 5 else 0
         if x.dim() == 0 or (x.shape[1] != held if dim else x.shape[0] % held != 0):
-            raise ValueError(
+            shard.refuse(
                 f"x must have the {held} frames of each clip that rank {shard.rank} of {shard.ranks} holds of "
-                f"n_segment={length}, got the shape {list(x.shape)}"
+                f"n_segment={length}, got the shape {list(x.shape)}",
+                x,
             )
         return x.new_empty([*x.shape[:dim], x.shape[dim] // held * length, *x.shape[dim + 1 :]], device="meta")
 

@@ -20,12 +20,13 @@ Backward computes gradients of the sum of the losses of all ranks. In compiled g
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -55,10 +56,13 @@ class TimeShard(NamedTuple):
     group: str  # the name of the process group
     layer: str = ""  # the name of the module, for ranks to compare; not in compiled graphs, which many modules share
 
-    def length(self, n_segment: int) -> int:
-        """The number of frames that this rank holds of a clip. Raises ValueError if a rank would have none."""
+    def length(self, n_segment: int, x: Tensor | None = None) -> int:
+        """The number of frames that this rank holds of a clip. Raises ValueError if a rank would have none.
+
+        ``x`` is the input if the call is collective: see :meth:`refuse`.
+        """
         if n_segment < self.ranks:
-            raise ValueError(f"n_segment must be at least the number of ranks, {self.ranks}, got {n_segment}")
+            self.refuse(f"n_segment must be at least the number of ranks, {self.ranks}, got {n_segment}", x)
         return n_segment // self.ranks + (self.rank < n_segment % self.ranks)
 
     def frames(self, n_segment: int) -> range:
@@ -66,6 +70,16 @@ class TimeShard(NamedTuple):
         length = self.length(n_segment)
         begin = self.rank * (n_segment // self.ranks) + min(self.rank, n_segment % self.ranks)
         return range(begin, begin + length)
+
+    def refuse(self, message: str, x: Tensor | None) -> NoReturn:
+        """Raises ValueError for the input ``x``, on CPUs also on the ranks that wait for this one to exchange frames.
+
+        On GPUs the others may not compare calls, and would take a comparison for their frames.
+        """
+        if x is not None and x.device.type == "cpu" and eager():
+            with contextlib.suppress(RuntimeError):  # the others died, or do not call
+                ranks_of(self.group, x.device).compare(message)
+        raise ValueError(message)
 
 
 # --- which frames travel ---------------------------------------------------------------------------------------------
