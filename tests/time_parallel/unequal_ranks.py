@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tsm_jit
-from time_parallel.cases import case, compare, loss_of, model_of, new_clips
+from time_parallel.cases import case, close, compare, loss_of, model_of, new_clips
 from tsm_jit.distributed import parallelize_time, shard_frames
 
 
@@ -76,3 +77,17 @@ def a_rank_that_starts_again(mesh):
     with pytest.raises(ValueError, match=r"rank 0: clips .*'backbone\.1\.conv1'; rank 1: clips .*'backbone\.0\.conv1'"):
         model(mine)
     compare(model_of(), mesh, new_clips())
+
+
+@case((2,), on=("gloo",))
+def a_network_that_another_rank_split(mesh):
+    model, clips = model_of(), new_clips(length=8)
+    tsm_jit.n_segment(model, 8)
+    expected = model(clips)
+    parallelize_time(model, mesh)
+    copies, mine = [model], shard_frames(clips, mesh)
+    dist.broadcast_object_list(copies, 0, group=mesh.get_group())
+    with pytest.raises(ValueError, match=r"rank 0: clips .*; rank 1: net must be split .* rank 1 of 2, .* rank 0 of 2"):
+        copies[0](mine)
+    parallelize_time(copies[0], mesh)
+    close(copies[0](mine), expected)

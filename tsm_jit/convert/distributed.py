@@ -41,6 +41,7 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
         ValueError: ``mesh`` has more than one dimension or lacks this process; ``net`` has no temporal shift, or a clip
             length below the number of ranks; or ``net`` has temporal pools or non-local blocks, which combine frames in
             other ways. ``net`` is then unchanged.
+        ValueError: in ``forward``: another process split ``net``, and this one has unpickled it.
         ValueError: in ``forward`` and ``backward``, on all ranks: ranks differ in shape, dtype, clip length or layer.
             Or an input does not have the frames that its rank must hold. On GPUs this rank raises alone, and the
             others wait until the time-out. Calls are compared there when a shape is new: see "One clip over several

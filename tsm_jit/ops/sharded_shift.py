@@ -169,6 +169,18 @@ def _local_shift(shift: Shift, held: range) -> Shift:
 # --- communication ---------------------------------------------------------------------------------------------------
 
 
+def _ranks(shard: TimeShard, x: Tensor) -> Ranks:
+    """The ranks that share the frames. Raises ValueError if another process than this one split the network."""
+    ranks = ranks_of(shard.group, x.device)
+    if (ranks.rank, ranks.size) != (shard.rank, shard.ranks):  # it was pickled, or this process joined another group
+        shard.refuse(
+            f"net must be split by parallelize_time in the process that calls it, which is rank {ranks.rank} of "
+            f"{ranks.size}, got a network that was split as rank {shard.rank} of {shard.ranks}",
+            x,
+        )
+    return ranks
+
+
 class _Call:
     """A shift of tensors with one shape, dtype and layout, or its adjoint: what this rank sends and receives."""
 
@@ -246,7 +258,7 @@ class _Transfer:
     """
 
     def __init__(self, x: Tensor, encoded: str, shard: TimeShard, *, is_gradient: bool = False, keep: bool = False):
-        ranks = ranks_of(shard.group, x.device)
+        ranks = _ranks(shard, x)
         key = x.shape, x.stride(), x.dtype, encoded, is_gradient
         call = ranks.prepared.get(key)
         if call is None:
@@ -302,7 +314,7 @@ def _written(out: Tensor, transfer: _Transfer) -> Tensor:
 
 
 def _sum(x: Tensor, shard: TimeShard) -> Tensor:
-    ranks_of(shard.group, x.device).compare(f"the sum of {list(x.shape)} {x.dtype} over ranks")
+    _ranks(shard, x).compare(f"the sum of {list(x.shape)} {x.dtype} over ranks")
     return collectives().wait_tensor(collectives().all_reduce(x.contiguous(), "sum", shard.group))
 
 
