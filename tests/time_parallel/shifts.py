@@ -78,3 +78,17 @@ def clips_and_strides(mesh):
     wide = shard_frames(x, mesh).expand(-1, -1, 2, 6)
     assert_same_bits(shift(wide), share(expected, mesh).expand(-1, -1, 2, 6))
     assert shift(shard_frames(x[:0], mesh)).shape == (0, 8, 2, 1)
+
+
+@case((3,), dtype=torch.bfloat16)
+@case((3,), dtype=torch.float8_e5m2)
+def sums_of_few_bits(mesh, dtype):
+    """Up to six gradients meet in one frame. Their sum is rounded once, as in one process."""
+    for padding in ("keep", "replicate"):
+        shift = Shift(7, 6, 1, padding, ((2, 1), (1, 5), (1, -2)))
+        net = Groups(nn.Identity(), shift)
+        parallelize_time(net, mesh)
+        x, grad = torch.randint(-300, 300, (2, 1, 7, 4, 2, 1)).to(dtype)  # float32 sums of whole numbers are exact
+        mine = shard_frames(x, mesh).requires_grad_()
+        (actual,) = torch.autograd.grad(net(mine), mine, shard_frames(grad, mesh))
+        assert_same_bits(actual, share(reference.temporal_shift_backward(grad[0], shift)[None], mesh))

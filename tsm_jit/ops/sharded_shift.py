@@ -188,6 +188,9 @@ class _Call:
         shift = decode(encoded)
         self.exchange = exchange = _exchange_of(encoded, shard.rank, shard.ranks)
         self.adds = is_gradient and shift.needs_sum
+        # float8 has no sum, and more than two values in 16 bits would be rounded more than once.
+        narrow = x.dtype.is_floating_point and x.element_size() < (4 if shift.padding == "replicate" else 2)
+        self.sum_dtype = torch.float32 if self.adds and narrow else x.dtype
         self._dim = dim = shift.channel_dim - x.dim()  # counted from the end
         self._has_clip_dim = has_clip_dim(x.dim(), shift.channel_dim)
         self._sent, self._received = exchange.sent, exchange.received
@@ -266,7 +269,7 @@ class _Transfer:
         elif call.exchange.is_needed and x.device.type == "cpu":
             ranks.compare(call.text, shard.layer)
         self._call, self._x, self._keep = call, x, keep
-        self.local = call.exchange.local
+        self.local, self.sum_dtype = call.exchange.local, call.sum_dtype
 
     _pending: Any
 
@@ -284,7 +287,7 @@ class _Transfer:
         """Writes the edges into ``out``, or adds gradients that meet. ``out`` has the shape of the tensor sent."""
         if self._call.exchange.is_needed:
             for target, part in zip(self._call.targets(out), self._arrived, strict=True):
-                target.add_(part) if self._call.adds else target.copy_(part)
+                target.add_(part.to(target.dtype)) if self._call.adds else target.copy_(part)
 
 
 # --- the maps, without autograd --------------------------------------------------------------------------------------
@@ -303,7 +306,7 @@ def _shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Transfer] |
 def _shift_adjoint(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
     with _Transfer(grad, shift, shard, is_gradient=True) as transfer:
         out = temporal_shift_backward(grad, transfer.local)
-    return _written(out, transfer)
+    return _written(out.to(transfer.sum_dtype), transfer).to(grad.dtype)
 
 
 def _written(out: Tensor, transfer: _Transfer) -> Tensor:
