@@ -169,6 +169,9 @@ def _local_shift(shift: Shift, held: range) -> Shift:
 # --- communication ---------------------------------------------------------------------------------------------------
 
 
+PREPARED_CALLS = 4096  # the most that are kept: about 2 KB each, for 128 clip lengths of a ResNet-50
+
+
 def _ranks(shard: TimeShard, x: Tensor) -> Ranks:
     """The ranks that share the frames. Raises ValueError if another process than this one split the network."""
     ranks = ranks_of(shard.group, x.device)
@@ -265,6 +268,8 @@ class _Transfer:
         key = x.shape, x.stride(), x.dtype, encoded, is_gradient
         call = ranks.prepared.get(key)
         if call is None:
+            if len(ranks.prepared) >= PREPARED_CALLS:
+                ranks.prepared.clear()
             call = ranks.prepared[key] = _Call(x, encoded, shard, ranks, is_gradient)
         elif call.exchange.is_needed and x.device.type == "cpu":
             ranks.compare(call.text, shard.layer)
