@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import tsm_jit
@@ -135,6 +136,20 @@ def test_saved_tensor_hooks(device, hooks):
     with kinds[hooks], tsm_jit.n_segment(net, 8):
         y = net(x).sum()
     torch.testing.assert_close(torch.autograd.grad(y, x)[0], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["out of place", "in place"])
+def test_compiled_backwards_of_eager_forwards(device, name):
+    net = MAKERS[name](device)
+    x = frames(net, device)
+    expected = _by_backward(net(x).square().sum(), [x, *net.parameters()])
+    net.zero_grad()
+    x.grad = None
+    loss = net(x).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        found = _by_backward(loss, [x, *net.parameters()])
+    for ours, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
 
 
 def test_modules_without_attributes_of_later_versions_take_their_defaults():

@@ -326,7 +326,8 @@ def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[
 
     def unpack(packed: tuple[Tensor, int, tuple | None]) -> Tensor:
         tensor, saved_version, strided_view = packed
-        if tensor._version != saved_version:  # autograd does not check the version of what hooks return
+        # Autograd does not check the version of what hooks return. Under compiled autograd a tensor has no version.
+        if not is_compiling() and tensor._version != saved_version:
             name = "a tensor" if strided_view is None else "the input of a temporal shift"
             raise RuntimeError(
                 f"{name} needed to compute gradients, {tensor.dtype} {list(tensor.shape)}, was modified by an in-place "
