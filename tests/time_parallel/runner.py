@@ -72,6 +72,7 @@ def start(rank: int, world: int, folder, transport: str) -> str:
         torch.set_default_device("cuda")
         torch.backends.cudnn.deterministic = True  # some cases compare bits of gradients
         os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
+        os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "1000"  # after its time-out, NCCL waits 4 times as long
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the time-out of NCCL ends a process without a dump
     if transport == "NCCL":  # as if the GPUs did not reach each other's memory
         torch.cuda.can_device_access_peer = lambda *_: False
@@ -141,7 +142,7 @@ def run_with_a_rank_that_dies(rank: int, folder, transport: str) -> None:
     torch.cuda.synchronize()
     if rank == 1:
         os._exit(0)
-    end_if_it_hangs(device, 60)  # NCCL ends the process some 20 s after its time-out of 5 s
+    end_if_it_hangs(device, 60)
     (folder / "waits").touch()
     try:
         with torch.no_grad():
