@@ -82,7 +82,8 @@ def test_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(network, "family_cases", lambda cuda, quick, names: small[:1])
     assert cli.main(["bench", "--network", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "network.json").read_text())
-    assert [row["who"] for row in results["network"]] == ["no shift", "stock", "drop-in", "fused"] * 2
+    training = ["no shift", "stock", "drop-in", "fused"]
+    assert [row["who"] for row in results["network"]] == [*training, *training, "folded"]
     assert [row["who"] for row in results["families"]] == FAMILY_VARIANTS
     assert all(row["milliseconds"] > 0 for row in results["network"] + results["families"])
     assert {path.name for path in tmp_path.iterdir()} == {"network.json", "network.png", "families.png"}

@@ -309,9 +309,8 @@ def _network_markdown(rows: list[Row], title: str) -> str:
     for case, variants in _by_case(rows).items():
         plain = variants["no shift"]
         cells = [f"{plain['milliseconds']:.2f} ms ({plain['peak_mebibytes']:.0f} MiB)"]
-        cells += [
-            f"{variants[name]['of_no_shift']:.2f} ({variants[name]['of_no_shift_memory']:.2f})" for name in others
-        ]
+        for row in map(variants.get, others):
+            cells.append("-" if row is None else f"{row['of_no_shift']:.2f} ({row['of_no_shift_memory']:.2f})")
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -402,8 +401,9 @@ def draw_network(rows: list[Row], environment: Row) -> Figure:
     figure = Figure(figsize=(11, 0.7 * len(cases) + 1.5), layout="constrained")
     axis = figure.subplots()
     for k, name in enumerate(names):
-        places = [i + k / (len(names) + 1) for i in range(len(cases))]
-        widths = [variants[name]["of_no_shift"] for variants in cases.values()]
+        found = [(i, variants[name]) for i, variants in enumerate(cases.values()) if name in variants]
+        places = [i + k / (len(names) + 1) for i, _ in found]
+        widths = [row["of_no_shift"] for _, row in found]
         bars = axis.barh(places, widths, height=1 / (len(names) + 1), align="edge", label=name)
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axis.axvline(1, color="gray", linewidth=0.8)

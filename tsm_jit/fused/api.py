@@ -41,6 +41,7 @@ def fuse(net: nn.Module, *, fold_norms: bool = False) -> None:
             ReLU and each addition then is part of a convolution. Parameters change and stop to require grad, the keys
             of norms leave the state dict, and :func:`unfuse` does not bring them back: load weights with norms
             before. Scores change by rounding. Norms with hooks stay, and layers that the network uses several times.
+            The norm before a max pooling stays too: one kernel computes it, ReLU and pooling.
 
     Raises:
         TypeError: ``net`` is not a ResNet.

@@ -29,7 +29,6 @@ from tsm_jit.fused.match import (
     BlockLayers,
     block_layers,
     is_convolution,
-    is_identity,
     is_pool,
     is_relu,
     is_shifted,
@@ -80,9 +79,7 @@ def run_stem(modules: list[nn.Module], x: Tensor, following: nn.Module) -> Strea
     z = x
     for module in before:
         z = module(z)
-    if is_relu(relu) and is_identity(norm) and is_convolution(before[-1]) and not torch.is_grad_enabled():
-        x = pool(z.relu_())
-    elif not is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
+    if not is_relu(relu) or not z.is_contiguous(memory_format=torch.channels_last) or z.shape[1] < 2:
         x = pool(relu(norm(z)))
     elif torch.is_grad_enabled():
         normed = None if is_compiling() else _norm(norm, z)  # Inductor fuses them with the pooling

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from tsm_jit.fused.match import block_layers, is_convolution, layers_of, unshifted_module
+from tsm_jit.fused.match import block_layers, is_convolution, is_pool, is_relu, layers_of, unshifted_module
 from tsm_jit.modules.base import has_hooks
 
 
@@ -24,18 +24,24 @@ def fold_into_convolutions(net: nn.Module, stem: list[nn.Module], blocks: list[n
     """Folds each norm that follows a convolution in ``stem`` or in the supported ``blocks`` into this convolution.
 
     The weights and biases of the convolutions change, and ``nn.Identity`` takes the place of the norms. Norms with
-    hooks stay. So do layers that ``net`` has in several places, since another place may need the unfolded layer.
+    hooks stay. So do layers that ``net`` has in several places, since another place may need the unfolded layer. The
+    norm before the max pooling of ``stem`` stays too, as one kernel computes norm, ReLU and pooling.
     """
     places = Counter(module for _, module in net.named_modules(remove_duplicate=False))
-    sequences = [stem]
-    for block in blocks:
-        sequences += [[unshifted_module(module) for module in layers] for layers in block_layers(block)]
+    has_pooling = len(stem) > 2 and is_relu(stem[-2]) and is_pool(stem[-1])
+    sequences: list[list[list[Any]]] = [
+        [[unshifted_module(module) for module in layers] for layers in block_layers(block)] for block in blocks
+    ]
     folded = {}
-    for modules in sequences:
+    for modules in [stem[:-3] if has_pooling else stem, *itertools.chain(*sequences)]:
         for conv, norm in itertools.pairwise(modules):
             if is_convolution(conv) and _is_foldable(norm) and places[conv] == places[norm] == 1:
                 _fold(conv, norm)
                 folded[norm] = nn.Identity().eval()
+    for branch, downsample in sequences:
+        if downsample and branch[-1] in folded and downsample[-1] in folded:
+            branch[-2].bias.data += downsample[-2].bias.data
+            downsample[-2].bias = None  # saves the pass that adds it
     for parent in list(net.modules()):
         for name, child in parent._modules.items():
             if child in folded:
