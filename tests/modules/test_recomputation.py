@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import CheckpointError, checkpoint
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import tsm_jit
 
@@ -21,8 +22,8 @@ def module(inplace: bool = False) -> nn.Module:
     return tsm_jit.TemporalShift(nn.Conv2d(16, 4, 1), 8, inplace=inplace).double()
 
 
-def resnet(fused: bool, device) -> nn.Module:
-    net = torchvision.models.resnet18(num_classes=3).double().to(device, memory_format=torch.channels_last)
+def resnet(fused: bool, device, layers=(2, 2, 2, 2)) -> nn.Module:
+    net = ResNet(BasicBlock, list(layers), num_classes=3).double().to(device, memory_format=torch.channels_last)
     tsm_jit.make_temporal_shift(net, 8, inplace=True)
     if fused:
         tsm_jit.residual.fuse(net)
@@ -85,6 +86,51 @@ def test_two_lengths_in_one_backward_are_an_error(device):
     second = checkpoint(net, x, use_reentrant=False)
     with pytest.raises((CheckpointError, RuntimeError), match=r"different metadata|n_segment must be"):
         (first + second).sum().backward()
+
+
+COMPILED = pytest.mark.parametrize("parts", ["network", "blocks"])
+
+
+def compiled(net: nn.Module, parts: str, **options) -> nn.Module:
+    """``net`` with a compiled forward, or with compiled blocks that share their code."""
+    torch.compiler.reset()
+    for each in [net] if parts == "network" else net.layer1:
+        each.compile(backend="aot_eager", **options)
+    return net
+
+
+@pytest.mark.slow
+@KINDS
+@COMPILED
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_code_in_an_eager_checkpoint(device, parts, fused, reentrant, fullgraph):
+    """Right as long as the length stays until the backward, else an error. Code is compiled once for each case."""
+    net = compiled(resnet(fused, device, (2, 1, 1, 1)), parts, fullgraph=fullgraph)
+    plain = resnet(fused, device, (2, 1, 1, 1))
+    plain.load_state_dict(net.state_dict())
+    x = frames(net, device)
+
+    def forward(net, n):
+        with tsm_jit.n_segment(net, n):
+            return checkpoint(net, x, use_reentrant=reentrant).square().sum()
+
+    def gradients(net, n):
+        net.zero_grad()
+        x.grad = None
+        with tsm_jit.n_segment(net, n):
+            forward(net, n).backward()
+        return [x.grad, *(parameter.grad for parameter in net.parameters())]
+
+    for n in (8, 8, 4, 8, 4, 4):
+        torch.testing.assert_close(gradients(net, n), gradients(plain, n), rtol=1e-8, atol=1e-8)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        gradients(net, 8)
+    match = r"(?s)n_segment must be the clip length of the forward .* got 8 .* 4|different metadata"
+    for make in (lambda: forward(net, 4), lambda: forward(net, 4) + forward(net, 8)):
+        loss = make()
+        with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=match):
+            loss.backward()
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -18,8 +18,7 @@ class n_segment:
     after it get half the clip length. In a TSAM network the number of audio segments does not change.
 
     Activation checkpointing computes forwards again in the backward. Call ``backward()`` before the clip length
-    changes. Otherwise the backward raises ``RuntimeError``. Compiled networks inside an eager checkpoint are the
-    exception: they cannot tell a recomputation from a forward, so their gradients would be wrong.
+    changes. Otherwise the backward raises ``RuntimeError``.
 
     Args:
         net: a network with temporal modules. It is changed in place.

@@ -12,7 +12,8 @@ from torch.nn.modules import module as all_modules
 
 from tsm_jit import ops
 from tsm_jit._checks import refuse_scripting
-from tsm_jit.ops.compat import in_backward, in_reentrant_checkpoint
+from tsm_jit.ops import recomputation
+from tsm_jit.ops.compat import in_backward, in_reentrant_checkpoint, is_exporting
 
 if TYPE_CHECKING:
     from tsm_jit.ops.sharded_shift import TimeShard
@@ -32,7 +33,12 @@ class ClipModule(nn.Module):
     halves_clip = False  # whether it halves the clip length before it calls its module
     time_shard: TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
     name_in_network = ""  # set by parallelize_time
+    _compiled_lengths: tuple[int, ...] = ()  # of compiled forwards in reentrant checkpoints
     __prepare_scriptable__ = refuse_scripting
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._compiled_lengths = ()  # compiled code would be compiled again for an attribute that is new
 
     def split_shard(self) -> TimeShard | None:
         """Returns the part of each clip that this process holds, or None if it holds all frames."""
@@ -47,24 +53,40 @@ class ClipModule(nn.Module):
                 gradients would be wrong.
         """
         length = self.n_segment
-        if not ops.eager():  # a compiler traces a forward and its recomputation once
+        if not ops.eager():
+            if not is_exporting():
+                self._check_compiled_length(length)
             return length
         own = self.__dict__
         if in_backward():
             # Of several forwards in reentrant checkpoints, it is unknown which is computed again.
             lengths = {own.get("_forward_length", length), *own.pop("_reentrant_lengths", ())}
             if lengths != {length}:
-                raise RuntimeError(
-                    f"n_segment must be the clip length of the forward when checkpointing computes it again, got "
-                    f"{length} after a forward with {' and '.join(map(str, sorted(lengths - {length})))}: call "
-                    "backward() before changing n_segment"
-                )
+                raise RuntimeError(_changed_length(length, sorted(lengths - {length})))
         elif torch.is_grad_enabled():
             own["_forward_length"] = length
         elif in_reentrant_checkpoint():
             own["_forward_length"] = length
             own.setdefault("_reentrant_lengths", set()).add(length)
         return length
+
+    def _check_compiled_length(self, length: int) -> None:
+        """The same for compiled code in reentrant checkpoints. In others, ``clip_length_mark`` tells a difference."""
+        phase = recomputation.phase
+        if phase == "reentrant forward" and length not in self._compiled_lengths:
+            self._compiled_lengths = (*self._compiled_lengths, length)
+        elif phase == "reentrant recomputation" and self._compiled_lengths:
+            others = [each for each in self._compiled_lengths if each != length]
+            self._compiled_lengths = ()
+            if others:
+                raise RuntimeError(_changed_length(length, others))
+
+
+def _changed_length(length: int, others: list[int]) -> str:
+    return (
+        f"n_segment must be the clip length of the forward when checkpointing computes it again, got {length} after a "
+        f"forward with {' and '.join(map(str, others))}: call backward() before changing n_segment"
+    )
 
 
 class ShiftedModule(ClipModule):

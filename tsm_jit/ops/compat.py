@@ -103,6 +103,12 @@ def in_reentrant_checkpoint() -> bool:
     return False
 
 
+def in_non_reentrant_checkpoint() -> bool:
+    """Whether a non-reentrant checkpoint runs this code, in its forward or in a recomputation."""
+    hooks = _top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
 def is_batched_gradient(grad: Tensor) -> bool:
     """Whether ``grad`` is many gradients at once, from ``torch.autograd.grad(..., is_grads_batched=True)``."""
     return torch._C._functorch.is_legacy_batchedtensor(grad)

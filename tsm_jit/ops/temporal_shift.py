@@ -10,6 +10,8 @@ Each operator takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
   under ``no_grad``. So eager mode calls this overload from an autograd function, and compiled graphs contain it.
 - The overload ``.recompute`` of the first, for a backward that shifts again. With any other overload, compilers would
   save the result of the forward instead.
+- ``marked_temporal_shift`` also returns :func:`clip_length_mark`; ``marked_temporal_shift_backward`` takes it. So the
+  mark is among the tensors that code compiled in an activation checkpoint saves.
 - The overload ``.exported`` of the first, in exported programs. ``run_decompositions`` and the exporters of ONNX and
   ExecuTorch decompose it into core ATen operators. Anywhere else, AOTInductor included, it calls the default overload.
 
@@ -31,6 +33,7 @@ from torch.autograd.graph import increment_version, saved_tensors_hooks
 from torch.compiler import is_compiling
 
 from tsm_jit import reference
+from tsm_jit.ops import recomputation
 from tsm_jit.ops.compat import (
     direct,
     eager,
@@ -52,10 +55,12 @@ for _schema in (
     "temporal_shift(Tensor x, str shift) -> Tensor",
     "temporal_shift.kernel(Tensor x, str shift) -> Tensor",
     "temporal_shift.recompute(Tensor x, str shift) -> Tensor",
+    "marked_temporal_shift(Tensor x, str shift) -> (Tensor, Tensor)",
     "temporal_shift.exported(Tensor x, str shift) -> Tensor",
     "temporal_shift_(Tensor(a!) x, str shift) -> ()",
     "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward.kernel(Tensor grad, str shift) -> Tensor",
+    "marked_temporal_shift_backward(Tensor grad, str shift, Tensor mark) -> Tensor",
     "temporal_shift_backward_(Tensor(a!) grad, str shift) -> ()",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -119,10 +124,12 @@ def clip_length_mark(x: Tensor, shift: str) -> tuple[Tensor, ...]:
     Activation checkpointing compares the shapes of saved tensors with the recomputed ones. So it raises an error if the
     recomputation sees another clip length, whose gradients would be wrong.
     """
-    if not has_saved_tensor_hooks():
-        return ()
+    return (_mark(x, shift),) if has_saved_tensor_hooks() else ()
+
+
+def _mark(x: Tensor, shift: str) -> Tensor:
     plan = decode(shift)
-    return (x.new_empty((0, plan.n_segment, plan.n_segment_shifted)),)
+    return x.new_empty((0, plan.n_segment, plan.n_segment_shifted))
 
 
 def _vmapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, int]:
@@ -160,6 +167,21 @@ class _ShiftForSingleConsumer(Function):
             return temporal_shift_backward(grad, ctx.shift), None
         temporal_shift_backward_(grad, ctx.shift)
         return grad, None
+
+
+class _MarkedShift(Function):
+    """A shift in code that is compiled in an activation checkpoint."""
+
+    @staticmethod
+    def forward(ctx, x, shift):
+        y, mark = _marked(x, shift)
+        ctx.shift = shift
+        ctx.save_for_backward(mark)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _marked_backward(grad, ctx.shift, *ctx.saved_tensors), None
 
 
 class _InPlace(Function):
@@ -207,7 +229,9 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
         needs_pytorch_ops = torch.onnx.is_in_onnx_export() or is_tracing() or transforms_are_active()
         if needs_pytorch_ops:
             return reference.sliced(x, decode(shift), onnx_has_unflatten())
-        return _forward_exported(x, shift) if is_exporting() else _forward(x, shift)
+        if is_exporting():
+            return _forward_exported(x, shift)
+        return _MarkedShift.apply(x, shift) if recomputation.phase == "non-reentrant" else _forward(x, shift)
     return _TransformableShift.apply(x, shift)
 
 
@@ -391,6 +415,15 @@ _register(
     reference.temporal_shift_backward,
     _EagerAdjoint,
 )
+
+
+_marked, _marked_backward = _schemas.marked_temporal_shift.default, _schemas.marked_temporal_shift_backward.default
+for _key, _compute, _adjoint in (
+    ("CompositeExplicitAutograd", _forward_kernel, _adjoint_kernel),
+    ("Meta", lambda x, shift: torch.empty_like(x), lambda grad, shift: torch.empty_like(grad)),
+):
+    _library.impl(_marked, lambda x, shift, compute=_compute: (compute(x, shift), _mark(x, shift)), _key)
+    _library.impl(_marked_backward, lambda grad, shift, mark, adjoint=_adjoint: adjoint(grad, shift), _key)
 
 
 def _compute_exported(x: Tensor, shift: str) -> Tensor:
