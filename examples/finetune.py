@@ -10,8 +10,8 @@
 A clip has one frame from each of 8 equal parts of a video: a random one in training, the middle one in evaluation. The
 scores of its frames are averaged. See TSN (arXiv:1608.00859) and TSM (arXiv:1811.08383).
 
-Videos that cannot be read are skipped with one line each, and counted. Every clip and every dropout mask depends only
-on the seed and the step, so a resumed run continues as if nothing had happened.
+Videos that are too short or cannot be read are skipped with one line each, and counted. Every clip and every dropout
+mask depends only on the seed and the step, so a resumed run continues as if nothing had happened.
 
 The output folder gets ``checkpoint.pt`` to resume, ``log.csv`` and ``curve.png`` after each epoch, and ``best.pt``, the
 network of the epoch with the best validation accuracy. At the end, it gets ``predictions.csv``, ``confusion.png`` and

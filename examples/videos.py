@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -126,19 +127,26 @@ def hold_out(videos: Sequence[Video], seed: int, share: float = 0.2) -> tuple[li
 
 
 def segment_frames(total: int, positions: Sequence[float]) -> list[int]:
-    """Splits ``total`` frames into equal segments and chooses one frame of each: 0 is its first, nearly 1 its last.
-
-    If there are fewer frames than segments, frames repeat.
-    """
+    """Splits ``total`` frames into equal segments and chooses one frame of each: 0 is its first, nearly 1 its last."""
     return [min(int((i + p) * total / len(positions)), total - 1) for i, p in enumerate(positions)]
 
 
-def read(video: Video, choose: Callable[[int], Sequence[int]], shorter: int) -> Tensor:
-    """Reads frames of a video file or a folder of pictures, as :func:`tsm_jit.video_io.read_frames`."""
+def read(video: Video, choose: Callable[[int], Sequence[int]], shorter: int, least: int) -> Tensor:
+    """Reads frames of a video file or a folder of pictures, as :func:`tsm_jit.video_io.read_frames`.
+
+    Raises:
+        UnusableVideoError: also if there are fewer than ``least`` frames.
+    """
     path = locate(video.path)
+
+    def choose_of_enough(total: int) -> Sequence[int]:
+        if total < least:
+            raise UnusableVideoError(f"{path} is too short: it must have at least {least} frames, got {total}")
+        return choose(total)
+
     if path.is_dir():
-        return _read_pictures(path, choose, shorter, video.frames)
-    return read_frames(path, choose, shorter)
+        return _read_pictures(path, choose_of_enough, shorter, video.frames)
+    return read_frames(path, choose_of_enough, shorter)
 
 
 def locate(path: Path) -> Path:
@@ -221,7 +229,7 @@ def evaluation_crops(frames: Tensor, side: int, count: int = 1) -> Tensor:
 class TrainingClips(Dataset):
     """Random clips of videos. An item is ``(clip, label, failures)``; its key is ``(video, seed)``.
 
-    A failure is the path of a video that cannot be read, and the reason in one line.
+    A failure is the path of a video that is too short or cannot be read, and the reason in one line.
 
     The clip is uint8 ``[T, 3, side, side]``: a random frame of each segment, a scale-jitter crop and, with ``flip``,
     a mirror image half of the time. In place of an unreadable video, the next readable one is taken. If there is none
@@ -243,9 +251,9 @@ class TrainingClips(Dataset):
             torch.manual_seed(seed)
             for attempt in range(min(ATTEMPTS, len(self.videos))):
                 video = self.videos[(index + attempt) % len(self.videos)]
-                positions = torch.rand(self.n_segment).tolist()
+                choose = partial(segment_frames, positions=torch.rand(self.n_segment).tolist())
                 try:
-                    frames = read(video, lambda total: segment_frames(total, positions), round(MARGIN * self.side))  # noqa: B023
+                    frames = read(video, choose, round(MARGIN * self.side), self.n_segment)
                 except UnusableVideoError as error:
                     failures.append((str(video.path), str(error)))
                     continue
@@ -281,7 +289,7 @@ class EvaluationClips(Dataset):
             return [frame for time in times for frame in segment_frames(total, [time] * self.n_segment)]
 
         try:
-            frames = read(video, choose, round(MARGIN * self.side))
+            frames = read(video, choose, round(MARGIN * self.side), self.n_segment)
         except UnusableVideoError as error:
             views = torch.zeros(self.clips * self.crops, self.n_segment, 3, self.side, self.side, dtype=torch.uint8)
             return views, -1, [(str(video.path), str(error))]

@@ -55,7 +55,8 @@ def data(tmp_path_factory) -> Path:
     for label in ("horizontal", "vertical"):
         (folder / label).mkdir(parents=True)
         for i in range(6):
-            write_video(folder / label / f"{i}.mp4", stripes(label == "vertical", frames=2 if i == 3 else 12))
+            write_video(folder / label / f"{i}.mp4", stripes(label == "vertical", frames=12))
+    write_video(folder / "vertical" / "short.mp4", stripes(True, frames=SEGMENTS - 1))
     whole = (folder / "vertical" / "0.mp4").read_bytes()
     (folder / "vertical" / "damaged.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "vertical" / "notes.txt").write_text("not a video")
@@ -93,9 +94,11 @@ def test_a_run_learns_and_writes_its_files(whole_run, data):
     right = sum(row["class"] == row["top1"] for row in predictions)
     assert len(predictions) == 12
     assert right >= 10  # 12 in nearly all runs; an untrained network gets 6
-    assert "12 videos, 2 x 3 views; 1 videos skipped" in lines
+    assert "12 videos, 2 x 3 views; 2 videos skipped" in lines
     assert "clips/s" in lines
-    assert errors.count("skipped: ") == errors.count("damaged.mp4 cannot be read as a video: ") == 1
+    assert errors.count("damaged.mp4 cannot be read as a video: ") == 1
+    assert errors.count(f"short.mp4 is too short: it must have at least {SEGMENTS} frames, got {SEGMENTS - 1}") == 1
+    assert errors.count("skipped: ") == 2
 
 
 def test_the_onnx_file_has_the_scores_of_the_network(whole_run):
@@ -148,12 +151,12 @@ def test_resumed_is_as_uninterrupted(saves, whole_run, data, tmp_path, monkeypat
     assert [row | measured for row in whole["history"]] == [row | measured for row in parts["history"]]
 
 
-def test_two_processes_with_a_damaged_video(data, tmp_path):
-    """Eleven videos for three steps of two processes; the damaged one must not let one wait for the other."""
+def test_two_processes_with_skipped_videos(data, tmp_path):
+    """The videos that are skipped must not let one process wait for the other."""
     arguments = [data, *TINY, "--epochs", 1, "--batch", 4, "--workers", 0, "--output", tmp_path / "output"]
     printed = launch(main_without_export, arguments, tmp_path)
     assert printed.count("epoch 1: ") == 1  # only the first process prints
-    assert "1 videos skipped" in printed
+    assert "2 videos skipped" in printed
 
 
 def main_without_export(arguments: list[str]) -> int:
@@ -178,12 +181,14 @@ def test_lists_of_tsm_and_mmaction2_and_folders_of_pictures(tmp_path):
         ("a clip 7", 11, 0),
         ("frames", 9, 1),
     ]
-    decoded = videos.read(found[0], range, 40)
-    assert_same_bits(videos.read(found[1], range, 40), decoded)  # the suffix is found
+    decoded = videos.read(found[0], range, 40, 11)
+    assert_same_bits(videos.read(found[1], range, 40, 11), decoded)  # the suffix is found
     totals = []
-    pictures = videos.read(found[2], lambda total: totals.append(total) or [0, total - 1, 4], 40)
+    pictures = videos.read(found[2], lambda total: totals.append(total) or [0, total - 1, 4], 40, 9)
     assert totals == [9]  # as the list says
     assert_same_bits(pictures, video[[0, 8, 4]])
+    with pytest.raises(UnusableVideoError, match=r"frames is too short: it must have at least 10 frames, got 9"):
+        videos.read(found[2], range, 40, 10)
     assert videos.read_videos(tmp_path / "list.txt", root=Path("/elsewhere"))[0][2].path == Path("/elsewhere/frames")
 
 
@@ -213,11 +218,12 @@ def test_training_clips_depend_only_on_their_key(data):
     assert (clip.shape, clip.dtype, label, failures) == ((SEGMENTS, 3, SIDE, SIDE), torch.uint8, 0, [])
     assert_same_bits(clips[(2, 11)][0], clip)
     assert not all(torch.equal(clips[(2, seed)][0], clip) for seed in range(4))
-    *readable, damaged = range(len(found))
+    *readable, damaged, short = range(len(found))
     assert [clips[(n, 0)][1:] for n in readable] == [(found[n].label, []) for n in readable]
-    _, label, failures = clips[(damaged, 0)]  # the next one in its place
-    assert label == found[0].label
-    assert len(failures) == 1
+    for n, count in ((damaged, 2), (short, 1)):
+        _, label, failures = clips[(n, 0)]  # the next readable one in its place
+        assert label == found[0].label
+        assert len(failures) == count
 
 
 def test_crops_lie_inside_and_are_the_same_for_all_frames():
@@ -325,7 +331,7 @@ def test_a_run_stops_if_no_video_can_be_read():
 def test_a_video_is_skipped_once_whatever_the_reason(monkeypatch, capsys):
     """Which frames of a damaged video can be decoded differs from clip to clip."""
 
-    def read(video, choose, shorter):
+    def read(video, choose, shorter, least):
         raise UnusableVideoError(f"{video.path}: {choose(1000)} cannot be decoded")
 
     monkeypatch.setattr(videos, "read", read)
