@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from matplotlib.container import BarContainer
 
 from tsm_jit import bench, cli, online, reference
-from tsm_jit.bench import network, peers, streams
+from tsm_jit.bench import network, peers, report, streams
 
 CPU = torch.device("cpu")
 SHAPE = bench.Shape(2, 8, 32, 3, 2, 4)
@@ -187,9 +188,26 @@ def test_the_sweep_ends_at_the_largest_power_of_two(largest):
     assert sizes[-1] <= largest < 2 * sizes[-1]
 
 
+RESULTS = Path(__file__).parents[2] / "examples" / "results"
+
+
+def test_the_picture_of_streams_has_every_value():
+    results = json.loads((RESULTS / "h200" / "streams.json").read_text())
+    rows = results["online"]
+    columns = ("median_milliseconds", "latency_frames", "state_mebibytes", "peak_mebibytes")
+    names = list(dict.fromkeys(row["who"] for row in rows))
+    for axis, column in zip(report.draw_streams(rows, results["environment"]).axes, columns, strict=True):
+        bars = {each.get_label(): each for each in axis.containers if isinstance(each, BarContainer)}
+        drawn = {
+            (streams, names[int(bar.get_y())]): bar.get_width()
+            for streams, label in ((1, "1 stream"), (8, "8 streams"))
+            for bar in bars[label]
+        }
+        assert drawn == {(row["streams"], row["who"]): row[column] for row in rows if row[column] is not None}
+
+
 def test_report_of_an_earlier_run(tmp_path, capsys):
-    committed = Path(__file__).parents[2] / "examples" / "results" / "h100" / "bench.json"
-    path = shutil.copy(committed, tmp_path)
+    path = shutil.copy(RESULTS / "h100" / "bench.json", tmp_path)
     assert cli.main(["bench", "--report", str(path)]) == 0
     assert "| (8, 8, 256, 56, 56)/8 |" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"bench.json", "sweep.png", "peers.png"}
@@ -233,6 +251,7 @@ def test_streams_of_the_command_line(tmp_path, monkeypatch, capsys):
     assert cli.main(["bench", "--streams", "--device", "cpu", "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "streams.json").read_text())
     assert [each["streams"] for each in results["online"]] == [1, 8]
+    assert {file.name for file in tmp_path.iterdir()} == {"streams.json", "streams.png"}
     results["environment"]["driver"] = "1"  # as on a GPU
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(results))

@@ -138,7 +138,7 @@ def write(results: Row, folder: Path) -> str:
     instead = [each for each in ("network", "families", "time_parallel") if each in results]
     if instead:
         name = f"{instead[0]}.json"
-    elif "online" in results and "calls" not in results:
+    elif _is_of_streams(results):
         name = "streams.json"
     else:
         name = "bench.json"
@@ -146,6 +146,11 @@ def write(results: Row, folder: Path) -> str:
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(folder / name)
     return name
+
+
+def _is_of_streams(results: Row) -> bool:
+    """Whether it is the measurement of streams alone. That of the operator has a table of them, too."""
+    return "online" in results and "calls" not in results
 
 
 def save(results: Row, folder: Path) -> None:
@@ -158,11 +163,12 @@ def draw(results: Row, folder: Path) -> list[str]:
     """Draws a PNG file for every plot. Returns the file names."""
     written = []
     plots = {"sweep": draw_sweep, "peers": draw_peers, "network": draw_network, "families": draw_families}
-    plots["time_parallel"] = draw_time_parallel
-    for name, plot in plots.items():
-        if results.get(name):
-            plot(results[name], results["environment"]).savefig(folder / f"{name}.png", dpi=110)
-            written.append(f"{name}.png")
+    plots |= {"time_parallel": draw_time_parallel} | ({"online": draw_streams} if _is_of_streams(results) else {})
+    for table, plot in plots.items():
+        if results.get(table):
+            name = "streams.png" if table == "online" else f"{table}.png"
+            plot(results[table], results["environment"]).savefig(folder / name, dpi=110)
+            written.append(name)
     return written
 
 
@@ -177,7 +183,7 @@ def markdown(results: Row) -> str:
         return "\n".join(table(results[name], title) for name, table in tables if results.get(name))
     if "time_parallel" in results:
         return _time_parallel_markdown(results["time_parallel"], title)
-    if "calls" not in results:
+    if _is_of_streams(results):
         return _streams_markdown(results["online"], title)
     whose = {
         "forward": ("eager", "compiled", "tsm_jit", "tsm_jit in place"),
@@ -246,6 +252,34 @@ def _streams_markdown(rows: list[Row], title: str) -> str:
         cells = ["-" if row[column] is None else f"{row[column]:.2f}" for row in of_who for column in columns]
         lines.append(f"| {who} | {of_who[0]['latency_frames']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def draw_streams(rows: list[Row], environment: Row) -> Figure:
+    """Draws bars of the time, the latency and the memory of each method, for each number of streams."""
+    names, counts = list(dict.fromkeys(row["who"] for row in rows)), dict.fromkeys(row["streams"] for row in rows)
+    titles = {
+        "median_milliseconds": "a frame, ms: median, line to p99",
+        "latency_frames": "latency, frames",
+        "state_mebibytes": "state, MiB",
+        "peak_mebibytes": "peak memory, MiB",
+    }
+    columns = [column for column in titles if any(row[column] is not None for row in rows)]
+    figure = Figure(figsize=(3 * len(columns) + 2, 0.5 * len(names) + 1.5), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns, strict=True):
+        for k, (streams, label) in enumerate(zip(counts, _stream_counts(rows), strict=True)):
+            known = [row for row in rows if row["streams"] == streams and row[column] is not None]
+            places = [names.index(row["who"]) + k / (len(counts) + 1) for row in known]
+            above = [row["p99_milliseconds"] - row["median_milliseconds"] for row in known]
+            lines = {"xerr": ([0] * len(known), above)} if column == "median_milliseconds" else {}
+            widths, height = [row[column] for row in known], 1 / (len(counts) + 1)
+            bars = axis.barh(places, widths, height, align="edge", label=label, ecolor="gray", **lines)
+            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axis.margins(x=0.15)  # room for the labels
+        axis.set(title=titles[column], yticks=[i + 1 / 3 for i in range(len(names))], yticklabels=names)
+        axis.set(xlim=(0, None), ylim=(len(names), -0.2))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=len(counts), loc="outside lower center")
+    figure.suptitle(f"A TSM-ResNet-50 on streams, 224x224 float32, on {environment['device']}")
+    return figure
 
 
 def _time_parallel_markdown(rows: list[Row], title: str) -> str:
