@@ -105,6 +105,9 @@ class Newest:
                 self.changed.wait_for(lambda: self.picture is not None or self.ended)
                 picture, self.picture = self.picture, None
             if picture is None:
+                if isinstance(self.error, (av.FFmpegError, OSError)):
+                    reason = self.error.strerror or self.error
+                    raise WrongInputError(f"the camera cannot be read any more: {reason}") from self.error
                 if self.error is not None:
                     raise self.error
                 return
@@ -218,6 +221,10 @@ class VideoFile:
 
     def show(self, picture: Image.Image, seconds: float) -> bool:
         width, height = (length // 2 * 2 for length in picture.size)
+        if not (width and height):
+            raise WrongInputError(
+                f"the video for --output must have at least 2x2 pixels, got {picture.width}x{picture.height}"
+            )
         if self.container is None:  # only now, so that a wrong input leaves no empty file
             try:
                 self.container = self.stack.enter_context(av.open(str(self.path), "w"))

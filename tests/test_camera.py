@@ -22,6 +22,7 @@ import camera  # noqa: E402
 import networks  # noqa: E402
 from moving_shapes import moving_square  # noqa: E402
 from PIL import Image  # noqa: E402
+from training import WrongInputError  # noqa: E402
 
 from tsm_jit.video_io import read_frames, write_video  # noqa: E402
 
@@ -185,12 +186,21 @@ def test_a_slow_network_skips_pictures_of_a_camera():
     newest.close()
 
 
-def test_an_error_of_the_camera_reaches_the_user():
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError("unplugged"), WrongInputError),
+        (av.error.InvalidDataError(1, "unplugged"), WrongInputError),
+        (RuntimeError("unplugged"), RuntimeError),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_of_the_camera_reaches_the_user(error, expected):
     def decode(video):
-        raise OSError("unplugged")
+        raise error
         yield
 
-    with pytest.raises(OSError, match="unplugged"):
+    with pytest.raises(expected, match="unplugged"):
         list(camera.Newest(SimpleNamespace(decode=decode)))
 
 
@@ -199,7 +209,9 @@ def test_refuses_what_it_cannot_use(network, video, tmp_path, capsys, monkeypatc
     output, other, content = ["--output", str(tmp_path / "out.mp4")], tmp_path / "other.pt", video.read_bytes()
     saved = torch.load(network, weights_only=True)
     torch.save(saved | {"state_dict": {}}, other)
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.gif")
     for arguments, says in {
+        (network, "--file", tmp_path / "dot.gif", *output): "--output must have at least 2x2 pixels, got 1x1",
         (video, "--file", video, *output): "video.mp4 is no network that finetune.py has written",
         (tmp_path / "no.pt", "--file", video, *output): "no.pt does not exist",
         (network, "--file", tmp_path / "no.mp4", *output): "no.mp4 does not exist",
