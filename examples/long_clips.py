@@ -50,8 +50,8 @@ def data_and_time(device: torch.device, time: int | None) -> DeviceMesh:
 class Clips:
     """Draws clips of ``length`` frames from a video ``[F, 3, H, W]``, uint8."""
 
-    def __init__(self, video: Tensor, length: int, side: int):
-        self.video, self.length, self.side = video, length, side
+    def __init__(self, name: str, video: Tensor, length: int, side: int):
+        self.name, self.video, self.length, self.side = name, video, length, side
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Returns numbers of frames ``[count, length]``, places of crops ``[count, 2]`` and labels ``[count]``.
@@ -117,7 +117,8 @@ class Training:
     def identity(self) -> dict:
         """What a run that resumes another one has in common with it."""
         names = ("net", "frames", "side", "batch", "seed", "learning_rate")
-        return {name: getattr(self.options, name) for name in names}
+        video = f"{self.clips.name} of {len(self.clips.video)} frames"
+        return {name: getattr(self.options, name) for name in names} | {"video": video}
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint."""
@@ -170,7 +171,8 @@ def run(options: argparse.Namespace) -> None:
         if len(video) < SLOWEST * options.frames:
             needed = int(SLOWEST * options.frames)
             raise WrongInputError(f"{path} is too short: {len(video)} frames, {needed} are needed")
-        state = Training(Clips(video, options.frames, options.side), mesh, processes.device, options)
+        clips = Clips(path.name, video, options.frames, options.side)
+        state = Training(clips, mesh, processes.device, options)
         checkpoint = options.output / "checkpoint.pt"
         if options.resume:
             state.load(checkpoint)

@@ -1,5 +1,6 @@
 """The example that trains on long clips: two processes, resuming on another number of them, refusals."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def distance(some: dict, others: dict) -> torch.Tensor:
 def test_clips_are_parts_of_the_video_in_either_direction():
     stamped = torch.arange(20, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 40, 50)
     for length in (5, 20, 60):
-        clips = long_clips.Clips(stamped, length, 32)
+        clips = long_clips.Clips("stamped", stamped, length, 32)
         frames, corners, labels = clips.draw(40, torch.Generator().manual_seed(1))
         assert set(labels.tolist()) == {0, 1}
         steps = torch.where(labels[:, None] == 1, -frames.diff(), frames.diff())
@@ -79,7 +80,9 @@ def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
     broken = tmp_path / "checkpoint.pt"
     broken.write_text("no checkpoint")
     (tmp_path / "done").mkdir()
+    other = shutil.copy(video, tmp_path / "other.mp4")
     run = {"net": "resnet18", "frames": 7, "side": 32, "batch": 2, "seed": 0, "learning_rate": 3e-4}
+    run["video"] = "square.mp4 of 20 frames"
     torch.save({"run": run}, tmp_path / "done" / "checkpoint.pt")
     for arguments, says in {
         ("--video", tmp_path / "nothing.mp4"): "nothing.mp4 does not exist",
@@ -90,6 +93,9 @@ def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
         ("--video", video, "--resume", "--output", tmp_path): "is no checkpoint of this example",
         ("--video", video, "--resume", "--seed", 1, "--output", tmp_path / "done"): "its seed is 0, not 1",
         ("--video", video, "--resume", "--learning-rate", 1, "--output", tmp_path / "done"): "is 0.0003, not 1.0",
+        ("--video", other, "--resume", "--output", tmp_path / "done"): (
+            "its video is square.mp4 of 20 frames, not other.mp4 of 20 frames"
+        ),
     }.items():
         assert alone("--steps", 2, *arguments) == 2
         error = capsys.readouterr().err
