@@ -26,6 +26,7 @@ PICTURE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 SCALES = (1, 0.875, 0.75, 0.66)  # of TSM's crops, relative to the shorter side
 MARGIN = 8 / 7  # the shorter side relative to the crop: 256 to 224 pixels in the papers
 ATTEMPTS = 20  # so many unreadable videos in a row are a wrong path
+MOST_CLASSES = 10_000  # of a list without names; a larger label is a mistake, as each class takes memory
 
 Failure = tuple[str, str]  # the path of a video, and why it cannot be read
 Item = tuple[Tensor, int, list[Failure]]  # of a data set
@@ -48,7 +49,8 @@ def read_videos(source: Path, root: Path | None = None, classes: Sequence[str] |
 
     Args:
         source: a folder with one folder for each class, or a list file. A line of a list file is ``path label`` as in
-            mmaction2, or ``path num_frames label`` as in TSM. The suffix of a video file may be left out.
+            mmaction2, or ``path num_frames label`` as in TSM. The suffix of a video file may be left out. In
+            ``clip 7 0``, 7 is the number of frames, unless there is ``clip 7`` and no ``clip``.
         root: the folder that paths in a list are relative to, by default the folder of the list.
         classes: the names of the classes. By default they are the names of the folders, or the numbers in the list.
 
@@ -63,7 +65,13 @@ def read_videos(source: Path, root: Path | None = None, classes: Sequence[str] |
     elif source.is_file():
         videos = [_read_line(line, f"{source}:{n}", root or source.parent) for n, line in read_lines(source)]
         if classes is None:
-            classes = [str(i) for i in range(max((video.label for video in videos), default=-1) + 1)]
+            largest = max(videos, key=lambda video: video.label, default=None)
+            if largest and largest.label >= MOST_CLASSES:
+                raise WrongInputError(
+                    f"{source}: without --classes, labels must be below {MOST_CLASSES}, "
+                    f"got {largest.label} ({largest.path})"
+                )
+            classes = [str(i) for i in range(largest.label + 1 if largest else 0)]
     else:
         raise WrongInputError(f"{source} does not exist: a folder of class folders or a list file is needed")
     if not videos:
@@ -108,6 +116,10 @@ def _read_line(line: str, place: str, root: Path) -> Video:
     if not match:
         raise WrongInputError(f"{place}: a line must be 'path label' or 'path num_frames label', got {line!r}")
     path, frames, label = match.groups()
+    if frames is not None and not locate(root / path).exists():
+        with_number = root / line[: match.end(2)]  # a name that ends with a number
+        if locate(with_number).exists():
+            return Video(with_number, int(label))
     return Video(root / path, int(label), None if frames is None else int(frames))
 
 
@@ -151,9 +163,12 @@ def read(video: Video, choose: Callable[[int], Sequence[int]], shorter: int, lea
 
 def locate(path: Path) -> Path:
     """Finds the video file of a path without a suffix, as in lists of names."""
-    if path.exists():
+    if path.exists() or not path.parent.exists():
         return path
-    return next((p for p in sorted(path.parent.glob(f"{path.name}.*")) if p.suffix.lower() in VIDEO_SUFFIXES), path)
+    # Not by a search of the folder, which may have a million videos.
+    suffixes = (each for suffix in sorted(VIDEO_SUFFIXES) for each in (suffix, suffix.upper()))
+    named = (path.parent / f"{path.name}{suffix}" for suffix in suffixes)
+    return next((each for each in named if each.exists()), path)
 
 
 def frame_interval(videos: Sequence[Video], n_segment: int) -> float | None:

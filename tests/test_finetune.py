@@ -192,6 +192,21 @@ def test_lists_of_tsm_and_mmaction2_and_folders_of_pictures(tmp_path):
     assert videos.read_videos(tmp_path / "list.txt", root=Path("/elsewhere"))[0][2].path == Path("/elsewhere/frames")
 
 
+def test_a_number_before_the_label_may_end_a_name(tmp_path):
+    for name in ("clip 07.MP4", "both 3.mp4", "both.mkv", "[a] 1.avi"):
+        (tmp_path / name).touch()
+    (tmp_path / "pictures 5").mkdir()
+    (tmp_path / "list.txt").write_text("clip 07 0\npictures 5 1\nboth 3 0\ngone 4 1\n[a] 1 0\n")
+    found, _ = videos.read_videos(tmp_path / "list.txt")
+    assert [(videos.locate(v.path).name, v.frames, v.label) for v in found] == [
+        ("clip 07.MP4", None, 0),
+        ("pictures 5", None, 1),
+        ("both.mkv", 3, 0),
+        ("gone", 4, 1),
+        ("[a] 1.avi", None, 0),
+    ]
+
+
 def test_lists_of_other_systems(tmp_path):
     (tmp_path / "list.txt").write_bytes("\ufeff für.mp4 1\r\n\r\nb\u2028c.mp4\t9\t0 \r\n".encode())
     (tmp_path / "names.txt").write_bytes("\ufeffüben\r\nlaufen\r\n".encode())
@@ -314,12 +329,14 @@ def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
         (data, "--weights", data / "vertical" / "0.mp4"): "0.mp4 cannot be used: path must be a file",
         (data, "--resume"): "nothing to resume",
     }.items():
+    (tmp_path / "label.txt").write_text("a.mp4 0\nb.mp4 99999999\n")
         assert finetune.main([*TINY, "--workers", "0", "--output", str(tmp_path / "o"), *map(str, arguments)]) == 2, (
             says
         )
         error = capsys.readouterr().err.rpartition("skipped: ")[2]
         assert says in error.splitlines()[-1]
 
+        (tmp_path / "label.txt",): "without --classes, labels must be below 10000, got 99999999",
 
 def test_a_run_stops_if_no_video_can_be_read():
     clips = videos.EvaluationClips([videos.Video(Path("a.mp4"), 0), videos.Video(Path("b.mp4"), 1)], SEGMENTS, SIDE)
