@@ -63,6 +63,7 @@ except ImportError as error:
 from training import Processes, WrongInputError, autocast, exit_code, load, number, positive, save, write_csv
 
 STEPS_PER_CHECKPOINT = 500  # besides the one at the end of an epoch
+WAITING = 0.1  # share of the time; workers decode in advance, so a network that waits for more is not the slower part
 ONNX_TOLERANCE = 1e-3  # relative to the largest score; both round in other places
 
 
@@ -369,7 +370,7 @@ def identity(options: argparse.Namespace, recipe: Recipe, videos: Sequence[Video
 
 def line_of(row: dict[str, float]) -> str:
     """What the user sees of an epoch."""
-    bound = "decode-bound" if row["waiting"] > 0.5 else "compute-bound"
+    bound = "decode-bound" if row["waiting"] > WAITING else "compute-bound"
     return (
         f"epoch {row['epoch']}: training loss {row['training_loss']:.3f}, top-1 {100 * row['training_top1']:.1f} %; "
         f"validation loss {row['validation_loss']:.3f}, top-1 {100 * row['validation_top1']:.1f} %, "

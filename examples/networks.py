@@ -48,6 +48,9 @@ def image_network(name: str, num_classes: int | None = None) -> nn.Module:
 def make(recipe: Recipe, dropout: float = 0.0) -> tsm_jit.VideoModel:
     """Builds the video network of a recipe, with dropout before its last linear layer as in TSM."""
     net = image_network(recipe.network, len(recipe.classes))
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None)  # of a ViT, whose positions are fixed
+    if size is not None and tuple(size) != (recipe.side, recipe.side):
+        raise WrongInputError(f"the side of frames must be {size[0]} for {recipe.network}, got {recipe.side}")
     try:
         tsm_jit.make_temporal_shift(net, recipe.n_segment, inplace=True, direction=recipe.direction)
     except TypeError as error:

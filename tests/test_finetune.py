@@ -298,6 +298,22 @@ def test_starts_from_checkpoints(layout, tmp_path):
     assert_same_bits(model.backbone.layer3[1].conv1.net.weight, source.layer3[1].conv1.weight)
 
 
+FAMILIES = ["resnet18", "regnet_y_400mf", "convnext_tiny", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"]
+FAMILIES += ["mnasnet0_5", "timm/resnet14t", "timm/regnetx_002", "timm/convnext_atto", "timm/mobilenetv2_035"]
+FAMILIES += ["timm/test_vit"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_scores_of_the_classes(name):
+    """On the meta device, which computes no values."""
+    side = 160 if name == "timm/test_vit" else 64
+    model = networks.make(networks.Recipe(name, ["a", "b", "c"], SEGMENTS, side, "both"), dropout=0.5).to("meta")
+    clips = torch.empty(2, SEGMENTS, 3, side, side, device="meta")
+    assert model(clips).shape == (2, 3)
+    hooked = [module for module in model.modules() if module._forward_pre_hooks]
+    assert [module.out_features for module in hooked] == [3]  # dropout is before the last layer
+
+
 def test_dropout_is_before_the_last_layer_in_training():
     model = networks.make(networks.Recipe("timm/test_resnet", ["a", "b"], SEGMENTS, SIDE, "both"), dropout=1.0)
     clips = torch.randn(1, SEGMENTS, 3, SIDE, SIDE)
@@ -313,30 +329,39 @@ def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
     (tmp_path / "line.txt").write_text("a.mp4 0\nb.mp4\n")
     (tmp_path / "gone.txt").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(30)))
     (tmp_path / "names.txt").write_text("only one\n")
+    (tmp_path / "label.txt").write_text("a.mp4 0\nb.mp4 99999999\n")
     for arguments, says in {
         (tmp_path / "nothing",): "nothing does not exist: a folder of class folders or a list file is needed",
         (tmp_path / "empty",): "has no videos",
         (tmp_path / "one",): "set --val",
         (tmp_path / "line.txt",): "line.txt:2: a line must be 'path label' or 'path num_frames label', got 'b.mp4'",
         (data / "vertical" / "0.mp4",): "0.mp4 must be a list in UTF-8, got other bytes",
+        (tmp_path / "label.txt",): "without --classes, labels must be below 10000, got 99999999",
         (tmp_path / "gone.txt",): "too many videos in a row cannot be read, such as: ",
         (tmp_path / "gone.txt", "--classes", tmp_path / "names.txt"): "labels must be below 1, got 1",
         (data, "--val", tmp_path / "one"): "a folder for a class that is not known from training: class",
         (data, "--batch", 4, "--accumulate", 3): "--batch must be a multiple of",
         (data, "--network", "nonet"): "nonet is neither a network of torchvision nor of timm",
+        (data, "--network", "timm/test_vit"): "the side of frames must be 160 for timm/test_vit, got 32",
         (data, "--network", "alexnet"): "alexnet cannot be converted: net must have a supported architecture",
         (data, "--network", "mobilenet_v2", "--fuse"): "--fuse: net must be a ResNet",
         (data, "--weights", data / "vertical" / "0.mp4"): "0.mp4 cannot be used: path must be a file",
         (data, "--resume"): "nothing to resume",
     }.items():
-    (tmp_path / "label.txt").write_text("a.mp4 0\nb.mp4 99999999\n")
         assert finetune.main([*TINY, "--workers", "0", "--output", str(tmp_path / "o"), *map(str, arguments)]) == 2, (
             says
         )
         error = capsys.readouterr().err.rpartition("skipped: ")[2]
         assert says in error.splitlines()[-1]
 
-        (tmp_path / "label.txt",): "without --classes, labels must be below 10000, got 99999999",
+
+@pytest.mark.parametrize(("waiting", "bound"), [(0.04, "compute"), (0.3, "decode"), (0.9, "decode")])
+def test_an_epoch_tells_what_limits_its_speed(waiting, bound):
+    names = ("training_loss", "training_top1", "validation_loss", "validation_top1", "validation_top5")
+    row = dict.fromkeys(names, 0.5) | {"epoch": 3, "clips_per_second": 12.34, "waiting": waiting}
+    says = f"; 12.3 clips/s, {bound}-bound: {100 * waiting:.0f} % of the time waiting for videos"
+    assert finetune.line_of(row).endswith(says)
+
 
 def test_a_run_stops_if_no_video_can_be_read():
     clips = videos.EvaluationClips([videos.Video(Path("a.mp4"), 0), videos.Video(Path("b.mp4"), 1)], SEGMENTS, SIDE)
