@@ -164,7 +164,7 @@ def test_gradients_of_norms(cuda, dtype):
 
     out, grad, z, identity = torch.relu(make() - 3), make(), make(), make()
     # Mean, variance and weight; each epsilon another.
-    norms = [[torch.rand(shape[1], dtype=wide, cuda=cuda) + k for k in (2.5, 0.5, -0.5)] for _ in range(2)]
+    norms = [[torch.rand(shape[1], dtype=wide, device=cuda) + k for k in (2.5, 0.5, -0.5)] for _ in range(2)]
     none = (None, [], 0.0)
     for first, second in itertools.product(((z, norms[0], 0.1), none), ((identity, norms[1], 0.2), none)):
         masked, *_, made = residual_ops.add_relu_backward(grad, None, None, out, None, *first, *second, NO_SHIFT, False)
