@@ -143,7 +143,7 @@ def write(results: Row, folder: Path) -> str:
     else:
         name = "bench.json"
     partial = folder / f"{name}.partial"  # an interrupted write leaves the earlier file intact
-    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.write_text(json.dumps(results, separators=(",", ":")) + "\n")
     partial.replace(folder / name)
     return name
 
