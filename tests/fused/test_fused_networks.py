@@ -37,19 +37,19 @@ from tsm_jit.plans import PADDINGS
 
 
 @pytest.mark.parametrize(("dtype", "padding"), list(itertools.product(DTYPES, PADDINGS)), ids=str)
-def test_pool_of_relu_of_norm(device, dtype, padding):
+def test_norm_relu_max_pool(device, dtype, padding):
     for given, plain in ((True, True), (True, False), (False, True)):
         shift, make = random_case(dtype, "channels_last", device, padding)
         z = make()
         z = torch.cat([z, z]).reshape(len(z), -1, *z.shape[2:]).contiguous(memory_format=torch.channels_last)
-        z_before, wide = z.clone(), torch.float64 if dtype is torch.float64 else torch.float32
-        norm = Norm(*random_norm(z.shape[1], random.choice((wide, dtype)), device), 1e-3)
+        z_before, acc_dtype = z.clone(), residual_ops.acc_dtype(dtype)
+        norm = Norm(*random_norm(z.shape[1], random.choice((acc_dtype, dtype)), device), 1e-3)
         poison(z)
         x, shifted, boundary = norm_relu_max_pool(z, norm, shift.encode() if given else None, plain)
         whole = x if plain else norm_relu_max_pool(z, norm, None, True)[0]
         normed = F.batch_norm(z.double(), *(part.double() for part in norm[:4]), eps=1e-3)
-        # Computed in `wide` from numbers around 1 and rounded once.
-        close = 4 * torch.finfo(wide).eps * 16 + torch.finfo(dtype).eps
+        # Computed in `acc_dtype` from numbers around 1 and rounded once.
+        close = 4 * torch.finfo(acc_dtype).eps * 16 + torch.finfo(dtype).eps
         torch.testing.assert_close(whole.double(), F.max_pool2d(normed.relu(), 3, 2, 1), rtol=close, atol=close)
         assert whole.is_contiguous(memory_format=torch.channels_last)
         assert (x is not None, shifted is not None, boundary is not None) == (plain, given, given)
@@ -61,19 +61,19 @@ def test_pool_of_relu_of_norm(device, dtype, padding):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("of_batch", [False, True], ids=["of before", "of the batch"])
-def test_gradients_of_relu_of_norm(device, dtype, of_batch):
+def test_norm_relu_gradients(device, dtype, of_batch):
     shape = (random.randint(2, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(1, 9))
-    wide, count = residual_ops.acc_dtype(dtype), shape[0] * shape[2] * shape[3]
+    acc_dtype, count = residual_ops.acc_dtype(dtype), shape[0] * shape[2] * shape[3]
     z, grad = (
         random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last).requires_grad_(needed)
         for needed in (True, False)
     )
-    mean, variance, weight, bias = random_norm(shape[1], wide, device)
+    mean, variance, weight, bias = random_norm(shape[1], acc_dtype, device)
     # As small as not even half of the least number of 16 bits: such a ReLU is 0 although the norm is positive.
     weight[: shape[1] // 2] *= 1e-8
     bias[: shape[1] // 2] *= 1e-8
     if of_batch:
-        variance, mean = torch.var_mean(z.detach().to(wide), (0, 2, 3), correction=0)
+        variance, mean = torch.var_mean(z.detach().to(acc_dtype), (0, 2, 3), correction=0)
     weight.requires_grad_()
     bias.requires_grad_()
     z_before, grad_before = z.detach().clone(), grad.clone()
@@ -93,20 +93,20 @@ def test_gradients_of_relu_of_norm(device, dtype, of_batch):
     expected = torch.autograd.grad(normed, parts, torch.where(x > 0, grad, 0).double())
     # Of values around 1, rounded once; of sums of `count` of them.
     scale = (weight.abs() * (variance + 1e-3).rsqrt()).detach().double()[:, None, None]
-    close = 16 * torch.finfo(wide).eps * count + torch.finfo(dtype).eps
+    close = 16 * torch.finfo(acc_dtype).eps * count + torch.finfo(dtype).eps
     assert ((gradients[0] - expected[0]).abs() <= scale * close * 8 + torch.finfo(dtype).smallest_normal).all()
     for ours, theirs in zip(gradients[1:], expected[1:], strict=True):
-        assert ours.dtype is wide
+        assert ours.dtype is acc_dtype
         # Where no kernel sums up, PyTorch adds products of this type.
-        exact = torch.finfo(wide if has_channel_sums(z) else dtype).eps
+        exact = torch.finfo(acc_dtype if has_channel_sums(z) else dtype).eps
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=50 * count**0.5 * exact * count**0.5)
     if not of_batch:
-        assert_same_bits(gradients[0] != 0, (x > 0) & (grad.to(wide) * scale.to(wide)).to(dtype).ne(0))
+        assert_same_bits(gradients[0] != 0, (x > 0) & (grad.to(acc_dtype) * scale.to(acc_dtype)).to(dtype).ne(0))
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("of_batch", [False, True], ids=["of before", "of the batch"])
-def test_gradients_of_relu_of_norm_are_those_of_differences(device, layout, of_batch):
+def test_norm_relu_passes_gradcheck(device, layout, of_batch):
     _, make = random_case(torch.float64, layout, device, "zeros", largest=3)
     z = make().requires_grad_()
     weights = [(torch.rand(z.shape[1], dtype=torch.float64, device=device) + 0.5).requires_grad_() for _ in range(2)]

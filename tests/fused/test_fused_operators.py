@@ -80,8 +80,8 @@ def test_the_result_may_take_the_place_of_what_it_is_made_of(device, dtype, layo
 def test_norms_on_the_way(device, dtype, layout, padding):
     shift, make = random_case(dtype, layout, device, padding)
     z, identity = make(), make()
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    for norm_dtype in {wide, dtype}:
+    acc_dtype = residual_ops.acc_dtype(dtype)
+    for norm_dtype in {acc_dtype, dtype}:
         z_norm, identity_norm = (random_norm(z.shape[1], norm_dtype, device) for _ in range(2))
         out, _ = residual_ops._norm_add_relu(z, z_norm, 1e-3, identity, identity_norm, 1e-5, None, shift.encode(), True)
         normed = [
@@ -89,8 +89,8 @@ def test_norms_on_the_way(device, dtype, layout, padding):
             for x, parts, epsilon in ((z, z_norm, 1e-3), (identity, identity_norm, 1e-5))
         ]
         expected = reference.temporal_shift(torch.relu(sum(normed)), shift)
-        # Computed in `wide` from numbers around 1 and rounded once.
-        close = 4 * torch.finfo(wide).eps * 16 + torch.finfo(dtype).eps
+        # Computed in `acc_dtype` from numbers around 1 and rounded once.
+        close = 4 * torch.finfo(acc_dtype).eps * 16 + torch.finfo(dtype).eps
         torch.testing.assert_close(out.double(), expected, rtol=close, atol=close)
 
 
@@ -144,9 +144,12 @@ def test_backward_is_the_reference(device, dtype, layout, padding):
         given = [each for each in grads if each is not None]
         expected = reference.add_relu_backward(given, grad_boundary, out, boundary_out, shift)
         # Up to eighteen numbers, added in another order, which may cancel; 16-bit ones rounded once, to either side.
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        acc_dtype = residual_ops.acc_dtype(dtype)
         torch.testing.assert_close(
-            grad, expected, rtol=2 * torch.finfo(dtype).eps, atol=64 * torch.finfo(wide).eps + torch.finfo(dtype).tiny
+            grad,
+            expected,
+            rtol=2 * torch.finfo(dtype).eps,
+            atol=64 * torch.finfo(acc_dtype).eps + torch.finfo(dtype).tiny,
         )
         if to_shifted:
             without_padding = shift if padding == "circular" else shift._replace(padding="zeros")
@@ -157,20 +160,20 @@ def test_backward_is_the_reference(device, dtype, layout, padding):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_norms(cuda, dtype):
     shape = (random.randint(1, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(1, 9))
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    acc_dtype = residual_ops.acc_dtype(dtype)
 
     def make():
         return random_values(shape, dtype, cuda).contiguous(memory_format=torch.channels_last) + 3
 
     out, grad, z, identity = torch.relu(make() - 3), make(), make(), make()
     # Mean, variance and weight; each epsilon another.
-    norms = [[torch.rand(shape[1], dtype=wide, device=cuda) + k for k in (2.5, 0.5, -0.5)] for _ in range(2)]
+    norms = [[torch.rand(shape[1], dtype=acc_dtype, device=cuda) + k for k in (2.5, 0.5, -0.5)] for _ in range(2)]
     none = (None, [], 0.0)
     for first, second in itertools.product(((z, norms[0], 0.1), none), ((identity, norms[1], 0.2), none)):
         masked, *_, made = residual_ops.add_relu_backward(grad, None, None, out, None, *first, *second, NO_SHIFT, False)
         masked, count = masked.double(), masked.numel() / masked.shape[1]
         # Sums of `count` numbers around 10, of which kernels do not round each to 16 bits before they add it.
-        close = 10 * count**0.5 * max(torch.finfo(wide).eps * count**0.5, torch.finfo(dtype).eps)
+        close = 10 * count**0.5 * max(torch.finfo(acc_dtype).eps * count**0.5, torch.finfo(dtype).eps)
         assert made.shape == ((9, shape[1]) if first[1] or second[1] else (0,))
         assert not made[:1].any()
         for k, (values, norm, epsilon) in enumerate((first, second)):
@@ -189,15 +192,15 @@ def test_gradients_of_norms(cuda, dtype):
 def test_batch_statistics(device, dtype):
     shape = (random.randint(1, 40), random.choice((3, 8, 64, 300)), random.randint(1, 9), random.randint(2, 9))
     x = random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) + 100
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    expected, actual = (nn.BatchNorm2d(shape[1], momentum=0.3, dtype=wide, device=device) for _ in range(2))
-    expected(x.to(wide))
+    acc_dtype = residual_ops.acc_dtype(dtype)
+    expected, actual = (nn.BatchNorm2d(shape[1], momentum=0.3, dtype=acc_dtype, device=device) for _ in range(2))
+    expected(x.to(acc_dtype))
     running = actual.running_mean, actual.running_var, actual.num_batches_tracked
     mean, variance = residual_ops.batch_norm_stats_(x, *running, actual.momentum)
     # A variance around 1 of numbers around 100 whose sums are of their distances from the first.
-    close = 1e-4 if wide is torch.float32 else 1e-9
-    torch.testing.assert_close(mean, x.to(wide).mean((0, 2, 3)), rtol=close, atol=0)
-    torch.testing.assert_close(variance, x.to(wide).var((0, 2, 3), correction=0), rtol=close, atol=close)
+    close = 1e-4 if acc_dtype is torch.float32 else 1e-9
+    torch.testing.assert_close(mean, x.to(acc_dtype).mean((0, 2, 3)), rtol=close, atol=0)
+    torch.testing.assert_close(variance, x.to(acc_dtype).var((0, 2, 3), correction=0), rtol=close, atol=close)
     for name, value in actual.named_buffers():
         torch.testing.assert_close(value, getattr(expected, name), rtol=close, atol=close)
 
@@ -286,7 +289,7 @@ def test_weights_are_cast_together(device, before, after):
 @pytest.mark.parametrize("of_batch", [(True, True, True), (False, True, False), (True,)], ids=str)
 def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsample, dtype):
     """To the bit: its parts are the same operators, called from Python."""
-    wide, t = residual_ops.acc_dtype(dtype), random.randint(1, 8)
+    acc_dtype, t = residual_ops.acc_dtype(dtype), random.randint(1, 8)
 
     def values(*sizes) -> Tensor:
         return random_values(sizes, dtype, cuda).contiguous(memory_format=torch.channels_last)
@@ -299,7 +302,7 @@ def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsamp
         weights.append(random.choice((weight, weight.contiguous())))
         padding = size // 2 * dilation
         convolutions.extend([stride, stride, padding, padding, dilation, dilation, groups, of_batch])
-        norms.extend(random_norm(after, wide, cuda))
+        norms.extend(random_norm(after, acc_dtype, cuda))
         factors.extend([1e-3, 0.1])
         batches.extend([torch.tensor(41, device=cuda)] if of_batch else [])
 
