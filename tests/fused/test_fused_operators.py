@@ -267,9 +267,9 @@ def test_gradients_of_a_shifted_identity_are_those_of_differences(device, layout
 def test_of_nothing_no_block_is_differentiated(cuda):
     x = torch.empty(0, 8, 1, 1, device=cuda).contiguous(memory_format=torch.channels_last)
     weights, norm = [torch.randn(8, 8, 1, 1, device=cuda)] * 2, random_norm(8, torch.float32, cuda)
-    convolutions, kept = [1, 1, 0, 0, 1, 1, 1, 1] * 2, [x, *norm, x]
+    conv_params, saved = [1, 1, 0, 0, 1, 1, 1, 1] * 2, [x, *norm, x]
     with pytest.raises(RuntimeError, match="z must have values, to be differentiated"):
-        residual_block.block_backward(x, x, "", weights, convolutions, kept, [1e-5] * 2, [1] * 5)
+        residual_block.block_backward(x, x, "", weights, conv_params, saved, [1e-5] * 2, [1] * 5)
 
 
 @pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
@@ -286,70 +286,70 @@ def test_weights_are_cast_together(device, before, after):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("downsample", [False, True])
-@pytest.mark.parametrize("of_batch", [(True, True, True), (False, True, False), (True,)], ids=str)
-def test_a_block_as_one_operator_is_what_it_is_in_parts(cuda, of_batch, downsample, dtype):
-    """To the bit: its parts are the same operators, called from Python."""
+@pytest.mark.parametrize("uses_batch_stats", [(True, True, True), (False, True, False), (True,)], ids=str)
+def test_block_operators_equal_the_reference_layer_by_layer(cuda, uses_batch_stats, downsample, dtype):
+    """To the bit: the reference calls the same operators from Python."""
     acc_dtype, t = residual_ops.acc_dtype(dtype), random.randint(1, 8)
 
     def values(*sizes) -> Tensor:
         return random_values(sizes, dtype, cuda).contiguous(memory_format=torch.channels_last)
 
-    weights, convolutions, norms, batches, factors = [], [], [], [], []
+    weights, conv_params, norms, counters, norm_params = [], [], [], [], []
 
-    def add_layer(before: int, after: int, stride: int, of_batch: bool) -> None:
+    def add_layer(before: int, after: int, stride: int, uses_batch_stats: bool) -> None:
         size, dilation, groups = (random.choice(choice) for choice in ((1, 3), (1, 2), (1, 2)))
         weight = values(after, before // groups, size, size)
         weights.append(random.choice((weight, weight.contiguous())))
         padding = size // 2 * dilation
-        convolutions.extend([stride, stride, padding, padding, dilation, dilation, groups, of_batch])
+        conv_params.extend([stride, stride, padding, padding, dilation, dilation, groups, uses_batch_stats])
         norms.extend(random_norm(after, acc_dtype, cuda))
-        factors.extend([1e-3, 0.1])
-        batches.extend([torch.tensor(41, device=cuda)] if of_batch else [])
+        norm_params.extend([1e-3, 0.1])
+        counters.extend([torch.tensor(41, device=cuda)] if uses_batch_stats else [])
 
     shift = Shift(t, t, 1, random.choice(PADDINGS), ((1, 1), (1, -1))).canonical().encode()
-    widths = [2 * random.randint(1, 40) for _ in range(len(of_batch) + 1)]
+    widths = [2 * random.randint(1, 40) for _ in range(len(uses_batch_stats) + 1)]
     height, width = 9, 7
     x = values(2 * t, widths[0], height, width)
     for k, channels in enumerate(itertools.pairwise(widths)):
         stride = random.choice((1, 2))
-        add_layer(*channels, stride, of_batch[k])
+        add_layer(*channels, stride, uses_batch_stats[k])
         height, width = -(-height // stride), -(-width // stride)
     identity = values(2 * t, widths[-1], height, width)
     if downsample:
         identity = values(2 * t, widths[0], 2 * height, 2 * width)
-        of_batch = (*of_batch, of_batch[0])
-        add_layer(widths[0], widths[-1], 2, of_batch[0])
-    layers = len(of_batch) - downsample
-    wanted = [random.random() < 0.7 for _ in range(1 + 2 * layers)]
-    first_is_made_again = random.randint(0, 1)
-    found = []
+        uses_batch_stats = (*uses_batch_stats, uses_batch_stats[0])
+        add_layer(widths[0], widths[-1], 2, uses_batch_stats[0])
+    layers = len(uses_batch_stats) - downsample
+    needs_grad = [random.random() < 0.7 for _ in range(1 + 2 * layers)]
+    recomputes_first_relu = random.randint(0, 1)
+    results = []
     with torch.backends.cudnn.flags(deterministic=True):
         for forward, backward in (
             (residual_block.block_forward, residual_block.block_backward),
             (residual_block.reference_block, residual_block.reference_block_backward),
         ):
-            changed = copy.deepcopy((norms, batches))
-            rest = factors, identity, downsample, None, shift, True
-            out, boundary, made = forward(x, shift, weights, convolutions, *changed, *rest)
-            parts, made = list(made), iter(made)
-            kept, relus, of_last = [], [], None
-            for k, is_of_batch in enumerate(of_batch):
-                z = next(made)
-                statistics = [next(made), next(made)] if is_of_batch else norms[4 * k : 4 * k + 2]
+            state = copy.deepcopy((norms, counters))
+            rest = norm_params, identity, downsample, None, shift, True
+            out, boundary, outputs = forward(x, shift, weights, conv_params, *state, *rest)
+            layer_outputs, outputs = list(outputs), iter(outputs)
+            saved, relus, grad = [], [], None
+            for k, from_batch in enumerate(uses_batch_stats):
+                z = next(outputs)
+                statistics = [next(outputs), next(outputs)] if from_batch else norms[4 * k : 4 * k + 2]
                 if k < layers - 1:
-                    kept += [z, *statistics, *norms[4 * k + 2 : 4 * k + 4]]
-                    relus.append(next(made))
+                    saved += [z, *statistics, *norms[4 * k + 2 : 4 * k + 4]]
+                    relus.append(next(outputs))
                 elif k == layers - 1:
-                    of_last = z.cos()
-            assert not list(made)
-            kept += relus[first_is_made_again:]
-            rest = convolutions[: 8 * layers], kept, factors[: 2 * layers : 2], wanted
-            grads = backward(of_last, x, shift, weights[:layers], *rest)
-            grads = [x.new_empty(0) if each is None else each for each in grads]  # not wanted
-            found.append([out, boundary, *parts, *grads, *changed[0], *changed[1]])
-    assert [int(each) for each in changed[1]] == [42] * sum(of_batch)
-    for ours, of_parts in zip(*found, strict=True):
-        assert_same_bits(ours, of_parts)
+                    grad = z.cos()
+            assert not list(outputs)
+            saved += relus[recomputes_first_relu:]
+            rest = conv_params[: 8 * layers], saved, norm_params[: 2 * layers : 2], needs_grad
+            grads = backward(grad, x, shift, weights[:layers], *rest)
+            grads = [x.new_empty(0) if each is None else each for each in grads]  # not needed
+            results.append([out, boundary, *layer_outputs, *grads, *state[0], *state[1]])
+    assert [int(each) for each in state[1]] == [42] * sum(uses_batch_stats)
+    for ours, theirs in zip(*results, strict=True):
+        assert_same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("argument", ["channel_dim", "boundary", "norm"])
