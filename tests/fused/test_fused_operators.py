@@ -30,7 +30,7 @@ def test_forward_is_the_reference_to_the_bit(device, dtype, layout, padding):
             identity = reference.temporal_shift(x, shift)
             boundary = reference.boundary_frames(x, shift).contiguous(memory_format=FORMATS[layout])
         poison(z)
-        out, boundary_out = residual_ops._norm_add_relu(
+        out, boundary_out = torch.ops.tsm_jit.norm_add_relu(
             z, [], 0.0, identity, [], 0.0, boundary, shift.encode(), shifted
         )
         expected = torch.relu(z + x)
@@ -83,7 +83,9 @@ def test_norms_on_the_way(device, dtype, layout, padding):
     acc_dtype = residual_ops.acc_dtype(dtype)
     for norm_dtype in {acc_dtype, dtype}:
         z_norm, identity_norm = (random_norm(z.shape[1], norm_dtype, device) for _ in range(2))
-        out, _ = residual_ops._norm_add_relu(z, z_norm, 1e-3, identity, identity_norm, 1e-5, None, shift.encode(), True)
+        out, _ = torch.ops.tsm_jit.norm_add_relu(
+            z, z_norm, 1e-3, identity, identity_norm, 1e-5, None, shift.encode(), True
+        )
         normed = [
             F.batch_norm(x.double(), *(part.double() for part in parts), eps=epsilon)
             for x, parts, epsilon in ((z, z_norm, 1e-3), (identity, identity_norm, 1e-5))

@@ -1,5 +1,5 @@
-// The naive kernels as C functions, for tests/test_naive_kernels.py. All pointers are on the GPU. Launches are on the
-// default stream.
+// The naive kernels as C functions, for tests/kernels/test_naive_kernels.py. All pointers are on the GPU.
+// Launches are on the default stream.
 #include "residual/add_relu_backward_naive.cuh"
 #include "residual/batch_norm_stats_naive.cuh"
 #include "residual/norm_add_relu_naive.cuh"
