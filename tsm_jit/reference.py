@@ -48,22 +48,22 @@ def temporal_shift_backward(grad: Tensor, shift: Shift) -> Tensor:
     out = torch.empty_like(grad).copy_(grad)
     n = shift.n_segment_shifted
     for source, target, offset in groups(grad, out, shift):
-        readers: list[list[int]] = [[] for _ in range(n)]
+        consumers: list[list[int]] = [[] for _ in range(n)]
         padded = []
         for t in range(n):
             s = t + offset
             if 0 <= s < n:
-                readers[s].append(t)
+                consumers[s].append(t)
             elif shift.padding == "circular":
-                readers[s % n].append(t)
+                consumers[s % n].append(t)
             else:
                 padded.append(t)
         for t in padded:
             if shift.padding == "keep":
-                readers[t].append(t)
+                consumers[t].append(t)
             elif shift.padding == "replicate":
-                readers[0 if offset < 0 else n - 1].append(t)
-        for s, frames in enumerate(readers):
+                consumers[0 if offset < 0 else n - 1].append(t)
+        for s, frames in enumerate(consumers):
             target[:, s] = _sum([source[:, t] for t in frames], like=target[:, s])
     return out
 

@@ -130,7 +130,7 @@ def _check_mode(net: nn.Module) -> None:
 
 
 def _check_writes(schedule: _Schedule) -> None:
-    """Refuses to write frames into a tensor that has no age, since its other readers would not wait for the frames."""
+    """Raises ValueError if frames are written into a tensor without an age: its other consumers would not wait."""
     for node in schedule.start:
         target = _written(node)
         if target is not None and target not in schedule.start:
