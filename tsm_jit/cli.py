@@ -30,6 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    if options.command == "info":
+        return _info(options.json)
+    if options.command == "clean":
+        return _clean(options.all, options.older_than)
+    if options.command == "build":
+        return _build(options.arch or "all")
+    if options.command == "bench":
+        return _bench(options)
+    return _demo(options.video, options.output)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tsm_jit", description="Temporal shift for PyTorch.")
     commands = parser.add_subparsers(dest="command", metavar="{info,build,clean,demo,bench}")
 
@@ -73,11 +90,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         "--output", type=Path, default=Path("tsm_jit_demo.png"), help="the picture (default: %(default)s)"
     )
 
-    bench = add(
-        "bench",
-        "time the operator, other implementations and a copy of the same number of bytes",
-        "It needs pip install 'tsm-jit[demo]'.",
+    _add_bench_options(
+        add(
+            "bench",
+            "time the operator, other implementations and a copy of the same number of bytes",
+            "It needs pip install 'tsm-jit[demo]'.",
+        )
     )
+    return parser
+
+
+def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--quick", action="store_true", help="a minimal run, in under a minute")
     instead = bench.add_mutually_exclusive_group()
     for name, summary in {
@@ -110,20 +133,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     bench.add_argument(
         "--output", type=Path, default=Path("bench"), help="folder for JSON and plots (default: %(default)s)"
     )
-
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help(sys.stderr)
-        return 2
-    if options.command == "info":
-        return _info(options.json)
-    if options.command == "clean":
-        return _clean(options.all, options.older_than)
-    if options.command == "build":
-        return _build(options.arch or "all")
-    if options.command == "bench":
-        return _bench(options)
-    return _demo(options.video, options.output)
 
 
 def _info(as_json: bool) -> int:
