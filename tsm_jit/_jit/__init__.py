@@ -78,15 +78,15 @@ def find(compile: bool = True) -> Status:
         with _noting_failure(backend):
             specs[backend] = spec.here(backend)
     # Kernels for the CPU alone come last: before them, a build for the GPU is tried.
-    on_gpu = [wanted for wanted in specs.values() if wanted.backend != "cpu"]
-    for wanted in on_gpu:
-        if _load_cached(wanted):
+    on_gpu = [build_spec for build_spec in specs.values() if build_spec.backend != "cpu"]
+    for build_spec in on_gpu:
+        if _load_cached(build_spec):
             return status
-    for wanted in on_gpu:
-        if _build_and_load(wanted, compile):
+    for build_spec in on_gpu:
+        if _build_and_load(build_spec, compile):
             return status
-    for wanted in on_gpu:
-        if _load_cached(wanted, other_gpus=True):
+    for build_spec in on_gpu:
+        if _load_cached(build_spec, other_gpus=True):
             return status
     if "cpu" in specs and not _load_cached(specs["cpu"]):
         _build_and_load(specs["cpu"], compile)
@@ -122,9 +122,9 @@ def log(message: str) -> None:
         sys.stderr.flush()
 
 
-def _load_cached(wanted: BuildSpec, other_gpus: bool = False) -> bool:
-    with _noting_failure(wanted.backend):
-        entry = cache.find(wanted, other_gpus)
+def _load_cached(build_spec: BuildSpec, other_gpus: bool = False) -> bool:
+    with _noting_failure(build_spec.backend):
+        entry = cache.find(build_spec, other_gpus)
         if entry is not None:
             with contextlib.suppress(OSError):  # a library of its compiler may be gone: build it again
                 _load_library(entry)
@@ -132,17 +132,17 @@ def _load_cached(wanted: BuildSpec, other_gpus: bool = False) -> bool:
     return False
 
 
-def _build_and_load(wanted: BuildSpec, compile: bool) -> bool:
-    with _noting_failure(wanted.backend):
+def _build_and_load(build_spec: BuildSpec, compile: bool) -> bool:
+    with _noting_failure(build_spec.backend):
         from tsm_jit._jit.build import build, missing_tool  # not needed for a warm import
 
-        if missing := missing_tool(wanted.backend):
+        if missing := missing_tool(build_spec.backend):
             raise BuildError(missing)  # not remembered
         entry: cache.Entry | None
         if compile:
-            entry = cache.get_or_build(wanted, _with_log(build), log)
+            entry = cache.get_or_build(build_spec, _with_log(build), log)
         else:
-            entry = cache.read(cache.cache_folder() / wanted.key)
+            entry = cache.read(cache.cache_folder() / build_spec.key)
         if entry is None:
             return False
         if entry.error is not None:
@@ -153,10 +153,10 @@ def _build_and_load(wanted: BuildSpec, compile: bool) -> bool:
 
 
 def _with_log(build: Any) -> Any:
-    def run(wanted: BuildSpec, folder: Path) -> dict[str, Any]:
-        compiler = "C++" if wanted.backend == "cpu" else wanted.backend
+    def run(build_spec: BuildSpec, folder: Path) -> dict[str, Any]:
+        compiler = "C++" if build_spec.backend == "cpu" else build_spec.backend
         log(f"compiling the kernels with {compiler} for this and all later imports, which takes 4 to 120 s ...")
-        result = build(wanted, folder)
+        result = build(build_spec, folder)
         log(f"compiled the kernels for {', '.join(['CPU', *result['architectures']])} in {result['seconds']} s")
         status.compiled = True
         return result
