@@ -167,7 +167,7 @@ def _head_in_layout(weights: Weights, target: Layout, is_resnet: bool) -> str | 
     if target != "torchvision":
         return LAYOUTS[target].head
     is_mobilenet = any(name.startswith("features.1.conv.0.0.") for name in weights.plain.values())
-    return "fc" if is_resnet else "classifier.1" if is_mobilenet else None
+    return RESNET.head[0] if is_resnet else MOBILENET_V2.head[0] if is_mobilenet else None
 
 
 def _places(weights: Weights, wrappers: tuple[str, ...]) -> set[str]:

@@ -79,7 +79,7 @@ def fuse(net: nn.Module, *, fold_norms: bool = False) -> None:
         warnings.warn(f"tsm_jit.residual.fuse does not fuse some blocks ({reasons})", UserWarning, stacklevel=2)
     for stage in stages.values():
         stage.__class__ = Stage  # a new module would lose hooks, keys and references
-    if class_name(type(net)) in _NETWORKS and not isinstance(net, FusedNetwork):
+    if class_name(type(net)) in RESNET.stems and not isinstance(net, FusedNetwork):
         net.__class__ = _fused_class(type(net))  # type: ignore[arg-type]
     if fold_norms:
         names = RESNET.stems.get(class_name(getattr(net, "network", type(net))), ())
@@ -228,19 +228,13 @@ class _MeanOverPixels(Function):
 
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
-_NETWORKS = {
-    "torchvision.models.resnet.ResNet": _FusedTorchvision,
-    "timm.models.resnet.ResNet": _FusedTimm,
-    "mmaction.models.backbones.resnet.ResNet": _FusedMmaction2,
-    "mmaction.models.backbones.resnet_tsm.ResNetTSM": _FusedMmaction2,
-}
+_FORWARDS = {"torchvision": _FusedTorchvision, "timm": _FusedTimm, "mmaction": _FusedMmaction2}  # by package
 
 
 @functools.cache
 def _fused_class(network: type[nn.Module]) -> type[nn.Module]:
-    return type(
-        network.__name__, (_NETWORKS[class_name(network)], network), {"network": network, "__module__": __name__}
-    )
+    package = class_name(network).split(".")[0]
+    return type(network.__name__, (_FORWARDS[package], network), {"network": network, "__module__": __name__})
 
 
 def _new_fused(network: type[nn.Module]) -> nn.Module:
