@@ -51,6 +51,12 @@ def available(name: str) -> torch.device:
     return torch.device(name)
 
 
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """The same everywhere: bits can be compared, and no GPU is needed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """A fresh seed for every test, or the one in TSM_JIT_TEST_SEED to see a failure again."""

@@ -22,12 +22,7 @@ from tsm_jit import video_io  # noqa: E402
 
 SCRIPT = EXAMPLES / "arrow_of_time.py"
 TINY = ["--setting", "small", "--clips", "8"]
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """The same everywhere: bits can be compared, and no GPU is needed."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("without_gpu")
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,7 @@ from training import WrongInputError  # noqa: E402
 from tsm_jit.video_io import read_frames, write_video  # noqa: E402
 
 SIDE, SEGMENTS, FRAMES, RATE = 32, 3, 20, 10
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("without_gpu")
 
 
 @pytest.fixture

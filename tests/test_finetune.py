@@ -33,12 +33,7 @@ from tsm_jit.video_io import UnusableVideoError, write_video  # noqa: E402
 SEGMENTS, SIDE, EPOCHS = 4, 32, 6
 TINY = f"--network timm/test_resnet --weights none --segments {SEGMENTS} --side {SIDE} --no-flip".split()
 RUN = [*TINY, "--epochs", str(EPOCHS), "--batch", "4", "--accumulate", "2", "--lr", "0.005", "--fuse"]
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """The same everywhere: bits can be compared, and no GPU is needed."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("without_gpu")
 
 
 def stripes(vertical: bool, frames: int = 12, height: int = 40, width: int = 56) -> torch.Tensor:

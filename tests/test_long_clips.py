@@ -14,11 +14,11 @@ for needed in ("torchvision", "tqdm"):
 import long_clips  # noqa: E402  (after the check for what it imports)
 
 TINY = ["--frames", "7", "--side", "32", "--batch", "2"]
+pytestmark = pytest.mark.usefixtures("without_gpu")
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def one_process(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
