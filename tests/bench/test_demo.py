@@ -16,21 +16,22 @@ pytest.importorskip("matplotlib", reason="needs the demo extra")
 from tsm_jit import cli, demo, video_io  # noqa: E402  (after the check for what they import)
 
 
-def write_video(path: Path, frames: int, sound_only: bool = False) -> Path:
+def write_sound(path: Path) -> Path:
+    """Writes a second of silence, without a video."""
     with av.open(str(path), "w") as container:
-        if sound_only:
-            stream = container.add_stream("aac", rate=16000)
-            stream.layout = "mono"
-            samples = av.AudioFrame.from_ndarray(torch.zeros(1, 16000).numpy(), format="fltp", layout="mono")
-            samples.sample_rate = 16000
-            container.mux(stream.encode(samples))
-        else:
-            stream = container.add_stream("mpeg4", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-            for i in range(frames):
-                grey = torch.full((48, 64, 3), 8 * i % 256, dtype=torch.uint8).numpy()
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        stream = container.add_stream("aac", rate=16000)
+        stream.layout = "mono"
+        samples = av.AudioFrame.from_ndarray(torch.zeros(1, 16000).numpy(), format="fltp", layout="mono")
+        samples.sample_rate = 16000
+        container.mux(stream.encode(samples))
         container.mux(stream.encode())
+    return path
+
+
+def write_video(path: Path, frames: int) -> Path:
+    """Writes grey frames that become brighter."""
+    grey = 8 * torch.arange(frames, dtype=torch.uint8)
+    video_io.write_video(path, grey[:, None, None, None].expand(-1, 3, 48, 64))
     return path
 
 
@@ -39,7 +40,7 @@ def unusable(tmp_path: Path) -> dict:
         "does not exist": tmp_path / "nothing.mp4",
         "cannot be read as a video": Path(__file__),
         "cannot be read as a video: Is a directory": tmp_path,
-        "has no video stream, only sound": write_video(tmp_path / "sound.mp4", 0, sound_only=True),
+        "has no video stream, only sound": write_sound(tmp_path / "sound.mp4"),
         "is too short: 7 frames, 8 are needed": write_video(tmp_path / "short.mp4", 7),
     }
 
