@@ -92,39 +92,39 @@ def as_on_a_gpu(monkeypatch, device) -> None:
 
 
 @pytest.mark.parametrize("normed", [(True, False), (True, True), (False, True)], ids=str)
-def test_what_compilers_are_told_of_the_gradients_of_an_end(device, normed):
-    """Which results there are and how they lie in memory; where they are given the operator, apart and aligned."""
+def test_fake_norm_add_relu_backward(device, normed):
+    """The fake returns the same outputs with the same strides. The outputs share no memory and are aligned."""
     dtype, t, channels = random.choice(DTYPES[1:]), random.randint(1, 5), random.randint(2, 36)
     shift = Shift(t, t, 1, "zeros", ((1, 1), (1, -1))).canonical().encode()
-    shifted = not normed[1] and random.random() < 0.5  # a norm's values are plain
+    shifted = not normed[1] and random.random() < 0.5  # a norm's values are unshifted
 
     def values() -> Tensor:
         return random_values((2 * t, channels, 3, 5), dtype, device).contiguous(memory_format=torch.channels_last)
 
     def operand(norm: bool) -> tuple:
         parts = random_norm(channels, residual_ops.acc_dtype(dtype), device)[:3]
-        how = [random.randint(0, 1) for _ in range(3)]
-        return (values(), parts, 1e-5, how) if norm else (None, [], 0.0, [0, how[1], 0])
+        flags = [random.randint(0, 1) for _ in range(3)]
+        return (values(), parts, 1e-5, flags) if norm else (None, [], 0.0, [0, flags[1], 0])
 
     for _ in range(8):
-        given = values(), None, None, values(), None, *operand(normed[0]), *operand(normed[1]), shift, shifted
-        assert_as_told(torch.ops.tsm_jit.norm_add_relu_backward.default, given)
+        arguments = values(), None, None, values(), None, *operand(normed[0]), *operand(normed[1]), shift, shifted
+        assert_fake_matches(torch.ops.tsm_jit.norm_add_relu_backward.default, arguments)
 
 
-def test_what_compilers_are_told_of_the_gradients_of_a_relu(device):
+def test_fake_norm_relu_backward(device):
     dtype, shape = random.choice(DTYPES[1:]), (random.randint(1, 5), random.randint(2, 36), 3, 5)
     grad, z = (random_values(shape, dtype, device).contiguous(memory_format=torch.channels_last) for _ in range(2))
     norm = random_norm(shape[1], residual_ops.acc_dtype(dtype), device)
-    for how in itertools.product((0, 1), repeat=3):
-        assert_as_told(torch.ops.tsm_jit.norm_relu_backward.default, (grad, z, norm, 1e-5, list(how)))
+    for flags in itertools.product((0, 1), repeat=3):
+        assert_fake_matches(torch.ops.tsm_jit.norm_relu_backward.default, (grad, z, norm, 1e-5, list(flags)))
 
 
-def assert_as_told(operator, given: tuple) -> None:
-    made = operator(*given)
+def assert_fake_matches(operator, arguments: tuple) -> None:
+    outputs = operator(*arguments)
     with FakeTensorMode() as mode:
-        told = operator(*tree_map_only(Tensor, mode.from_tensor, given))
-    assert [each is None for each in made] == [each is None for each in told]
-    there = [(ours, fake) for ours, fake in zip(made, told, strict=True) if ours is not None and ours.numel()]
+        fakes = operator(*tree_map_only(Tensor, mode.from_tensor, arguments))
+    assert [each is None for each in outputs] == [each is None for each in fakes]
+    there = [(ours, fake) for ours, fake in zip(outputs, fakes, strict=True) if ours is not None and ours.numel()]
     for ours, fake in there:
         assert (ours.shape, ours.stride(), ours.dtype) == (fake.shape, fake.stride(), fake.dtype)
         assert ours.data_ptr() % 16 == 0
@@ -132,8 +132,8 @@ def assert_as_told(operator, given: tuple) -> None:
 
 
 @pytest.mark.slow
-def test_inductor_trains_what_has_other_norms(device, monkeypatch):
-    """They are called, and so the end of a block has one gradient for both that it adds."""
+def test_inductor_trains_networks_with_other_norms(device, monkeypatch):
+    """Other norms are called as modules. So ``norm_add_relu`` has no norm, and one gradient for both summands."""
     as_on_a_gpu(monkeypatch, device)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     net, fused, x = pair(

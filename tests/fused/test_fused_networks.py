@@ -118,11 +118,11 @@ def test_norm_relu_passes_gradcheck(device, layout, of_batch):
         return norm_relu(z, Norm(mean, variance, *weights, 0.1, of_batch))
 
     torch.autograd.gradcheck(of, (z, *weights))
-    for wanted in itertools.product((False, True), repeat=3):
-        given = [each.detach().requires_grad_(needed) for each, needed in zip((z, *weights), wanted, strict=True)]
-        if any(wanted):
-            of(*given).sum().backward()
-        assert tuple(each.grad is not None for each in given) == wanted
+    for needs_grad in itertools.product((False, True), repeat=3):
+        inputs = [each.detach().requires_grad_(needed) for each, needed in zip((z, *weights), needs_grad, strict=True)]
+        if any(needs_grad):
+            of(*inputs).sum().backward()
+        assert tuple(each.grad is not None for each in inputs) == needs_grad
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
