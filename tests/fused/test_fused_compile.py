@@ -217,13 +217,13 @@ def test_compiled_inference_norms_in_place(device, monkeypatch):
 def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_parts):
     """A graph saves for the backward what the network without shift saves, and the boundary frames."""
     monkeypatch.setattr(execute, "has_channel_sums", lambda x: in_parts)
-    kept = {}
+    saved_bytes = {}
 
     def keeps(name: str):
         def count(graph, _):
             (results,) = next(node for node in graph.graph.nodes if node.op == "output").args
             made = [node.meta["val"] for node in results if node is not None and node.op != "placeholder"]
-            kept[name] = sum(each.nbytes for each in made if isinstance(each, Tensor))
+            saved_bytes[name] = sum(each.nbytes for each in made if isinstance(each, Tensor))
             assert ("norm_add_relu" in graph.code) == (name == "fused")
             return make_boxed_func(graph)
 
@@ -239,7 +239,7 @@ def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_part
         torch.compile(each, backend=keeps(name), fullgraph=True)(x).sum().backward()
     # The second block of each stage gets a shifted stream: the boundary has 1 of 4 frames of a quarter of its channels.
     # And the ReLU of each first block, as large as what the block returns, is made again.
-    assert kept["fused"] <= kept["without shift"] + OF_STAGES // 16 - in_parts * OF_STAGES
+    assert saved_bytes["fused"] <= saved_bytes["without shift"] + OF_STAGES // 16 - in_parts * OF_STAGES
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -30,7 +30,7 @@ from tsm_jit.ops import residual as residual_ops
 @pytest.mark.parametrize("frozen", ["nothing", r"conv1|bn1|layer1|.*\.downsample"])
 @pytest.mark.parametrize("name", ["ResNet, bottlenecks", "timm ResNet-D"])
 def test_no_more_is_saved_than_without_shift(device, merged, name, frozen):
-    """But for the boundary frames: 1/T of the channels that move, of the blocks within a stage."""
+    """Except boundary frames: 1/T of the channels that move, in each block but the first of a stage."""
     net, fused, x = pair(NETWORKS[name], device)
     for key, parameter in (*net.named_parameters(), *fused.named_parameters()):
         parameter.requires_grad_(re.match(frozen, key) is None)
@@ -45,18 +45,18 @@ def test_no_more_is_saved_than_without_shift(device, merged, name, frozen):
 
 def test_a_block_frees_its_activations_before_downsample_is_differentiated(device, monkeypatch):
     monkeypatch.setattr(execute, "has_channel_sums", lambda x: True)
-    kept, alive = [], []
+    saved, alive = [], []
     of_branch, of_convolution = block.block_backward, block.convolve_backward
 
     def branch_backward(*args):
-        kept[:] = [None]  # convolutions within are not meant
-        found = of_branch(*args)
-        kept[:] = [weakref.ref(each) for each in args[5]]
-        return found
+        saved[:] = [None]  # convolutions within are not meant
+        grads = of_branch(*args)
+        saved[:] = [weakref.ref(each) for each in args[5]]
+        return grads
 
     def convolved_backward(*args):
-        if kept[0] is not None:
-            alive.append(sum(of_block() is not None for of_block in kept[::5]))  # what each layer convolved
+        if saved[0] is not None:
+            alive.append(sum(of_block() is not None for of_block in saved[::5]))  # what each layer convolved
         return of_convolution(*args)
 
     monkeypatch.setattr(block, "block_backward", branch_backward)
@@ -75,20 +75,20 @@ def test_the_gradient_of_the_mean_over_pixels_is_one_value_for_all(device, merge
     assert of_last.untyped_storage().nbytes() == of_last[:, :, 0, 0].numel() * of_last.element_size()
 
 
-def test_recorded_blocks_keep_less_than_those_without_shift(monkeypatch, device):
-    """But for the boundary frames; and the ReLU of each first block is made again."""
+def test_block_operators_save_less_than_blocks_without_shift(monkeypatch, device):
+    """They save boundary frames too, but recompute the ReLU of the first block of each stage."""
     monkeypatch.setattr(execute, "has_channel_sums", lambda x: True)
     *networks, x = without_shift_and_fused(device)
 
     def is_activation(saved: Tensor) -> bool:
         return saved.dim() == 4 and saved.shape[0] <= len(x)
 
-    kept = []
+    saved_bytes = []
     for each in networks:
         loss = each(x).sum()
-        kept.append(graph_bytes(loss, is_activation))
+        saved_bytes.append(graph_bytes(loss, is_activation))
         loss.backward()
-    assert kept[1] == kept[0] + OF_STAGES // 16 - OF_STAGES
+    assert saved_bytes[1] == saved_bytes[0] + OF_STAGES // 16 - OF_STAGES
 
 
 def test_that_memory_is_short_is_an_error_as_before(device, monkeypatch):

@@ -155,7 +155,7 @@ def test_without_gradients_the_stream_is_shifted_between_stages_too(device, monk
     assert [args[6] for args in ends] == [2, 2, 2]  # every second pixel is what the next stage's downsample reads
 
 
-def test_blocks_are_recorded_as_one_function_each(device, merged, monkeypatch):
+def test_a_block_is_one_autograd_function(device, merged, monkeypatch):
     blocks = counted(monkeypatch, execute, "residual_block")
     _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     fused.train()(x)
@@ -343,9 +343,9 @@ def test_a_downsample_that_was_changed(device, merged, change, monkeypatch):
         change(each.layer2[0].downsample)
         change(each.layer3[0].downsample)
     assert_same_step(net, fused, x)
-    recorded = [args[4] is not None for args in blocks]
-    kept = change in (of_frozen_statistics, of_frozen_weights)
-    assert sum(recorded) == (0 if not merged else 4 if kept else 2)
+    in_operator = [args[4] is not None for args in blocks]  # the layer of downsample
+    unchanged = change in (of_frozen_statistics, of_frozen_weights)
+    assert sum(in_operator) == (0 if not merged else 4 if unchanged else 2)
 
 
 @pytest.mark.parametrize("names", ["conv1 bn1 conv2 bn2 conv3 bn3", "downsample", "stem"])
@@ -371,8 +371,8 @@ def test_statistics_that_are_not_tracked(device, merged):
 def test_the_type_of_the_branch_is_that_of_the_sum(device):
     net, fused, x = pair(NETWORKS["ResNet, basic blocks"], device, dtype=torch.float32)
     frames = x.new_ones(8, 64, 8, 8)
-    for recorded in (True, False):
-        with torch.set_grad_enabled(recorded), torch.autocast(device.type, torch.bfloat16):
+    for grad_enabled in (True, False):
+        with torch.set_grad_enabled(grad_enabled), torch.autocast(device.type, torch.bfloat16):
             assert fused.layer1(frames).dtype == net.layer1(frames).dtype == torch.bfloat16
 
 
