@@ -133,6 +133,91 @@ def test_compiled_code_in_an_eager_checkpoint(device, parts, fused, reentrant, f
             loss.backward()
 
 
+def nested(net: nn.Module, x: torch.Tensor, kinds: str) -> torch.Tensor:
+    """``net(x)`` in checkpoints, the outermost first: ``"r"`` is a reentrant one, ``"n"`` a non-reentrant one."""
+    if not kinds:
+        return net(x)
+    return checkpoint(nested, net, x, kinds[1:], use_reentrant=kinds[0] == "r")
+
+
+_FAILS_AFTER_ERRORS = pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="PyTorch 2.11 loses count of its hooks after an error in such a recomputation"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ["rn", pytest.param("nr", marks=_FAILS_AFTER_ERRORS), "rr", "nn"])
+def test_compiled_code_in_nested_checkpoints(device, kinds):
+    torch.compiler.reset()
+    net = module().to(device)
+    plain = copy.deepcopy(net)
+    net.compile(backend="aot_eager")
+    x = frames(net, device)
+
+    def loss(n):
+        with tsm_jit.n_segment(net, n):
+            return nested(net, x, kinds).square().sum()
+
+    for _ in range(2):
+        ours = _by_backward(loss(8), [x, net.net.weight])
+        x.grad = net.net.weight.grad = None
+        expected = _by_backward(plain(x).square().sum(), [x, plain.net.weight])
+        x.grad = plain.net.weight.grad = None
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    loss4 = loss(4)
+    with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"n_segment must be|different metadata"):
+        loss4.backward()
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_compiled_code_of_frames_without_gradients_in_an_eager_checkpoint(device, pool):
+    """No saved tensor depends on the length if the layers before are frozen."""
+    torch.compiler.reset()
+    net = module().to(device)
+    if pool:
+        net = tsm_jit.TemporalPool(net.net, 8)
+    plain = copy.deepcopy(net)
+    net.compile(backend="aot_eager")
+    x = torch.randn(8, 16, 4, 4, dtype=torch.float64, device=device)
+    found, expected = (
+        torch.autograd.grad(y.square().sum(), each.net.weight)
+        for each, y in ((net, checkpoint(net, x, use_reentrant=False)), (plain, plain(x)))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with tsm_jit.n_segment(net, 4):
+        loss = checkpoint(net, x, use_reentrant=False).square().sum()
+    with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"(?s)n_segment must be .* got 8 .* 4"):
+        loss.backward()
+
+
+def test_compiled_reentrant_forwards_of_one_length_before_their_backwards(device):
+    torch.compiler.reset()
+    net = module().to(device)
+    net.compile(backend="aot_eager")
+    x = frames(net, device)
+    first, second = (checkpoint(net, x, use_reentrant=True).sum() for _ in range(2))
+    first.backward()
+    with (
+        tsm_jit.n_segment(net, 4),
+        pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"(?s)n_segment must be .* got 4 .* 8"),
+    ):
+        second.backward()
+
+
+@pytest.mark.slow
+def test_compiled_fused_layer_of_one_block_in_an_eager_checkpoint(device):
+    """Its only shift is of its input."""
+    torch.compiler.reset()
+    net = resnet(True, device, (1, 1, 1, 1)).layer1
+    net.compile(backend="aot_eager")
+    x = torch.randn(8, 64, 4, 4, dtype=torch.float64, device=device).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    with tsm_jit.n_segment(net, 4):
+        loss = checkpoint(net, x, use_reentrant=False).sum()
+    with pytest.raises(RuntimeError, match="different metadata"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_reentrant_forwards_of_two_lengths_are_an_error(device, training):
     net = module().to(device).train(training)

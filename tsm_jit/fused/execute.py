@@ -37,6 +37,7 @@ from tsm_jit.fused.match import (
     why_unsupported,
 )
 from tsm_jit.modules.base import has_global_hooks
+from tsm_jit.ops import recomputation
 from tsm_jit.ops.compat import is_exporting
 from tsm_jit.ops.conv_relu import conv_relu
 from tsm_jit.ops.residual import NO_SHIFT, Norm, acc_dtype, has_channel_sums, has_pixel_index
@@ -295,8 +296,9 @@ def _first(conv1: nn.Module, stream: Stream) -> Tensor:
     if not is_shifted(conv1):
         return conv1(stream.first)
     shift = conv1.shift_of(stream.first)
-    if torch.is_grad_enabled() and is_compiling():
-        # Without a checkpoint, compilers would save both the input and the shifted input.
+    if torch.is_grad_enabled() and is_compiling() and not recomputation.saves_marks:
+        # Without a checkpoint, compilers would save both the input and the shifted input. Within one they may, but not
+        # recompute the mark of the clip length.
         first = checkpoint(ops.temporal_shift, stream.first, shift, use_reentrant=False, preserve_rng_state=False)
         return conv1.shifted_module()(first)
     inplace = True if torch.is_grad_enabled() else None  # saves no second activation

@@ -33,20 +33,21 @@ class ClipModule(nn.Module):
     halves_clip = False  # whether it halves the clip length before it calls its module
     time_shard: TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
     name_in_network = ""  # set by parallelize_time
-    _compiled_lengths: tuple[int, ...] = ()  # of compiled forwards in reentrant checkpoints
+    _forward_length: int | None = None  # of the last forward that could be computed again
+    _reentrant_lengths: tuple[int, ...] = ()  # of forwards in reentrant checkpoints, until one is computed again
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(self) -> None:
         super().__init__()
-        self._compiled_lengths = ()  # compiled code would be compiled again for an attribute that is new
+        self._forward_length, self._reentrant_lengths = None, ()  # a new attribute would invalidate compiled code
 
     def split_shard(self) -> TimeShard | None:
         """Returns the part of each clip that this process holds, or None if it holds all frames."""
         shard = self.time_shard
         return shard if shard is not None and shard.ranks > 1 else None
 
-    def checked_n_segment(self) -> int:
-        """``n_segment``, for a forward.
+    def checked_n_segment(self, x: Tensor) -> int:
+        """``n_segment``, for a forward of ``x``.
 
         Raises:
             RuntimeError: activation checkpointing computes a forward again, which had another clip length. Its
@@ -55,37 +56,51 @@ class ClipModule(nn.Module):
         length = self.n_segment
         if not ops.eager():
             if not is_exporting():
-                self._check_compiled_length(length)
+                self._check_compiled_length(length, x)
             return length
-        own = self.__dict__
+        own = self.__dict__  # nn.Module takes 1 us to set an attribute
         if in_backward():
-            # Of several forwards in reentrant checkpoints, it is unknown which is computed again.
-            lengths = {own.get("_forward_length", length), *own.pop("_reentrant_lengths", ())}
-            if lengths != {length}:
-                raise RuntimeError(_changed_length(length, sorted(lengths - {length})))
+            lengths = self._other_lengths(length)
+            own["_reentrant_lengths"] = ()
+            if lengths:
+                raise RuntimeError(_changed_length(length, lengths))
         elif torch.is_grad_enabled():
             own["_forward_length"] = length
         elif in_reentrant_checkpoint():
             own["_forward_length"] = length
-            own.setdefault("_reentrant_lengths", set()).add(length)
+            if length not in self._reentrant_lengths:
+                own["_reentrant_lengths"] = (*self._reentrant_lengths, length)
         return length
 
-    def _check_compiled_length(self, length: int) -> None:
-        """The same for compiled code in reentrant checkpoints. In others, ``clip_length_mark`` tells a difference."""
+    def _check_compiled_length(self, length: int, x: Tensor) -> None:
+        """The same for compiled code."""
+        if recomputation.saves_marks and x.requires_grad and not recomputation.is_nested:
+            self._forward_length = length
+            return  # the shapes of saved tensors tell the length, see ops.clip_length_mark
         phase = recomputation.phase
-        if phase == "reentrant forward" and length not in self._compiled_lengths:
-            self._compiled_lengths = (*self._compiled_lengths, length)
-        elif phase == "reentrant recomputation" and self._compiled_lengths:
-            others = [each for each in self._compiled_lengths if each != length]
-            self._compiled_lengths = ()
-            if others:
-                raise RuntimeError(_changed_length(length, others))
+        if phase == "recomputation":
+            lengths = self._other_lengths(length)
+            if self._reentrant_lengths:
+                self._reentrant_lengths = ()
+            if lengths:
+                raise RuntimeError(_changed_length(length, lengths))
+        elif phase:
+            self._forward_length = length
+            if phase == "reentrant forward" and length not in self._reentrant_lengths:
+                self._reentrant_lengths = (*self._reentrant_lengths, length)
+
+    def _other_lengths(self, length: int) -> list[int]:
+        """Returns the lengths but ``length`` of forwards that a recomputation may repeat.
+
+        Of several forwards in reentrant checkpoints, it is unknown which is computed again.
+        """
+        return [each for each in (self._forward_length, *self._reentrant_lengths) if each not in (None, length)]
 
 
 def _changed_length(length: int, others: list[int]) -> str:
     return (
         f"n_segment must be the clip length of the forward when checkpointing computes it again, got {length} after a "
-        f"forward with {' and '.join(map(str, others))}: call backward() before changing n_segment"
+        f"forward with {' and '.join(map(str, sorted(set(others))))}: call backward() before changing n_segment"
     )
 
 

@@ -122,7 +122,7 @@ class NL3DWrapper(ClipModule):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block(x)
-        length = self.checked_n_segment()
+        length = self.checked_n_segment(x)
         if isinstance(x, Tensor) and x.shape[0] % length != 0:  # no check for a proxy of torch.fx
             raise ValueError(f"n_segment must divide the frames of x, got {length} for {list(x.shape)}")
         clips = x.unflatten(0, (-1, length)).transpose(1, 2)

@@ -54,7 +54,7 @@ class TemporalShift(ShiftedModule):
         self.inplace = inplace
 
     def shift_of(self, x: Tensor) -> str:
-        length = self.checked_n_segment()
+        length = self.checked_n_segment(x)
         return encode_temporal(x, length, self.f_div, self.n_segment_shifted, self.shift_depth, "keep")
 
     def forward(self, x: Tensor) -> Tensor:

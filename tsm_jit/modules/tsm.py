@@ -75,7 +75,7 @@ class TemporalShift(ShiftedModule):
         self.direction = direction
 
     def shift_of(self, x: Tensor) -> str:
-        return encode_temporal(x, self.checked_n_segment(), self.fold_div, direction=self.direction)
+        return encode_temporal(x, self.checked_n_segment(x), self.fold_div, direction=self.direction)
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):  # a proxy of torch.fx
@@ -140,7 +140,7 @@ class TokenShift(TemporalShift):
             raise ValueError(f"x must be tokens [N*T, L, C], got {list(x.shape)}")
         tokens = self.whole_clips(x[:, still:])
         shift = encode_temporal(
-            tokens, self.checked_n_segment(), self.fold_div, direction=self.direction, channel_dim=-1
+            tokens, self.checked_n_segment(tokens), self.fold_div, direction=self.direction, channel_dim=-1
         )
         return self.call_shifted(x, shift, still)
 
@@ -171,7 +171,7 @@ class TemporalPool(ClipModule):
         self.n_segment = n_segment
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(temporal_pool(x, self.checked_n_segment()))
+        return self.net(temporal_pool(x, self.checked_n_segment(x)))
 
     @staticmethod
     def temporal_pool(x: Tensor, n_segment: int) -> Tensor:

@@ -103,10 +103,12 @@ def in_reentrant_checkpoint() -> bool:
     return False
 
 
-def in_non_reentrant_checkpoint() -> bool:
-    """Whether a non-reentrant checkpoint runs this code, in its forward or in a recomputation."""
+def non_reentrant_checkpoint() -> str:
+    """Returns ``"forward"`` or ``"recomputation"`` if the innermost checkpoint is a non-reentrant one, else ``""``."""
     hooks = _top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+    if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+        return ""
+    return "recomputation" if "_recomputation_hook" in hooks[0].__qualname__ else "forward"
 
 
 def is_batched_gradient(grad: Tensor) -> bool:

@@ -231,7 +231,7 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
             return reference.sliced(x, decode(shift), onnx_has_unflatten())
         if is_exporting():
             return _forward_exported(x, shift)
-        return _MarkedShift.apply(x, shift) if recomputation.phase == "non-reentrant" else _forward(x, shift)
+        return _MarkedShift.apply(x, shift) if recomputation.saves_marks else _forward(x, shift)
     return _TransformableShift.apply(x, shift)
 
 
