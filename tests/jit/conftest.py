@@ -231,17 +231,17 @@ class Builder:
     def __init__(self):
         self.folders, self.lines, self.error, self.during = [], [], None, lambda: None
 
-    def __call__(self, wanted: spec.BuildSpec, folder: Path) -> dict:
+    def __call__(self, build_spec: spec.BuildSpec, folder: Path) -> dict:
         self.folders.append(folder)
         (folder / cache.LOG).write_text("[1/1] c++\n")
         (folder / spec.LIBRARY).write_bytes(bytes(range(256)) * 20)
         self.during()
         if self.error is not None:
             raise self.error
-        return {"architectures": list(wanted.gpus), "notes": [], "toolkit": None, "seconds": 0}
+        return {"architectures": list(build_spec.gpus), "notes": [], "toolkit": None, "seconds": 0}
 
-    def get(self, wanted: spec.BuildSpec, **options) -> cache.Entry:
-        return cache.get_or_build(wanted, self, self.lines.append, **options)
+    def get(self, build_spec: spec.BuildSpec, **options) -> cache.Entry:
+        return cache.get_or_build(build_spec, self, self.lines.append, **options)
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def builder() -> Builder:
 
 
 @pytest.fixture
-def wanted(tmp_path, monkeypatch) -> spec.BuildSpec:
+def build_spec(tmp_path, monkeypatch) -> spec.BuildSpec:
     """What to build for the CPU, into a cache of this test."""
     monkeypatch.setenv("TSM_JIT_CACHE", str(tmp_path / "cache"))
     return replace(spec.here("cpu"), torch_version="of this test")
