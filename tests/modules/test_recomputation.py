@@ -18,6 +18,14 @@ import tsm_jit
 KINDS = pytest.mark.parametrize("reentrant", [False, True])
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    """PyTorch no longer compiles functions that have raised an error, or too often, in other tests either."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 def module(inplace: bool = False) -> nn.Module:
     return tsm_jit.TemporalShift(nn.Conv2d(16, 4, 1), 8, inplace=inplace).double()
 
@@ -93,7 +101,6 @@ COMPILED = pytest.mark.parametrize("parts", ["network", "blocks"])
 
 def compiled(net: nn.Module, parts: str, **options) -> nn.Module:
     """``net`` with a compiled forward, or with compiled blocks that share their code."""
-    torch.compiler.reset()
     for each in [net] if parts == "network" else net.layer1:
         each.compile(backend="aot_eager", **options)
     return net
@@ -148,7 +155,6 @@ _FAILS_AFTER_ERRORS = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.parametrize("kinds", ["rn", pytest.param("nr", marks=_FAILS_AFTER_ERRORS), "rr", "nn"])
 def test_compiled_code_in_nested_checkpoints(device, kinds):
-    torch.compiler.reset()
     net = module().to(device)
     plain = copy.deepcopy(net)
     net.compile(backend="aot_eager")
@@ -172,7 +178,6 @@ def test_compiled_code_in_nested_checkpoints(device, kinds):
 @pytest.mark.parametrize("pool", [False, True])
 def test_compiled_code_of_frames_without_gradients_in_an_eager_checkpoint(device, pool):
     """No saved tensor depends on the length if the layers before are frozen."""
-    torch.compiler.reset()
     net = module().to(device)
     if pool:
         net = tsm_jit.TemporalPool(net.net, 8)
@@ -191,7 +196,6 @@ def test_compiled_code_of_frames_without_gradients_in_an_eager_checkpoint(device
 
 
 def test_compiled_reentrant_forwards_of_one_length_before_their_backwards(device):
-    torch.compiler.reset()
     net = module().to(device)
     net.compile(backend="aot_eager")
     x = frames(net, device)
@@ -207,7 +211,6 @@ def test_compiled_reentrant_forwards_of_one_length_before_their_backwards(device
 @pytest.mark.slow
 def test_compiled_fused_layer_of_one_block_in_an_eager_checkpoint(device):
     """Its only shift is of its input."""
-    torch.compiler.reset()
     net = resnet(True, device, (1, 1, 1, 1)).layer1
     net.compile(backend="aot_eager")
     x = torch.randn(8, 64, 4, 4, dtype=torch.float64, device=device).contiguous(memory_format=torch.channels_last)
