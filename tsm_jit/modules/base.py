@@ -76,7 +76,7 @@ class ClipModule(nn.Module):
         """The same for compiled code."""
         if recomputation.saves_marks and x.requires_grad and not recomputation.is_nested:
             self._forward_length = length
-            return  # the shapes of saved tensors tell the length, see ops.clip_length_mark
+            return  # the shapes of saved tensors tell the length: see clip_length_mark in ops/temporal_shift.py
         phase = recomputation.phase
         if phase == "recomputation":
             lengths = self._other_lengths(length)
