@@ -168,6 +168,8 @@ class ShiftedModule(ClipModule):
             return ops.shift_tokens(x, shift, num_prefix_tokens, temporal_shift)
 
         if eager and (self.inplace if inplace is None else inplace) and torch.is_grad_enabled():
+            if only_reads and shard is None and (z := _recomputing(net, x, shift, num_prefix_tokens)) is not None:
+                return z
             with ops.recomputing_shift(x, shifted) as copy:
                 return net(copy)
         return net(shifted(x))
@@ -183,6 +185,20 @@ def _product(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> C
     if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.padding != (0, 0) or conv.stride not in ((1, 1), (2, 2)):
         return None
     return ops.served_conv1x1(x, _parameter(conv, "weight"), _parameter(conv, "bias"), shift, conv.stride[0])
+
+
+def _recomputing(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> Tensor | None:
+    """Returns ``net(shifted x)`` as one autograd function, or None where separate ones are needed."""
+    convolution = None
+    if type(net) is not nn.Linear:
+        conv: Any = net
+        if not is_conv2d(net) or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or x.dim() != 4:
+            return None
+        convolution = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    weight, bias = _parameter(net, "weight"), _parameter(net, "bias")
+    if not (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
+    return ops.recomputing_layer(x, weight, bias, ops.Layer(shift, num_prefix_tokens, convolution))
 
 
 def _parameter(module: nn.Module, name: str) -> Any:

@@ -1,6 +1,7 @@
 """The operators ``torch.ops.tsm_jit.*``: schemas, PyTorch fallback, fake implementations and autograd."""
 
 from tsm_jit.ops.compat import eager, transforms_are_active
+from tsm_jit.ops.recomputing_layer import Layer, recomputing_layer
 from tsm_jit.ops.shift_conv import served_conv1x1, served_linear, shift_conv1x1, shift_linear, shift_tokens
 from tsm_jit.ops.temporal_shift import (
     has_no_overlap,
@@ -13,8 +14,10 @@ from tsm_jit.ops.temporal_shift import (
 )
 
 __all__ = [
+    "Layer",
     "eager",
     "has_no_overlap",
+    "recomputing_layer",
     "recomputing_shift",
     "served_conv1x1",
     "served_linear",

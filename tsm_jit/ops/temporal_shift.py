@@ -69,6 +69,7 @@ for _schema in (
 _forward = torch.ops.tsm_jit.temporal_shift.default
 _forward_kernel = direct(torch.ops.tsm_jit.temporal_shift.kernel)
 _forward_exported = torch.ops.tsm_jit.temporal_shift.exported
+shift_kernel = _forward_kernel  # without autograd
 _forward_in_place = direct(torch.ops.tsm_jit.temporal_shift_.default)
 _backward = torch.ops.tsm_jit.temporal_shift_backward.default
 _backward_kernel = direct(torch.ops.tsm_jit.temporal_shift_backward.kernel)
@@ -141,13 +142,13 @@ def _vmapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, in
 def _adjoint_kernel(grad: Tensor, shift: str) -> Tensor:
     if grad.layout is not torch.strided:
         grad = grad.to_dense()
-    if grad.dtype not in _SUMMABLE_DTYPES and decode(shift).needs_sum:  # float8: the reference adds in float32
+    if grad.dtype not in SUMMABLE_DTYPES and decode(shift).needs_sum:  # float8: the reference adds in float32
         return reference.temporal_shift_backward(grad, decode(shift))
     return _backward_kernel(grad, shift)
 
 
 # The kernels copy every dtype but add only these.
-_SUMMABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+SUMMABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
 class _ShiftForSingleConsumer(Function):
@@ -237,7 +238,7 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
 
 def temporal_shift_for_single_consumer(x: Tensor, shift: str) -> Tensor:
     """:func:`temporal_shift` for a single consumer, which must return a new tensor."""
-    if eager() and x.requires_grad and torch.is_grad_enabled() and x.dtype in _SUMMABLE_DTYPES:
+    if eager() and x.requires_grad and torch.is_grad_enabled() and x.dtype in SUMMABLE_DTYPES:
         return _ShiftForSingleConsumer.apply(x, shift)
     return temporal_shift(x, shift)
 
@@ -254,7 +255,7 @@ def temporal_shift_backward(grad: Tensor, shift: str) -> Tensor:
 
 
 def temporal_shift_backward_(grad: Tensor, shift: str) -> None:
-    """The adjoint in place of ``grad``: an unshared gradient with a dtype in ``_SUMMABLE_DTYPES``."""
+    """The adjoint in place of ``grad``: an unshared gradient with a dtype in ``SUMMABLE_DTYPES``."""
     _backward_in_place(grad, shift)
 
 
