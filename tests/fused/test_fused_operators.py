@@ -289,8 +289,8 @@ def test_weights_are_cast_together(device, before, after):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("downsample", [False, True])
 @pytest.mark.parametrize("uses_batch_stats", [(True, True, True), (False, True, False), (True,)], ids=str)
-def test_block_operators_equal_the_reference_layer_by_layer(cuda, uses_batch_stats, downsample, dtype):
-    """To the bit: the reference calls the same operators from Python."""
+def test_block_operators_equal_the_reference(cuda, uses_batch_stats, downsample, dtype):
+    """Up to rounding: the reference consists of PyTorch's convolutions and norms."""
     acc_dtype, t = residual_ops.acc_dtype(dtype), random.randint(1, 8)
 
     def values(*sizes) -> Tensor:
@@ -350,8 +350,11 @@ def test_block_operators_equal_the_reference_layer_by_layer(cuda, uses_batch_sta
             grads = [x.new_empty(0) if each is None else each for each in grads]  # not needed
             results.append([out, boundary, *layer_outputs, *grads, *state[0], *state[1]])
     assert [int(each) for each in state[1]] == [42] * sum(uses_batch_stats)
+    # Where a sum is nearly 0, rounding decides on which side of the ReLU it is: of few values in float32.
+    tolerance = {torch.bfloat16: 0.1, torch.float32: 1e-2, torch.float64: 1e-10}[dtype]
     for ours, theirs in zip(*results, strict=True):
-        assert_same_bits(ours, theirs)
+        assert ours.dtype == theirs.dtype
+        assert (ours.double() - theirs.double()).norm() <= tolerance * theirs.double().norm()
 
 
 @pytest.mark.parametrize("argument", ["channel_dim", "boundary", "norm"])

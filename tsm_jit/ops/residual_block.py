@@ -34,9 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsm_jit import reference
 from tsm_jit.ops.compat import direct
-from tsm_jit.ops.residual import NO_SHIFT, Norm, NormedInput, batch_norm_stats_, norm_add_relu, norm_relu_backward
-from tsm_jit.ops.temporal_shift import temporal_shift, temporal_shift_backward
+from tsm_jit.ops.residual import Norm, norm_add_relu
+from tsm_jit.plans import decode
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
 for _schema in (
@@ -103,7 +104,7 @@ def translating_out_of_memory(operator: Callable, *args: Any) -> Any:
 def reference_block(
     x, first_shift, weights, conv_params, norms, counters, norm_params, identity, downsample, boundary, shift, shifted
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """``residual_block`` layer by layer."""
+    """``residual_block`` by the convolutions and norms of PyTorch."""
     saved, counters = [], iter(counters)
 
     def layer(k: int, x: Tensor) -> tuple[Tensor, Norm]:
@@ -113,15 +114,17 @@ def reference_block(
         z = z.contiguous(memory_format=torch.channels_last)
         saved.append(z)
         if conv_params[8 * k + 7]:
-            mean, variance = batch_norm_stats_(z, mean, variance, next(counters), momentum)
+            F.batch_norm(z, mean, variance, training=True, momentum=momentum)  # updates the running statistics
+            next(counters).add_(1)
+            variance, mean = torch.var_mean(z.to(mean.dtype), (0, 2, 3), unbiased=False)
             saved.extend([mean, variance])
         return z, Norm(mean, variance, weight, bias, epsilon)
 
     last = len(weights) - 1 - downsample
-    if first_shift:
-        x = temporal_shift(x, first_shift)
+    x = reference.temporal_shift(x, decode(first_shift)) if first_shift else x
     for k in range(last):
-        x, _ = norm_add_relu(*layer(k, x), None, None, None, NO_SHIFT, False)
+        z, norm = layer(k, x)
+        x = F.batch_norm(z, *norm[:4], eps=norm.epsilon).relu()
         saved.append(x)
     z, norm = layer(last, x)
     identity, identity_norm = layer(last + 1, identity) if downsample else (identity, None)
@@ -131,39 +134,29 @@ def reference_block(
 def reference_block_backward(
     grad, x, first_shift, weights, conv_params, saved, epsilons, needs_grad
 ) -> list[Tensor | None]:
-    """``residual_block_backward`` layer by layer."""
-    n_layers = len(weights)
-    grads: list[Tensor | None] = [x.new_empty(0)] * (1 + 3 * n_layers)  # not needed
-    relus = saved[5 * (n_layers - 1) :]
-    relus = [None] * (n_layers - 1 - len(relus)) + relus
-    for k in reversed(range(n_layers)):
-        needs_input, needs_weight = any(needs_grad[: 1 + 2 * k]), bool(needs_grad[1 + 2 * k])
-        norm_input = NormedInput()
-        layer_input = x
-        if k > 0:
-            z, mean, variance, weight, bias = saved[5 * k - 5 : 5 * k]
-            norm = Norm(mean, variance, weight, bias, epsilons[k - 1], bool(conv_params[8 * k - 1]))
-            norm_input = NormedInput(z, norm, any(needs_grad[: 2 * k]), bool(needs_grad[2 * k]))
-            layer_input = relus[k - 1]
-            if layer_input is None:
-                layer_input, _ = norm_add_relu(z, norm, None, None, None, NO_SHIFT, False)
-        elif first_shift:
-            layer_input = temporal_shift(x, first_shift)
-        params = ConvParams.of_flat(conv_params[8 * k :])
-        grad, grad_weight = convolve_backward(grad, layer_input, weights[k], params, (needs_input, needs_weight))
-        if needs_weight:
-            grads[1 + 3 * k] = grad_weight
-        if not needs_input:
-            break
-        if k == 0:
-            grads[0] = temporal_shift_backward(grad, first_shift) if first_shift else grad
-            break
-        grad, *norm_grads = norm_relu_backward(grad, norm_input, in_kernel=False)
-        if norm_grads[0] is not None:
-            grads[3 * k - 1 : 3 * k + 1] = norm_grads
-        if grad is None:
-            break
-    return grads
+    """``residual_block_backward`` by autograd, which computes the layers again."""
+    last = len(weights) - 1
+    norms = [saved[5 * k + 1 : 5 * k + 5] for k in range(last)]  # mean, variance, weight, bias
+    leaves = [each.detach().requires_grad_() for each in (x, *weights, *(each for norm in norms for each in norm[2:]))]
+    x, *rest = leaves
+    weights, affine = rest[: last + 1], rest[last + 1 :]
+    with torch.enable_grad():
+        z = reference.temporal_shift(x, decode(first_shift)) if first_shift else x
+        for k, weight in enumerate(weights):
+            z = convolve(z, weight, ConvParams.of_flat(conv_params[8 * k :]))
+            if k < last:
+                from_batch = bool(conv_params[8 * k + 7])
+                mean, variance = (None, None) if from_batch else norms[k][:2]
+                norm_weight, norm_bias = affine[2 * k : 2 * k + 2]
+                z = F.batch_norm(z, mean, variance, norm_weight, norm_bias, from_batch, eps=epsilons[k]).relu()
+    needed = [needs_grad[0], *needs_grad[1::2], *(flag for flag in needs_grad[2:-1:2] for _ in range(2))]
+    wanted = [leaf for leaf, flag in zip(leaves, needed, strict=True) if flag]
+    found = iter(torch.autograd.grad(z, wanted, grad) if wanted else ())
+    grad_x, *rest = [next(found) if flag else None for flag in needed]
+    grads = [grad_x]
+    for k in range(last + 1):
+        grads += [rest[k], *(rest[last + 1 + 2 * k : last + 3 + 2 * k] if k < last else (None, None))]
+    return [x.new_empty(0) if each is None else each for each in grads]
 
 
 def _reference_cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
