@@ -171,8 +171,10 @@ class ShiftedModule(ClipModule):
             if only_reads and shard is None and (z := _recomputing(net, x, shift, num_prefix_tokens)) is not None:
                 return z
             with ops.recomputing_shift(x, shifted) as copy:
-                return net(copy)
-        return net(shifted(x))
+                z = net(copy)
+        else:
+            z = net(shifted(x))
+        return ops.save_clip_length_mark(z, x, shift) if eager else z
 
 
 def _product(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> Callable[[], Tensor] | None:

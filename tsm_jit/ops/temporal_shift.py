@@ -185,6 +185,29 @@ class _MarkedShift(Function):
         return _marked_backward(grad, ctx.shift, *ctx.saved_tensors), None
 
 
+class _SaveMark(Function):
+    @staticmethod
+    def forward(ctx, z, mark):
+        ctx.save_for_backward(mark)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def save_clip_length_mark(z: Any, x: Tensor, shift: str) -> Any:
+    """Returns the result ``z`` of a layer of the shifted ``x``, with the mark in its backward if the shift has none.
+
+    That is so if ``x`` needs no gradient, but weights of the layer do.
+    """
+    if x.requires_grad or not isinstance(z, Tensor) or not z.requires_grad:
+        return z
+    for mark in clip_length_mark(x, shift):
+        z = _SaveMark.apply(z, mark)
+    return z
+
+
 class _InPlace(Function):
     @staticmethod
     def forward(ctx, x, shift):
