@@ -24,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/common.h"
 #include "core/dtype.h"
 
 namespace tsm_jit {
@@ -159,7 +160,7 @@ inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
   constexpr int64_t kMappedAnew = int64_t{32} << 20;  // glibc: DEFAULT_MMAP_THRESHOLD_MAX
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   if (bytes < kMappedAnew) return;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(data), begin = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data), begin = ceil_div(address, kPage) * kPage;
   madvise(reinterpret_cast<void*>(begin), (address + bytes) / kPage * kPage - begin, MADV_HUGEPAGE);
 #endif
 }

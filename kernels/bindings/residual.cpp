@@ -413,7 +413,7 @@ OperandGrads norm_relu_grads(const Tensor& grad, const Operand& z, bool overwrit
     n.variance[0] = b.norm.variance;
     n.weight[0] = b.norm.weight;
     n.epsilon[0] = z.epsilon;
-    if (z.of_batch) {
+    if (z.uses_batch_stats) {
       b.batch_norm = b.norm;
       b.batch_norm.weight = row_data(*norm_grads, 3);
       b.batch_norm.bias = row_data(*norm_grads, 4);
@@ -447,7 +447,7 @@ namespace {
 Tensor grad_through_norm(const AddReluGrads& grads, const Operand& x, const void* zero, const void* batch_norm,
                          bool overwrite, const std::string& shift) {
   const Tensor& grad = grads.grad ? *grads.grad : *grads.grad_shifted;
-  const OptionalTensor values = x.of_batch ? with_layout_of(grad, x.values) : std::nullopt;
+  const OptionalTensor values = x.uses_batch_stats ? with_layout_of(grad, x.values) : std::nullopt;
   const Tensor* const boundary = grads.grad ? nullptr : pointer(grads.grad_boundary_in);
   Tensor out = overwrite && grads.grad ? grad : new_like(grad);
   StreamDescriptor descriptor;
@@ -473,11 +473,11 @@ Tensor grad_through_norm(const AddReluGrads& grads, const Operand& x, const void
   return out;
 }
 
-// From Python's [of_batch, needs_grad, norm_needs_grad].
+// From Python's [uses_batch_stats, needs_grad, norm_needs_grad].
 Operand to_operand(const OptionalTensor& values, const std::vector<Tensor>& norm, double epsilon,
-                   const std::vector<int64_t>& norm_meta) {
-  if (norm_meta.size() != 3) fail("norm_meta must be three flags, got " + std::to_string(norm_meta.size()));
-  return {values, norm, epsilon, norm_meta[0] != 0, norm_meta[1] != 0, norm_meta[2] != 0};
+                   const std::vector<int64_t>& flags) {
+  if (flags.size() != 3) fail("flags must be three flags, got " + std::to_string(flags.size()));
+  return {values, norm, epsilon, flags[0] != 0, flags[1] != 0, flags[2] != 0};
 }
 
 // Returns seven gradients: of values, weight and bias of z; of values, weight and bias of the identity; of boundary.
@@ -497,7 +497,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_add_relu
   };
   // If the identity was shifted, grad_through_norm of z reads the shifted gradient, so an unshifted one is not needed.
   // It can do so only if it also reads the values of z, as statistics of the batch require.
-  const bool unshifted = !identity_is_shifted || (z.needs_grad && (z.norm.empty() || !z.of_batch));
+  const bool unshifted = !identity_is_shifted || (z.needs_grad && (z.norm.empty() || !z.uses_batch_stats));
   const AddReluGrads grads = new_add_relu_backward({grad_a, grad_b, grad_boundary, out, boundary_out}, summed(z),
                                                    summed(identity), shift, unshifted, identity_is_shifted);
   OptionalTensor rows = grads.norm_grads;  // see NormGrads; row 0 is zeros
@@ -533,8 +533,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_add_relu
 // Returns the gradients of z, weight and bias.
 std::tuple<Tensor, Tensor, Tensor> norm_relu_backward(const Tensor& grad, const Tensor& z,
                                                       const std::vector<Tensor>& norm, double epsilon,
-                                                      const std::vector<int64_t>& norm_meta) {
-  const auto [values, weight, bias] = norm_relu_grads(grad, to_operand(z, norm, epsilon, norm_meta), false);
+                                                      const std::vector<int64_t>& flags) {
+  const auto [values, weight, bias] = norm_relu_grads(grad, to_operand(z, norm, epsilon, flags), false);
   return {values, weight, bias};
 }
 

@@ -70,10 +70,10 @@ struct Operand {
   OptionalTensor values;
   std::vector<Tensor> norm;  // mean, variance and weight, before a ReLU also the bias; empty: none
   double epsilon;
-  bool of_batch;  // mean and variance are computed from `values`, so gradients also pass through them
+  bool uses_batch_stats;  // mean and variance are computed from `values`, so gradients also pass through them
   bool needs_grad, norm_needs_grad;
 
-  bool needs_sums() const { return !norm.empty() && (of_batch || norm_needs_grad); }
+  bool needs_sums() const { return !norm.empty() && (uses_batch_stats || norm_needs_grad); }
 };
 
 // Undefined tensors are not needed.

@@ -68,8 +68,8 @@ class Decoder {
   const char* at_;
 };
 
-// Does x have dimensions [N, T, ...], rather than [N*T, ...]? As tsm_jit.reference.clips_apart.
-bool clips_apart(const Tensor& x, const ShiftPlan& plan) { return x.dim() == 5 && plan.channel_dim >= 2; }
+// Does x have dimensions [N, T, ...], rather than [N*T, ...]? As tsm_jit.reference.has_clip_dim.
+bool has_clip_dim(const Tensor& x, const ShiftPlan& plan) { return x.dim() == 5 && plan.channel_dim >= 2; }
 
 }  // namespace
 
@@ -87,7 +87,7 @@ ShiftPlan shift_plan(const Tensor& x, const std::string& encoded) {
     fail("channel_dim must be a dimension of x after the frames, got " + std::to_string(plan.channel_dim));
   }
   const bool divides = plan.n_segment >= 1 && plan.n_segment <= std::numeric_limits<int32_t>::max() / 2 &&
-                       (clips_apart(x, plan) ? x.size(1) == plan.n_segment : x.size(0) % plan.n_segment == 0);
+                       (has_clip_dim(x, plan) ? x.size(1) == plan.n_segment : x.size(0) % plan.n_segment == 0);
   if (!divides) fail("n_segment must be the clip length of x, got " + std::to_string(plan.n_segment));
   if (plan.n_segment_shifted < 1 || plan.n_segment_shifted > plan.n_segment) {
     fail("n_segment_shifted must be in 1..n_segment, got " + std::to_string(plan.n_segment_shifted));
@@ -146,7 +146,7 @@ int64_t merged_size(const Dimension* begin, const Dimension* end, Dimension unit
 bool describe_shift(const Tensor& src, const Tensor& dst, const ShiftPlan& plan, ShiftDescriptor& out) {
   const auto sizes = src.sizes(), src_strides = src.strides(), dst_strides = dst.strides();
   const int64_t element = src.element_size();
-  const bool apart = clips_apart(src, plan);
+  const bool apart = has_clip_dim(src, plan);
   const auto dimension = [&](int64_t d) { return Dimension{sizes[d], src_strides[d], dst_strides[d]}; };
 
   Dimension clip = dimension(0), frame = dimension(apart ? 1 : 0);
@@ -212,7 +212,7 @@ void execute([[maybe_unused]] const Tensor& x, const Shift& s, const void* src, 
 // x with every expanded dimension (stride 0) other than frames and channels narrowed to size 1. The gradient of a mean
 // over pixels is such an x.
 Tensor unexpanded(Tensor x, const ShiftPlan& plan) {
-  for (int64_t d = clips_apart(x, plan) ? 2 : 1; d < x.dim(); ++d) {
+  for (int64_t d = has_clip_dim(x, plan) ? 2 : 1; d < x.dim(); ++d) {
     if (d != plan.channel_dim && x.stride(d) == 0 && x.size(d) > 1) x = torch::stable::narrow(x, d, 0, 1);
   }
   return x;

@@ -11,6 +11,9 @@
 
 namespace tsm_jit {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class A, class B>
+TSM_HOST_DEVICE constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 
 }  // namespace tsm_jit

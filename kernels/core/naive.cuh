@@ -80,7 +80,7 @@ struct NaiveNorm {
   __device__ acc_t scale(int64_t c) const {
     return mean == nullptr ? 1 : weight[c] * rsqrt(variance[c] + static_cast<acc_t>(epsilon));
   }
-  __device__ acc_t shift(int64_t c) const { return mean == nullptr ? 0 : bias[c] - mean[c] * scale(c); }
+  __device__ acc_t bias_term(int64_t c) const { return mean == nullptr ? 0 : bias[c] - mean[c] * scale(c); }
 };
 
 }  // namespace tsm_jit

@@ -1,6 +1,11 @@
 // The backward of the end of a residual block on the CPU, without the sums per channel.
 //
-//     grad = (grad_a + grad_b) where out > 0, else 0    as in add_relu_backward.cuh
+//     grad = (grad_a + grad_b) where out > 0, else 0
+//
+// Tensors      out, grad_a, grad_b: in the layout of `out`. grad: unshifted; see residual_stream.h
+// Task         one frame of one clip
+// Aliasing     an output may be an input of the same layout
+// Bytes moved  out, grad_a, grad_b and grad once each
 #include "residual/add_relu_backward.h"
 
 #include <algorithm>

@@ -1,6 +1,13 @@
 // The end of a residual block on the CPU.
 //
-//     out = relu(z * z_scale + (identity * identity_scale + bias))    as in norm_add_relu.cuh
+//     out = relu(z * z_scale + (identity * identity_scale + bias))
+//
+//     scale = weight / sqrt(variance + epsilon) of each norm, bias = sum of (norm bias - mean * scale) of both norms
+//
+// Tensors      z: unshifted. identity, out: unshifted, or shifted with boundary frames; see residual_stream.h
+// Task         one frame of one clip
+// Aliasing     out may be identity if both have the same layout; out may be z if both are unshifted
+// Bytes moved  z, identity and out once each, boundary frames once; with `unshifted` 1 / step^2 of out more
 #include "residual/norm_add_relu.h"
 
 #include <algorithm>

@@ -61,7 +61,7 @@ __device__ void store_unshifted(const NormAddRelu& f, const ChannelSlice<Vec>& s
   const StreamArgs& a = slice.a;
   const uint32_t width = f.width, step = f.step, h = row / width, w = row - h * width;
   if (h % step != 0 || w % step != 0) return;
-  const uint32_t columns = (width + step - 1) / step, rows = (a.rows / width + step - 1) / step;
+  const uint32_t columns = ceil_div(width, step), rows = ceil_div(a.rows / width, step);
   const int64_t pixel = (int64_t{clip} * a.frames + s) * rows * columns + h / step * columns + w / step;
   slice.consecutive_rows(f.unshifted, pixel).store(0, x);
 }

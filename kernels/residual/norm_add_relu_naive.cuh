@@ -1,6 +1,6 @@
 // Naive end of a residual block: read this first. Tests compare norm_add_relu.cuh with it.
 //
-//     out = relu(z * z_scale + identity * identity_scale + shifts)
+//     out = relu(z * z_scale + identity * identity_scale + bias)
 //
 // Tensors   z: unshifted. identity, out: in either layout; see residual_stream.h
 // Grid      one thread per element of z
@@ -18,7 +18,7 @@ __global__ void norm_add_relu_naive(NaiveStream<Element> out, NaiveStream<Elemen
   if (i >= s.numel()) return;
   const NaiveIndex at(s, i);
   const int64_t c = at.channel;
-  const auto bias = z_norm.shift(c) + identity_norm.shift(c);
+  const auto bias = z_norm.bias_term(c) + identity_norm.bias_term(c);
   auto x = z.load(s, at) * z_norm.scale(c) + (identity.load(s, at) * identity_norm.scale(c) + bias);
   if (relu && x <= 0) x = 0;  // NaN stays
   const auto rounded = Element::from_acc(x);

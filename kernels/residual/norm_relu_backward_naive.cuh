@@ -20,9 +20,10 @@ __global__ void norm_relu_backward_naive(typename Element::storage_t* out, typen
   const int64_t i = naive_index(), c = i % channels;
   if (i >= rows * channels) return;
   const auto x = Element::to_acc(z[i]);
-  const auto normed = Element::to_acc(Element::from_acc(x * norm.scale(c) + norm.shift(c)));  // as the forward rounds
+  const auto normed =
+      Element::to_acc(Element::from_acc(x * norm.scale(c) + norm.bias_term(c)));  // as the forward rounds
   masked[i] = normed <= 0 ? typename Element::storage_t{} : grad[i];
-  auto grad_z = Element::to_acc(masked[i]) * norm.scale(c) + batch_norm.shift(c);
+  auto grad_z = Element::to_acc(masked[i]) * norm.scale(c) + batch_norm.bias_term(c);
   if (batch_norm.mean != nullptr) grad_z += x * batch_norm.scale(c);
   out[i] = Element::from_acc(grad_z);
 }

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kResidualThreads, kBlocksPool)
   if (!slice.exists()) return;
   acc_t scale[kLanes], bias[kLanes] = {};
   read_norm<Element>(a, p.z_norm, ChannelReader<kLanes>(a, slice.first_element()), scale, bias);
-  const int32_t columns = (p.width + kStride - 1) / kStride;
+  const int32_t columns = ceil_div(p.width, kStride);
   slice.for_each_task([&](const Task& task) {
     const int32_t s = task.frames.begin;
     const ShiftedIndex to = slice.index(s);

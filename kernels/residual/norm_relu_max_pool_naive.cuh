@@ -24,7 +24,7 @@ __global__ void norm_relu_max_pool_naive(NaiveStream<Element> out, const typenam
   for (int64_t h = h0 - 1; h <= h0 + 1; ++h) {
     for (int64_t w = w0 - 1; w <= w0 + 1; ++w) {
       if (h < 0 || h >= height || w < 0 || w >= width) continue;
-      const auto x = Element::to_acc(frame[(h * width + w) * s.channels + c]) * norm.scale(c) + norm.shift(c);
+      const auto x = Element::to_acc(frame[(h * width + w) * s.channels + c]) * norm.scale(c) + norm.bias_term(c);
       if (!(x <= largest) && largest == largest) largest = x;  // NaN stays
     }
   }

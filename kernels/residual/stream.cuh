@@ -122,7 +122,7 @@ struct ChannelSlice {
   // begins.
   template <bool kLastFirst = true, class Visit>
   __device__ void for_each_task(Visit visit) const {
-    const int32_t parts = (a.frames + a.frames_per_task - 1) / a.frames_per_task;  // of a clip
+    const int32_t parts = ceil_div(a.frames, a.frames_per_task);  // of a clip
     for (int32_t i = blockIdx.y; i < a.tasks; i += gridDim.y) {
       const int32_t task = kLastFirst ? a.tasks - 1 - i : i;
       const int32_t part = task / a.tasks_per_frame, row = (task - part * a.tasks_per_frame) * a.rows_per_task;

@@ -2,8 +2,10 @@
 //
 //     out[n, t, o, c] = in[n, t + offset(c), o, c]    see core/shift.h
 //
-// Task       one tile of one clip: all frames of up to kTileBytes of [outer_size, inner_bytes]
-// Aliasing   src and dst are the same tensor (in place) or do not overlap
+// Tensors      src, dst: [clips, frames, outer_size, inner_bytes] with strides in bytes; see core/shift.h
+// Task         one tile of one clip: all frames of up to kTileBytes of [outer_size, inner_bytes]
+// Aliasing     src and dst are the same tensor (in place) or do not overlap
+// Bytes moved  each byte that moves is read once and written once; in place the other groups are not touched
 #include "shift/temporal_shift.h"
 
 #include <algorithm>
