@@ -17,7 +17,7 @@ from tsm_jit.ops.compat import direct, eager, has_dispatch_modes, is_batched_gra
 from tsm_jit.ops.shift_conv import shift_tokens
 from tsm_jit.ops.temporal_shift import (
     SUMMABLE_DTYPES,
-    clip_length_mark,
+    clip_length_marks,
     shift_kernel,
     temporal_shift,
     temporal_shift_backward_,
@@ -81,7 +81,7 @@ class _RecomputingLayer(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
         ctx.layer = layer
-        ctx.save_for_backward(x, weight, *clip_length_mark(x, layer.shift))
+        ctx.save_for_backward(x, weight, *clip_length_marks(x, layer.shift))
         return layer.apply(shift_tokens(x, layer.shift, layer.num_prefix_tokens, shift_kernel), weight, bias)
 
     @staticmethod

@@ -36,7 +36,7 @@ from torch.compiler import is_compiling
 from tsm_jit.ops.compat import collectives, eager, is_exporting, transforms_are_active
 from tsm_jit.ops.exchange import Messages, Ranks, Strided, ranks_of
 from tsm_jit.ops.temporal_shift import (
-    clip_length_mark,
+    clip_length_marks,
     has_no_overlap,
     temporal_shift,
     temporal_shift_backward,
@@ -336,7 +336,7 @@ class _Linear(Function):
     def forward(ctx, x, kernel, adjoint, *arguments):
         ctx.adjoint, ctx.arguments = adjoint, arguments
         if len(arguments) > 1:  # a shift, not a sum
-            ctx.save_for_backward(*clip_length_mark(x, arguments[0]))
+            ctx.save_for_backward(*clip_length_marks(x, arguments[0]))
         return kernel(x, *arguments)
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tsm_jit.ops.compat import eager, has_dispatch_modes, is_batched_gradient
-from tsm_jit.ops.temporal_shift import clip_length_mark, temporal_shift, temporal_shift_backward_
+from tsm_jit.ops.temporal_shift import clip_length_marks, temporal_shift, temporal_shift_backward_
 from tsm_jit.plans import Shift, decode
 
 
@@ -326,7 +326,7 @@ class _DifferentiableProduct(Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Only the gradient of the weight reads x.
         saved = x if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(saved, weight, *clip_length_mark(x, product.encoded))
+        ctx.save_for_backward(saved, weight, *clip_length_marks(x, product.encoded))
         return product.forward(x, weight, bias)
 
     @staticmethod
