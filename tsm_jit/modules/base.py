@@ -242,13 +242,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Whether hooks for all modules are registered."""
-    return any(
-        (
-            all_modules._global_forward_hooks,
-            all_modules._global_forward_pre_hooks,
-            all_modules._global_backward_hooks,
-            all_modules._global_backward_pre_hooks,
-        )
+    return bool(
+        all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or all_modules._global_backward_hooks
+        or all_modules._global_backward_pre_hooks
     )
 
 

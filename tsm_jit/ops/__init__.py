@@ -2,11 +2,12 @@
 
 from tsm_jit.ops.compat import eager, transforms_are_active
 from tsm_jit.ops.recomputing_layer import Layer, recomputing_layer
-from tsm_jit.ops.shift_conv import served_conv1x1, served_linear, shift_conv1x1, shift_linear, shift_tokens
+from tsm_jit.ops.shift_conv import served_conv1x1, served_linear, shift_conv1x1, shift_linear
 from tsm_jit.ops.temporal_shift import (
     has_no_overlap,
     recomputing_shift,
     save_clip_length_mark,
+    shift_tokens,
     temporal_shift,
     temporal_shift_,
     temporal_shift_backward,

@@ -152,6 +152,11 @@ def process_group(name: str) -> Any:
     return _resolve_process_group()(name)
 
 
+def current_device() -> int:
+    """Returns the index of the current GPU, of a process that has used one."""
+    return torch._C._cuda_getDevice()
+
+
 def current_stream_handle(device: torch.device) -> int:
     """Returns the handle of the current stream of a GPU, without the Python object of the stream."""
     return torch._C._cuda_getCurrentRawStream(device.index)

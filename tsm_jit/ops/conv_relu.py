@@ -46,7 +46,7 @@ def _compute(
 ) -> Tensor:
     if shift is not None:
         is_product = weight.shape[2:] == (1, 1) and groups == 1 and not any(padding) and stride[0] == stride[1] <= 2
-        if is_product and add is None:
+        if is_product and add is None and eager():
             product = served_conv1x1(x, weight, bias, shift, stride[0], relu=True)
             if product is not None:
                 return product().contiguous(memory_format=_layout(x))

@@ -14,18 +14,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tsm_jit.ops.compat import direct, eager, has_dispatch_modes, is_batched_gradient
-from tsm_jit.ops.shift_conv import shift_tokens
 from tsm_jit.ops.temporal_shift import (
     SUMMABLE_DTYPES,
     clip_length_marks,
     shift_kernel,
+    shift_tokens,
     temporal_shift,
     temporal_shift_backward_,
 )
 
-_convolution = direct(torch.ops.aten.convolution.default)
 _convolution_backward = direct(torch.ops.aten.convolution_backward.default)
-_CAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
+
+# The dtypes that autocast casts.
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Layer(NamedTuple):
@@ -37,33 +38,59 @@ class Layer(NamedTuple):
 
     def apply(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without the shift."""
-        if self.convolution is None:
-            return F.linear(y, weight, bias)
-        stride, padding, dilation, groups = self.convolution
-        return _convolution(y, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+        return F.linear(y, weight, bias) if self.convolution is None else F.conv2d(y, weight, bias, *self.convolution)
 
-    def gradients(
-        self, dz: Tensor, y: Tensor, weight: Tensor, needs_input: bool, needs_weight: bool, needs_bias: bool
+    def backward(
+        self, dz: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of the shifted input, the weight and the bias."""
+        """The gradients of the input ``x`` before the shift, the weight and the bias, where needed.
+
+        If the weight needs no gradient, only the shape of ``x`` matters.
+        """
+        if torch.is_grad_enabled() or not is_plain_gradient(dz):
+            return self._differentiable_backward(dz, x, weight, needs_x, needs_weight, needs_bias)
+        y = shift_tokens(x, self.shift, self.num_prefix_tokens, shift_kernel) if needs_weight else x
         if self.convolution is None:
             rows = dz.flatten(0, -2)
-            dy = dz @ weight if needs_input else None
+            dx = dz @ weight if needs_x else None
             dw = rows.t() @ y.flatten(0, -2) if needs_weight else None
-            return dy, dw, rows.sum(0) if needs_bias else None
-        stride, padding, dilation, groups = self.convolution
-        sizes = [weight.shape[0]] if needs_bias else None
-        needs = [needs_input, needs_weight, needs_bias]
-        return _convolution_backward(dz, y, weight, sizes, stride, padding, dilation, False, [0, 0], groups, needs)
+            db = rows.sum(0) if needs_bias else None
+        else:
+            stride, padding, dilation, groups = self.convolution
+            bias_sizes, needs = [weight.shape[0]] if needs_bias else None, [needs_x, needs_weight, needs_bias]
+            dx, dw, db = _convolution_backward(
+                dz, y, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, needs
+            )
+        del y
+        if dx is not None:
+            n = self.num_prefix_tokens
+            temporal_shift_backward_(dx[:, n:] if n else dx, self.shift)
+        return dx, dw, db
+
+    def _differentiable_backward(self, dz: Tensor, x: Tensor, weight: Tensor, *needs: bool) -> Any:
+        """The same by differentiable operators: for double backward, or for many gradients at once."""
+        with torch.enable_grad():
+            bias = weight.new_zeros(weight.shape[0])  # any value: no gradient depends on it
+            inputs = [each if each.requires_grad else each.detach().requires_grad_() for each in (x, weight, bias)]
+            z = self.apply(shift_tokens(inputs[0], self.shift, self.num_prefix_tokens, temporal_shift), *inputs[1:])
+        needed = [each for each, is_needed in zip(inputs, needs, strict=True) if is_needed]
+        grads = iter(torch.autograd.grad(z, needed, dz, create_graph=torch.is_grad_enabled()) if needed else ())
+        return tuple(next(grads) if is_needed else None for is_needed in needs)
+
+
+def is_plain_gradient(dz: Tensor) -> bool:
+    """Whether ``dz`` is one gradient in memory, and no compiler, transform or dispatch mode must see all operators."""
+    return type(dz) is Tensor and not is_batched_gradient(dz) and eager() and not has_dispatch_modes()
 
 
 def recomputing_layer(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> Tensor | None:
     """Returns ``layer`` of the shifted ``x`` as one autograd function, or None where separate ones are needed."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        if any(each.dtype not in _CAST for each in tensors):
+    dtypes = {each.dtype for each in tensors}
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if not dtypes.issubset(AUTOCAST_DTYPES):
             return None
     else:
         dtype = x.dtype
@@ -71,7 +98,7 @@ def recomputing_layer(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Lay
         return None
     if x.untyped_storage().nbytes() > x.nbytes:  # the backward would keep the whole storage
         return None
-    if any(each.dtype is not dtype for each in tensors):
+    if dtypes != {dtype}:
         x, weight, *rest = (each.to(dtype) for each in tensors)
         bias = rest[0] if rest else None
     return _RecomputingLayer.apply(x, weight, bias, layer)
@@ -81,36 +108,22 @@ class _RecomputingLayer(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
         ctx.layer = layer
-        ctx.save_for_backward(x, weight, *clip_length_marks(x, layer.shift))
+        ctx.shape = x.shape
+        save_input(ctx, x, weight, layer.shift)
         return layer.apply(shift_tokens(x, layer.shift, layer.num_prefix_tokens, shift_kernel), weight, bias)
 
     @staticmethod
     def backward(ctx, dz):
-        layer = ctx.layer
-        x, weight = ctx.saved_tensors[:2]
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        is_plain = type(dz) is Tensor and not is_batched_gradient(dz) and eager() and not has_dispatch_modes()
-        if torch.is_grad_enabled() or not is_plain:
-            return *_composed(layer, dz, x, weight, needs_x, needs_weight, needs_bias), None
-        y = x  # the gradient of the input needs its shape alone
-        if needs_weight:
-            y = shift_tokens(x, layer.shift, layer.num_prefix_tokens, shift_kernel)
-        dx, dw, db = layer.gradients(dz, y, weight, needs_x, needs_weight, needs_bias)
-        del y
-        if needs_x:
-            n = layer.num_prefix_tokens
-            temporal_shift_backward_(dx[:, n:] if n else dx, layer.shift)
-        return dx, dw, db, None
+        x, weight = saved_input(ctx, ctx.shape)
+        return *ctx.layer.backward(dz, x, weight, *ctx.needs_input_grad[:3]), None
 
 
-def _composed(layer: Layer, dz: Tensor, x: Tensor, weight: Tensor, *needs: bool) -> list[Tensor | None]:
-    """The gradients by differentiable operators: for double backward, or for many gradients at once."""
-    with torch.enable_grad():
-        bias = weight.new_zeros(weight.shape[0]).requires_grad_()  # any value: no gradient depends on it
-        inputs: list[Any] = [x, weight, bias]
-        inputs = [each if each.requires_grad else each.detach().requires_grad_() for each in inputs]
-        x, weight, bias = inputs
-        z = layer.apply(shift_tokens(x, layer.shift, layer.num_prefix_tokens, temporal_shift), weight, bias)
-    wanted = [each for each, needed in zip(inputs, needs, strict=True) if needed]
-    grads = iter(torch.autograd.grad(z, wanted, dz, create_graph=torch.is_grad_enabled()))
-    return [next(grads) if needed else None for needed in needs]
+def save_input(ctx: Any, x: Tensor, weight: Tensor, shift: str) -> None:
+    """Saves the first two inputs of an autograd function. Only the gradient of the weight reads ``x``."""
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, *clip_length_marks(x, shift))
+
+
+def saved_input(ctx: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Returns what :func:`save_input` saved. An ``x`` that was not saved has its shape, and no memory."""
+    x, weight = ctx.saved_tensors[:2]
+    return weight.new_zeros(()).expand(shape) if x is None else x, weight

@@ -17,28 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from tsm_jit.ops.compat import eager, has_dispatch_modes, is_batched_gradient
-from tsm_jit.ops.temporal_shift import clip_length_marks, temporal_shift, temporal_shift_backward_
+from tsm_jit.ops.compat import current_device, current_stream_handle, eager, has_dispatch_modes
+from tsm_jit.ops.recomputing_layer import AUTOCAST_DTYPES, Layer, is_plain_gradient, save_input, saved_input
+from tsm_jit.ops.temporal_shift import shift_tokens, temporal_shift, temporal_shift_backward_
 from tsm_jit.plans import Shift, decode
 
 
 def shift_conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int = 1) -> Tensor:
     """``conv2d(temporal_shift(x), weight, bias, stride)`` for frames ``[N*T, C, H, W]`` and a 1x1 convolution."""
-    product = served_conv1x1(x, weight, bias, shift, stride)
+    product = served_conv1x1(x, weight, bias, shift, stride) if eager() else None
     return product() if product is not None else F.conv2d(temporal_shift(x, shift), weight, bias, stride)
 
 
 def shift_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, num_prefix_tokens: int = 0) -> Tensor:
     """``linear(temporal_shift(x), weight, bias)`` for tokens ``[N*T, L, C]``. The first tokens do not move."""
-    product = served_linear(x, weight, bias, shift, num_prefix_tokens)
+    product = served_linear(x, weight, bias, shift, num_prefix_tokens) if eager() else None
     return product() if product is not None else F.linear(shift_tokens(x, shift, num_prefix_tokens), weight, bias)
-
-
-def shift_tokens(x: Tensor, shift: str, num_prefix_tokens: int, function: Callable = temporal_shift) -> Tensor:
-    """Shifts tokens ``[N*T, L, C]`` but the first ``num_prefix_tokens`` of each frame."""
-    if not num_prefix_tokens:
-        return function(x, shift)
-    return torch.cat([x[:, :num_prefix_tokens], function(x[:, num_prefix_tokens:], shift)], 1)
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -47,11 +41,11 @@ def shift_tokens(x: Tensor, shift: str, num_prefix_tokens: int, function: Callab
 def served_conv1x1(
     x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int, relu: bool = False
 ) -> Callable[[], Tensor] | None:
-    """Returns what computes :func:`shift_conv1x1` without a shifted copy, or None if the kernels do not serve.
+    """In eager mode, returns what computes :func:`shift_conv1x1` without a shifted copy, or None if no kernel serves.
 
     ``relu`` applies a ReLU to the result, without gradients.
     """
-    if not x.is_cuda or not eager() or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+    if not x.is_cuda or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return None
     return _served(x, weight, bias, shift, stride, 0, relu)
 
@@ -59,8 +53,8 @@ def served_conv1x1(
 def served_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, num_prefix_tokens: int
 ) -> Callable[[], Tensor] | None:
-    """Returns what computes :func:`shift_linear` without a shifted copy, or None if the kernels do not serve."""
-    if not x.is_cuda or not eager() or x.dim() != 3 or not x.is_contiguous():
+    """In eager mode, returns what computes :func:`shift_linear` without a shifted copy, or None if no kernel serves."""
+    if not x.is_cuda or x.dim() != 3 or not x.is_contiguous():
         return None
     return _served(x, weight, bias, shift, 1, num_prefix_tokens)
 
@@ -76,20 +70,20 @@ def _served(
 ) -> Callable[[], Tensor] | None:
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
-    given = _CAST if autocast else (dtype,)
+    dtypes = AUTOCAST_DTYPES if autocast else (dtype,)
     channels = x.shape[1] if x.dim() == 4 else x.shape[2]
     serves = (
         (dtype in _HALF or (dtype is torch.float32 and _tf32_is_allowed(x.dim() == 4)))
-        and x.dtype in given
+        and x.dtype in dtypes
         and type(x) is Tensor  # not a fake or distributed tensor
         and _is_aligned(x)
         and type(weight) in _DENSE
-        and weight.dtype in given
+        and weight.dtype in dtypes
         and weight.device == x.device
         and weight.shape[1] == channels
         and weight.stride()[:2] == (channels, 1)
         and _is_aligned(weight)
-        and (bias is None or _is_bias(bias, weight, given))
+        and (bias is None or _is_bias(bias, weight, dtypes))
         and not has_dispatch_modes()
         and not torch.are_deterministic_algorithms_enabled()
         # The backward reads x. Of a slice it would keep the whole storage, of which a shifted copy is a part.
@@ -120,7 +114,6 @@ def _is_bias(bias: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> b
 
 
 _HALF = (torch.float16, torch.bfloat16)
-_CAST = (*_HALF, torch.float32)  # what autocast casts
 _DENSE = (Tensor, torch.nn.Parameter)
 
 
@@ -141,8 +134,8 @@ def _product(
 ) -> _Product | None:
     """Returns the product for such an ``x``, or None where a separate shift is faster or the only way.
 
-    The columns must move in groups of 8, which a thread loads at once, and a product of few tiles leaves processors
-    idle: PyTorch's own splits its sum.
+    The columns must move in groups of 8, which a thread loads at once. A long sum in few tiles leaves processors idle:
+    PyTorch's own product splits the sum.
     """
     plan = decode(shift)
     channel_dim = 1 if len(shape) == 4 else 2
@@ -153,7 +146,7 @@ def _product(
         return None
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     product = _Product(shape, out_channels, plan, shift, stride, num_prefix_tokens, dtype, device, processors)
-    return product if product.tiles >= product.processors else None
+    return product if not product.is_small or product.k <= 1024 else None
 
 
 @functools.cache
@@ -182,23 +175,35 @@ class _Kernel:
     each call, so only the first call looks it up.
     """
 
-    def __init__(self, name: str, grid: tuple[int, int, int], sizes: tuple, constants: dict, warps: int, stages: int):
+    def __init__(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        sizes: tuple,
+        constants: dict,
+        warps: int,
+        stages: int,
+        device: torch.device,
+    ):
         from tsm_jit.ops import shift_gemm
 
         self._kernel = getattr(shift_gemm, name)
-        self._grid = grid
+        self._grid, self._device = grid, device
         self._sizes, self._constants = sizes, constants
         self._options = {"num_warps": warps, "num_stages": stages}
-        self._launch: Callable | None = None
+        self._compiled: Any = None
         self._arguments = (*sizes, *constants.values())
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        if self._launch is not None:
-            self._launch(*tensors, *self._arguments)
+        compiled = self._compiled
+        if compiled is None:  # always so in Triton's interpreter
+            self._compiled = self._kernel[self._grid](*tensors, *self._sizes, **self._constants, **self._options)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._sizes, **self._constants, **self._options)
-        if compiled is not None:  # None from Triton's interpreter
-            self._launch = compiled[self._grid]
+        stream = current_stream_handle(self._device)
+        no_hooks = (None, None, None)  # of Triton's own profiler
+        compiled.run(
+            *self._grid, stream, compiled.function, compiled.packed_metadata, *no_hooks, *tensors, *self._arguments
+        )
 
 
 class _Product:
@@ -221,6 +226,7 @@ class _Product:
         out_height, out_width = [(size - 1) // stride + 1 for size in (height, width)]
         positions = out_height * out_width
         self.shift, self.encoded, self.num_prefix_tokens = shift, encoded, num_prefix_tokens
+        self.layer = Layer(encoded, num_prefix_tokens, ((stride,) * 2, (0, 0), (1, 1), 1) if len(shape) == 4 else None)
         self.shape, self.stride, self.dtype, self.device = shape, stride, dtype, device
         if len(shape) == 4:  # in channels_last
             self.out_shape: tuple[int, ...] = (frames, out_channels, out_height, out_width)
@@ -231,8 +237,12 @@ class _Product:
         self.processors = processors
         # Tiles, warps and stages as measured: two or three programs per processor hide the latency of the loads.
         self.block_n = 64 if self.n <= 64 else 128
+        tiles = _ceil_div(self.rows, 128) * _ceil_div(self.n, self.block_n)
+        self.is_small = tiles < processors
+        self.block_m = 64 if tiles < 2 * processors else 128
+        if tiles < processors // 4:
+            self.block_n = 64
         self.depth = 128 // dtype.itemsize  # the block of the dimension that is summed, in rows of 128 bytes
-        self.tiles = _ceil_div(self.rows, 128) * _ceil_div(self.n, self.block_n)
         ends, plan = 0, []
         for group, offset in shift.plan:
             ends += group
@@ -244,7 +254,7 @@ class _Product:
         self.forward_kernels: dict[tuple[torch.dtype | None, bool], _Kernel] = {}
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-        if torch.cuda.current_device() != self.device.index:
+        if current_device() != self.device.index:  # all kernels run on the current one
             with torch.cuda.device(self.device):
                 return self(x, weight, bias, relu)
         if weight.dtype is not self.dtype:  # by autocast
@@ -268,16 +278,16 @@ class _Product:
             **more,
             **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)),
         }
-        return _Kernel(name, (tiles, parts, 1), self.sizes, constants, warps, stages=3)
+        return _Kernel(name, (tiles, parts, 1), self.sizes, constants, warps, 3, self.device)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
         z = x.new_empty_strided(self.out_shape, self.out_strides)  # 1 us faster than empty in channels_last
         key = (None if bias is None else bias.dtype, relu)
         kernel = self.forward_kernels.get(key)
         if kernel is None:
-            blocks = (128, self.block_n, self.depth)
-            warps = 4 if self.block_n == 64 else 8
-            kernel = self._kernel("forward", self.tiles, 1, blocks, warps, RELU=relu)
+            tiles = _ceil_div(self.rows, self.block_m) * _ceil_div(self.n, self.block_n)
+            warps = 8 if self.block_m == self.block_n == 128 else 4
+            kernel = self._kernel("forward", tiles, 1, (self.block_m, self.block_n, self.depth), warps, RELU=relu)
             self.forward_kernels[key] = kernel
         kernel(x, weight, bias, z)
         return z
@@ -312,39 +322,26 @@ class _Product:
         kernel(dz, x, dw)
         return dw.sum(0) if parts > 1 else dw[0]
 
-    def composed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The same product by differentiable operators."""
-        if x.dim() == 4:
-            return F.conv2d(temporal_shift(x, self.encoded), weight, None, self.stride)
-        return F.linear(shift_tokens(x, self.encoded, self.num_prefix_tokens), weight)
-
 
 class _DifferentiableProduct(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, product):
         ctx.product = product
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        # Only the gradient of the weight reads x.
-        saved = x if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(saved, weight, *clip_length_marks(x, product.encoded))
+        if bias is not None:
+            ctx.bias_dtype = bias.dtype
+        save_input(ctx, x, weight, product.encoded)
         return product.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dz):
         product = ctx.product
-        x, weight = ctx.saved_tensors[:2]
+        x, weight = saved_input(ctx, product.shape)
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         channels = 1 if dz.dim() == 4 else 2
         db = dz.sum([i for i in range(dz.dim()) if i != channels], dtype=ctx.bias_dtype) if needs_bias else None
-        is_plain = type(dz) is Tensor and not is_batched_gradient(dz) and eager() and not has_dispatch_modes()
-        if torch.is_grad_enabled() or not is_plain:  # double backward, or many gradients at once
-            if x is None:  # any value: the gradient of x does not depend on it
-                x = dz.new_zeros(product.shape).requires_grad_()
-            needed = [each for each, needs in ((x, needs_x), (weight, needs_weight)) if needs]
-            with torch.enable_grad():
-                z = product.composed(x, weight)
-            grads = iter(torch.autograd.grad(z, needed, dz, create_graph=torch.is_grad_enabled()) if needed else ())
-            return next(grads) if needs_x else None, next(grads) if needs_weight else None, db, None
+        if product.is_small or torch.is_grad_enabled() or not is_plain_gradient(dz):
+            dx, dw, _ = product.layer.backward(dz, x, weight, needs_x, needs_weight, False)
+            return dx, dw, db, None
         dz = _dense(dz)
         with torch.cuda.device(product.device):
             dx = product.input_grad(dz, weight) if needs_x else None

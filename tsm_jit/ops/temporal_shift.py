@@ -260,6 +260,13 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
     return _TransformableShift.apply(x, shift)
 
 
+def shift_tokens(x: Tensor, shift: str, num_prefix_tokens: int, function: Callable = temporal_shift) -> Tensor:
+    """Shifts tokens ``[N*T, L, C]`` but the first ``num_prefix_tokens`` of each frame."""
+    if not num_prefix_tokens:
+        return function(x, shift)
+    return torch.cat([x[:, :num_prefix_tokens], function(x[:, num_prefix_tokens:], shift)], 1)
+
+
 def temporal_shift_for_single_consumer(x: Tensor, shift: str) -> Tensor:
     """:func:`temporal_shift` for a single consumer, which must return a new tensor."""
     if eager() and x.requires_grad and torch.is_grad_enabled() and x.dtype in SUMMABLE_DTYPES:
