@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -69,6 +70,16 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == expected.dtype
     a, b = bits(actual), bits(expected)
     assert torch.equal(a, b), f"{(a != b).sum().item()} of {a.numel()} bytes differ"
+
+
+@contextlib.contextmanager
+def separate_shifts() -> Iterator[None]:
+    """Modules shift their input, then call their layer, in two kernels with the bits of both."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def poison(x: Tensor) -> None:

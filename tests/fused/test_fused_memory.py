@@ -18,6 +18,7 @@ from fused_networks import (
     step,
     without_shift_and_fused,
 )
+from support import separate_shifts
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -124,7 +125,8 @@ def test_selective_checkpointing(device, merged, saved):
         each = copy.deepcopy(fused).train()
         for stage in (each.layer1, each.layer2):
             stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False, **more)
-        with torch.autocast(device.type, torch.bfloat16), torch.backends.cudnn.flags(deterministic=True):
+        # A policy sees every operator, so it keeps shifts apart from products, which would round otherwise.
+        with torch.autocast(device.type, torch.bfloat16), separate_shifts():
             found.append(step(each, x)[1])
     for a, b in zip(*found, strict=True):
         assert (a - b).norm() <= 1e-3 * b.norm()  # the stem's pooling adds in any order on a GPU

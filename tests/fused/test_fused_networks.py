@@ -23,7 +23,7 @@ from fused_networks import (
     tsm,
 )
 from processes import gradients, train
-from support import assert_same_bits, poison, random_values
+from support import assert_same_bits, poison, random_values, separate_shifts
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -190,7 +190,7 @@ def test_timm_checkpoints_gradients_of_stages(device):
 @pytest.mark.parametrize("layout", FORMATS)
 def test_inference_without_folding_is_the_same_to_the_bit(device, layout, dtype):
     net, fused, x = pair(lambda: tsm(small(norm_layer=OtherNorm)), device, layout, dtype)
-    with torch.no_grad():
+    with torch.no_grad(), separate_shifts():
         assert_same_bits(fused.eval()(x), net.eval()(x))
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import tsm_jit
+from tsm_jit.fused import execute
 
 KINDS = pytest.mark.parametrize("reentrant", [False, True])
 
@@ -212,16 +213,21 @@ def test_compiled_reentrant_forwards_of_one_length_before_their_backwards(device
 
 
 @pytest.mark.slow
-def test_compiled_fused_layer_of_one_block_in_an_eager_checkpoint(device):
-    """Its only shift is of its input."""
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("sums", [False, True], ids=["as on the CPU", "as on a GPU"])
+def test_a_fused_layer_of_one_block_in_two_checkpoints(device, sums, compiled, monkeypatch):
+    """Its only shift is of its input. With sums per channel, it is part of an operator for the whole block."""
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: sums and x.shape[1] > 1)
     net = resnet(True, device, (1, 1, 1, 1)).layer1
-    net.compile(backend="aot_eager")
+    if compiled:
+        net.compile(backend="aot_eager")
     x = torch.randn(8, 64, 4, 4, dtype=torch.float64, device=device).contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     with tsm_jit.n_segment(net, 4):
-        loss = checkpoint(net, x, use_reentrant=False).sum()
+        first = checkpoint(net, x, use_reentrant=False).sum()
+    second = checkpoint(net, x, use_reentrant=False).sum()
     with pytest.raises(RuntimeError, match="different metadata"):
-        loss.backward()
+        (first + second).backward()
 
 
 @pytest.mark.parametrize("training", [False, True])

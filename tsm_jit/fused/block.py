@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from tsm_jit.fused.autograd import for_consumers, norm_add_relu, norm_of, norm_relu, once_differentiable
+from tsm_jit.ops import recomputation
 from tsm_jit.ops.residual import NO_SHIFT, Norm, NormedInput, norm_add_relu_backward
 from tsm_jit.ops.residual_block import (
     ConvParams,
@@ -30,6 +31,7 @@ from tsm_jit.ops.residual_block import (
     convolve_backward,
     translating_out_of_memory,
 )
+from tsm_jit.ops.temporal_shift import clip_length_marks
 
 
 class Layer(NamedTuple):
@@ -137,11 +139,12 @@ class _BlockSaved(NamedTuple):
         return (*self[:4], *self.weights, *self.layers, *self.relus)
 
     @classmethod
-    def of_flat(cls, saved: Sequence[Any], n_layers: int) -> _BlockSaved:
-        """The inverse of :meth:`flat`."""
+    def of_flat(cls, saved: Sequence[Any], meta: _BlockMeta) -> _BlockSaved:
+        """The inverse of :meth:`flat`. More tensors may follow."""
         x, downsample_input, out, boundary_out, *rest = saved
         tensors = (x, downsample_input, out, boundary_out)
-        return cls(*tensors, rest[:n_layers], rest[n_layers : 6 * n_layers], rest[6 * n_layers :])
+        n_layers, n_relus = len(meta.epsilons), meta.n_branch - 1 - bool(meta.first_shift)
+        return cls(*tensors, rest[:n_layers], rest[n_layers : 6 * n_layers], rest[6 * n_layers :][:n_relus])
 
 
 class _Block(Function):
@@ -177,7 +180,8 @@ class _Block(Function):
             config.n_branch, config.first_shift, config.shift, config.shifted, conv_params, epsilons, autocast,
             has_downsample, boundary is not None,
         )  # fmt: skip
-        ctx.save_for_backward(*saved.flat())
+        marks = clip_length_marks(x, config.first_shift) if config.first_shift else ()
+        ctx.save_for_backward(*saved.flat(), *marks)
         ctx.set_materialize_grads(False)
         return boundary_out, *for_consumers(out, config.num_consumers)
 
@@ -186,7 +190,7 @@ class _Block(Function):
     def backward(ctx, grad_boundary, grad_a, grad_b=None):
         meta = ctx.meta  # a _BlockMeta
         n_branch = meta.n_branch
-        saved = _BlockSaved.of_flat(_in_channels_last(ctx.saved_tensors), len(meta.epsilons))
+        saved = _BlockSaved.of_flat(_in_channels_last(ctx.saved_tensors), meta)
         ctx.maybe_clear_saved_tensors()
         needs_x, needs_identity, _, _, *needs_parameters = ctx.needs_input_grad
         needs_grad = [needs_x]
@@ -335,19 +339,25 @@ class _ConvOfShift(Function):
     @staticmethod
     def forward(ctx, x, shift, weight, params):
         ctx.meta = shift, params
-        ctx.save_for_backward(x, weight)
-        return convolve(torch.ops.tsm_jit.temporal_shift.kernel(x, shift), weight, params)
+        if recomputation.saves_marks:
+            y, *marks = torch.ops.tsm_jit.marked_temporal_shift(x, shift)
+        else:
+            y, marks = torch.ops.tsm_jit.temporal_shift.kernel(x, shift), []
+        ctx.save_for_backward(x, weight, *marks)
+        return convolve(y, weight, params)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, weight, *marks = ctx.saved_tensors
         shift, params = ctx.meta
         needs_x, _, needs_weight, _ = ctx.needs_input_grad
         if needs_weight:  # otherwise the backward needs only the shape of x
             x = torch.ops.tsm_jit.temporal_shift.recompute(x, shift)
         grad_x, grad_weight = convolve_backward(grad, x, weight, params, (needs_x, needs_weight))
-        if grad_x is not None:
+        if grad_x is not None and marks:
+            grad_x = torch.ops.tsm_jit.marked_temporal_shift_backward(grad_x, shift, *marks)
+        elif grad_x is not None:
             torch.ops.tsm_jit.temporal_shift_backward_.default(grad_x, shift)
         return grad_x, None, grad_weight, None
 
