@@ -25,7 +25,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -162,7 +162,13 @@ class Training:
             device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format
         )
         self.batches = Batches(
-            len(clips), options.batch, options.accumulate, options.seed, processes.rank, processes.count
+            len(clips),
+            options.batch,
+            options.accumulate,
+            options.epochs,
+            options.seed,
+            processes.rank,
+            processes.count,
         )
         self.loader = DataLoader(
             clips,
@@ -170,8 +176,8 @@ class Training:
             num_workers=options.workers,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
-            persistent_workers=options.workers > 0,
         )
+        self.decoded: Iterator | None = None  # from the first step on, to the end of the run
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]  # of norms, and biases: not decayed
         groups = [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -207,12 +213,12 @@ class Training:
         begin, waiting, done = time.perf_counter(), 0.0, 0
         self.model.train()
         clock = Clock(self.processes.device)
-        loader = iter(self.loader)
+        decoded = self.decoded = self.decoded or iter(self.loader)
         for step in range(self.batches.first, self.batches.steps):
             self.optimizer.zero_grad(set_to_none=True)
             for part in range(self.options.accumulate):
                 before = time.perf_counter()
-                clips, labels, failures = next(loader)
+                clips, labels, failures = next(decoded)
                 waiting += time.perf_counter() - before
                 self.skipped.add(failures)
                 if (labels < 0).any():

@@ -321,28 +321,37 @@ def collate(items: Sequence[Item]) -> tuple[Tensor, Tensor, list[Failure]]:
 class Batches:
     """The keys of the training clips of this process: a batch sampler for :class:`TrainingClips`.
 
-    An epoch has each video once, in a random order; the last step is filled up from the beginning of that order. A step
+    It yields those of all epochs from its position on, so that workers decode the next epoch during the validation. An
+    epoch has each video once, in a random order; the last step is filled up from the beginning of that order. A step
     of ``batch`` clips is shared out to the processes, and its share is split into ``accumulate`` batches.
     """
 
-    def __init__(self, videos: int, batch: int, accumulate: int, seed: int, rank: int, processes: int):
-        self.videos, self.batch, self.accumulate, self.seed = videos, batch, accumulate, seed
-        self.rank, self.processes = rank, processes
+    def __init__(
+        self, videos: int, batch: int, accumulate: int, epochs: int, seed: int, rank: int = 0, processes: int = 1
+    ):
+        self.videos, self.batch, self.accumulate, self.epochs = videos, batch, accumulate, epochs
+        self.seed, self.rank, self.processes = seed, rank, processes
         self.steps = -(-videos // batch)  # per epoch
         self.epoch = self.first = 0  # the position: the next epoch, and its first step
 
     def __len__(self) -> int:
-        return (self.steps - self.first) * self.accumulate
+        return ((self.epochs - self.epoch) * self.steps - self.first) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        first = self.first
+        for epoch in range(self.epoch, self.epochs):
+            yield from self._of_epoch(epoch, first)
+            first = 0
+
+    def _of_epoch(self, epoch: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.videos, generator=generator)
         count = self.steps * self.batch
         order = order.repeat(-(-count // self.videos))[:count]
         seeds = torch.randint(2**62, (count,), generator=generator)
         keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
         mine = self.batch // self.processes
-        for step in range(self.first, self.steps):
+        for step in range(first_step, self.steps):
             first = step * self.batch + self.rank * mine
             for i in range(self.accumulate):
                 part = mine // self.accumulate

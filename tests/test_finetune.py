@@ -256,18 +256,22 @@ def test_crops_lie_inside_and_are_the_same_for_all_frames():
 
 
 @pytest.mark.parametrize("count", [1, 5, 8, 9])
-def test_an_epoch_has_every_video_shared_out(count):
-    batch, processes, accumulate = 8, 2, 2
-    shares = [videos.Batches(count, batch, accumulate, 3, rank, processes) for rank in range(processes)]
+def test_each_epoch_has_every_video_shared_out(count):
+    batch, processes, accumulate, epochs = 8, 2, 2, 3
+    shares = [videos.Batches(count, batch, accumulate, epochs, 3, rank, processes) for rank in range(processes)]
     parts = [list(share) for share in shares]
-    assert [len(share) for share in shares] == [len(part) for part in parts]
-    keys = [key for part in parts for keys in part for key in keys]
-    assert {video for video, _ in keys} == set(range(count))
-    assert len(keys) == len(set(keys)) == -(-count // batch) * batch
-    shares[0].epoch = 1
-    assert list(shares[0]) != parts[0]
-    shares[0].epoch, shares[0].first = 0, shares[0].steps - 1
-    assert list(shares[0]) == parts[0][-accumulate:]
+    of_epoch = -(-count // batch) * accumulate
+    assert [len(part) for part in parts] == [len(share) for share in shares] == [epochs * of_epoch] * processes
+    seen = []
+    for epoch in range(epochs):
+        of_this = [part[epoch * of_epoch : (epoch + 1) * of_epoch] for part in parts]
+        keys = [key for part in of_this for keys in part for key in keys]
+        assert {video for video, _ in keys} == set(range(count))
+        assert len(keys) == len(set(keys)) == -(-count // batch) * batch
+        assert keys not in seen
+        seen.append(keys)
+    shares[0].epoch, shares[0].first = 1, shares[0].steps - 1
+    assert list(shares[0]) == parts[0][2 * of_epoch - accumulate :]
 
 
 def test_a_share_of_every_class_is_held_out():

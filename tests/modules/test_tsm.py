@@ -170,6 +170,14 @@ for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("net", [nn.Conv2d(16, 24, 3, 2), nn.Conv2d(16, 24, 1), nn.BatchNorm2d(16)], ids=repr)
+def test_shapes_on_the_meta_device(net, inplace):
+    x = torch.randn(8, 16, 5, 5)
+    module = tsm_jit.TemporalShift(net, 4, inplace=inplace)
+    assert copy.deepcopy(module).to("meta")(x.to("meta")).shape == module(x).shape
+
+
 def test_in_place_leaves_no_trace_for_autograd(device):
     """A tensor that another graph saved passes through the module without recording, and is not stale afterwards."""
     leaf = torch.randn(8, 16, 3, 3, device=device, requires_grad=True)

@@ -88,6 +88,8 @@ def recomputing_layer(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Lay
     tensors = (x, weight) if bias is None else (x, weight, bias)
     dtypes = {each.dtype for each in tensors}
     device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # "meta", for example
+        return None
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         if not dtypes.issubset(AUTOCAST_DTYPES):
