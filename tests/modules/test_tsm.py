@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from support import assert_same_bits
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import tsm_jit
@@ -176,6 +176,25 @@ def test_shapes_on_the_meta_device(net, inplace):
     x = torch.randn(8, 16, 5, 5)
     module = tsm_jit.TemporalShift(net, 4, inplace=inplace)
     assert copy.deepcopy(module).to("meta")(x.to("meta")).shape == module(x).shape
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "net", [nn.Identity(), nn.Conv2d(64, 24, 1), nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64)], ids=repr
+)
+def test_a_tensor_that_a_transform_has_left_behind(device, net, inplace):
+    """Outside of its transform, PyTorch takes it as its value."""
+    module = tsm_jit.TemporalShift(net, 4, inplace=inplace).to(device)
+    x = torch.randn(8, 64, 5, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    left = []
+
+    def total(value: Tensor) -> Tensor:
+        left.append(value)
+        return value.sum()
+
+    torch.func.grad(total)(x)
+    gradients = [torch.autograd.grad(module(each).pow(3).sum(), x)[0] for each in (left[0], x)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_in_place_leaves_no_trace_for_autograd(device):

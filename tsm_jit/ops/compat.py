@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_compiling
 
@@ -20,6 +20,7 @@ try:
     from torch._C._autograd import CreationMeta, _get_creation_meta, _top_saved_tensors_default_hooks
 
     _hooks_are_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # of a tensor that a transform has left behind: its value
     _needed: tuple = (forward_ad._current_level, torch.compiler._is_exporting_flag)
     _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor, Tensor._version)
     from torch._C import _len_torch_dispatch_stack
@@ -37,6 +38,14 @@ except (ImportError, AttributeError) as error:
 def direct(overload: Any) -> Any:
     """Returns the C++ operator of an ``OpOverload``, whose Python frame costs a microsecond per call."""
     return overload._op
+
+
+def direct_apply(function: type[Function]) -> Callable[..., Any]:
+    """Returns ``function.apply`` for eager mode, without a Python frame: in PyTorch 2.11, it costs 4 us per call.
+
+    The caller must unwrap tensors, as that frame does: see ``unwrap_if_dead``.
+    """
+    return super(Function, function).apply  # type: ignore[misc]
 
 
 def eager() -> bool:

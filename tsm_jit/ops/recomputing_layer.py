@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from tsm_jit.ops.compat import direct, eager, has_dispatch_modes, is_batched_gradient
+from tsm_jit.ops.compat import direct, direct_apply, eager, has_dispatch_modes, is_batched_gradient, unwrap_if_dead
 from tsm_jit.ops.temporal_shift import (
     SUMMABLE_DTYPES,
     clip_length_marks,
@@ -85,6 +85,7 @@ def is_plain_gradient(dz: Tensor) -> bool:
 
 def recomputing_layer(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> Tensor | None:
     """Returns ``layer`` of the shifted ``x`` as one autograd function, or None where separate ones are needed."""
+    x = unwrap_if_dead(x)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     dtypes = {each.dtype for each in tensors}
     device = x.device.type
@@ -103,7 +104,8 @@ def recomputing_layer(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Lay
     if dtypes != {dtype}:
         x, weight, *rest = (each.to(dtype) for each in tensors)
         bias = rest[0] if rest else None
-    return _RecomputingLayer.apply(x, weight, bias, layer)
+    bias = None if bias is None else unwrap_if_dead(bias)
+    return _apply(x, unwrap_if_dead(weight), bias, layer)
 
 
 class _RecomputingLayer(Function):
@@ -118,6 +120,9 @@ class _RecomputingLayer(Function):
     def backward(ctx, dz):
         x, weight = saved_input(ctx, ctx.shape)
         return *ctx.layer.backward(dz, x, weight, *ctx.needs_input_grad[:3]), None
+
+
+_apply = direct_apply(_RecomputingLayer)
 
 
 def save_input(ctx: Any, x: Tensor, weight: Tensor, shift: str) -> None:

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from tsm_jit.ops.compat import current_device, current_stream_handle, eager, has_dispatch_modes
+from tsm_jit.ops.compat import (
+    current_device,
+    current_stream_handle,
+    direct_apply,
+    eager,
+    has_dispatch_modes,
+    unwrap_if_dead,
+)
 from tsm_jit.ops.recomputing_layer import AUTOCAST_DTYPES, Layer, is_plain_gradient, save_input, saved_input
 from tsm_jit.ops.temporal_shift import shift_tokens, temporal_shift, temporal_shift_backward_
 from tsm_jit.plans import Shift, decode
@@ -68,6 +75,7 @@ def _served(
     num_prefix_tokens: int,
     relu: bool = False,
 ) -> Callable[[], Tensor] | None:
+    x = unwrap_if_dead(x)
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
     dtypes = AUTOCAST_DTYPES if autocast else (dtype,)
@@ -262,7 +270,8 @@ class _Product:
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return _DifferentiableProduct.apply(x, weight, bias, self)
+            bias = None if bias is None else unwrap_if_dead(bias)
+            return _apply(x, unwrap_if_dead(weight), bias, self)
         return self.forward(x, weight, bias, relu)
 
     def _kernel(
@@ -347,6 +356,9 @@ class _DifferentiableProduct(Function):
             dx = product.input_grad(dz, weight) if needs_x else None
             dw = product.weight_grad(dz, _dense(x)).to(weight.dtype).view(weight.shape) if needs_weight else None
         return dx, dw, db, None
+
+
+_apply = direct_apply(_DifferentiableProduct)
 
 
 def _dense(x: Tensor) -> Tensor:

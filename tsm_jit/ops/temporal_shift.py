@@ -36,6 +36,7 @@ from tsm_jit import reference
 from tsm_jit.ops import recomputation
 from tsm_jit.ops.compat import (
     direct,
+    direct_apply,
     eager,
     has_saved_tensor_hooks,
     is_batched_gradient,
@@ -45,6 +46,7 @@ from tsm_jit.ops.compat import (
     onnx_has_unflatten,
     transforms_are_active,
     undifferentiable_view,
+    unwrap_if_dead,
 )
 from tsm_jit.plans import decode
 
@@ -246,7 +248,7 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
     """Applies ``shift`` to ``x``. Supports autograd, forward-mode AD, ``torch.func``, compilers and tracing."""
     if eager():
         if x.requires_grad and torch.is_grad_enabled():
-            return _EagerShift.apply(x, shift)
+            return _apply_eager_shift(unwrap_if_dead(x), shift)
         return _forward_kernel(x, shift)
     if is_compiling() or is_tracing():
         # ONNX and TorchScript graphs must run without tsm_jit. Under transforms, PyTorch would drop the tangent of an
@@ -270,7 +272,7 @@ def shift_tokens(x: Tensor, shift: str, num_prefix_tokens: int, function: Callab
 def temporal_shift_for_single_consumer(x: Tensor, shift: str) -> Tensor:
     """:func:`temporal_shift` for a single consumer, which must return a new tensor."""
     if eager() and x.requires_grad and torch.is_grad_enabled() and x.dtype in SUMMABLE_DTYPES:
-        return _ShiftForSingleConsumer.apply(x, shift)
+        return _apply_for_single_consumer(unwrap_if_dead(x), shift)
     return temporal_shift(x, shift)
 
 
@@ -352,6 +354,7 @@ def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[
     If other saved-tensor hooks are active (checkpointing, offloading to the CPU), it adds no hooks. Nor does it for
     subclasses of ``Tensor``, or if ``x`` is a view of a larger storage, which would keep more memory than the copy.
     """
+    x = unwrap_if_dead(x)
     shifted = shift(x)
     if type(shifted) is not Tensor:  # it may have no memory, such as a fake tensor
         yield shifted
@@ -396,6 +399,7 @@ def recomputing_shift(x: Tensor, shift: Callable[[Tensor], Tensor]) -> Iterator[
 
 
 _EagerShift, _TransformableShift = _linear_function(_forward_kernel, temporal_shift, temporal_shift_backward)
+_apply_eager_shift, _apply_for_single_consumer = direct_apply(_EagerShift), direct_apply(_ShiftForSingleConsumer)
 _EagerAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temporal_shift_backward, temporal_shift)
 
 
