@@ -14,7 +14,7 @@ import torch
 import torchvision
 from matplotlib.container import BarContainer
 
-from tsm_jit import bench, cli, online, reference
+from tsm_jit import bench, cli, reference
 from tsm_jit.bench import network, peers, report, streams
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def test_networks_of_every_family(device, monkeypatch):
 
     make = network.networks
     monkeypatch.setattr(network, "networks", networks)
-    found = [row for rows in network.rows(device, selected, 2, network.EVERY_FAMILY) for row in rows]
+    measured = [row for rows in network.rows(device, selected, 2, network.EVERY_FAMILY) for row in rows]
     modes = [(True, False), (True, True), (False, True)] if device.type == "cuda" else [(True, False), (False, False)]
     expected = [
         (name, *mode, who)
@@ -117,9 +117,9 @@ def test_networks_of_every_family(device, monkeypatch):
         for mode in modes
         for who in variants
     ]
-    assert [(row["network"], row["training"], row["graph"], row["who"]) for row in found] == expected
-    assert all(row["milliseconds"] > 0 for row in found)
-    assert {row["peak_mebibytes"] is None for row in found} == {device.type == "cpu"}
+    assert [(row["network"], row["training"], row["graph"], row["who"]) for row in measured] == expected
+    assert all(row["milliseconds"] > 0 for row in measured)
+    assert {row["peak_mebibytes"] is None for row in measured} == {device.type == "cpu"}
     assert not torch.backends.cudnn.benchmark
 
 
@@ -161,11 +161,11 @@ def test_wrong_families(names, capsys):
 
 def test_a_network_that_computes_something_else_is_not_timed(monkeypatch):
     case = network.Case("resnet18", "TSM", 1, False, False, 32)
-    made = network.networks(case, CPU)
-    network.check(made, case, CPU)
-    made["fused"].layer3[1].conv1.fold_div = 4
+    nets = network.networks(case, CPU)
+    network.check(nets, case, CPU)
+    nets["fused"].layer3[1].conv1.fold_div = 4
     with pytest.raises(bench.Mismatch, match=r"fused: .* does not have the outputs and gradients of stock"):
-        network.check(made, case, CPU)
+        network.check(nets, case, CPU)
 
 
 def test_a_shape_of_the_command_line_and_the_progress_bar_of_a_terminal(tmp_path, capsys, monkeypatch):
@@ -223,25 +223,30 @@ def test_wrong_shapes(shape, capsys):
     assert "a shape must be B,T,C,H,W or B,T,C,H,W,DIV" in capsys.readouterr().err
 
 
-def test_streams(device, monkeypatch):
+def test_streams(device):
     """Every way is timed for 1 stream and for 8, once its scores are right."""
 
     def make():
         return torchvision.models.resnet18(num_classes=3)
 
-    found = [row for rows in streams.rows(device, 2, make=make, size=32) for row in rows]
+    measured = [row for rows in streams.rows(device, 2, make=make, size=32) for row in rows]
     streaming = [f"{name}{graph}" for name in ("online", "both directions") for graph in ("", ", CUDA graph")]
     streaming = [name for name in streaming if device.type == "cuda" or not name.endswith("graph")]
     names = ["without shift", *streaming, "the last 8 frames again"]
-    assert [(row["streams"], row["who"]) for row in found] == [(s, name) for s in (1, 8) for name in names]
-    assert all(0 < row["median_milliseconds"] <= row["p99_milliseconds"] for row in found)
-    state = {row["who"]: row["state_mebibytes"] for row in found if row["streams"] == 1}
+    assert [(row["streams"], row["who"]) for row in measured] == [(s, name) for s in (1, 8) for name in names]
+    assert all(0 < row["median_milliseconds"] <= row["p99_milliseconds"] for row in measured)
+    state = {row["who"]: row["state_mebibytes"] for row in measured if row["streams"] == 1}
     assert [name for name, size in state.items() if size is not None] == streaming
     assert 0 < state["online"] < state["both directions"]
-    assert {(row["latency_frames"], row["who"].startswith("both")) for row in found} == {(0, False), (8, True)}
-    monkeypatch.setattr(online.OnlineNetwork, "_store", lambda self, state: None)  # it forgets
+    assert {(row["latency_frames"], row["who"].startswith("both")) for row in measured} == {(0, False), (8, True)}
+
+    def make_noisy():
+        net = make()
+        net.fc.register_forward_hook(lambda module, inputs, scores: scores + torch.randn_like(scores))
+        return net
+
     with pytest.raises(bench.Mismatch, match="online: 1 streams do not have the scores of their videos"):
-        list(streams.rows(torch.device("cpu"), 2, make=make, size=32))
+        list(streams.rows(CPU, 2, make=make_noisy, size=32))
 
 
 def test_streams_of_the_command_line(tmp_path, monkeypatch, capsys):

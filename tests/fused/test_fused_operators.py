@@ -279,11 +279,11 @@ def test_weights_are_cast_together(device, before, after):
     weights = [random_values(size, before, device) for size in ((8, 4, 3, 3), (8, 8, 1, 1), (4, 1, 3, 2), (2, 3, 1, 5))]
     weights = [random.choice((weight, weight.to(memory_format=torch.channels_last))) for weight in weights]
     weights += [weights[0][::2, :, 1:], weights[0].expand(3, 8, 4, 3, 3)[1:], weights[0][:0]]
-    for cast in (residual_block.cast_all, residual_block._reference_cast):
-        for weight, made in zip(weights, cast(weights, after), strict=True):
-            assert_same_bits(made, weight.to(after))
+    for cast in (residual_block.cast_all, residual_block.reference_cast):
+        for weight, copied in zip(weights, cast(weights, after), strict=True):
+            assert_same_bits(copied, weight.to(after))
         assert cast([], after) == []
-    assert [made.stride() for made in cast(weights[:4], after)] == [weight.stride() for weight in weights[:4]]
+    assert [copied.stride() for copied in cast(weights[:4], after)] == [weight.stride() for weight in weights[:4]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)

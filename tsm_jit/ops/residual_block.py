@@ -150,22 +150,23 @@ def reference_block_backward(
                 norm_weight, norm_bias = affine[2 * k : 2 * k + 2]
                 z = F.batch_norm(z, mean, variance, norm_weight, norm_bias, from_batch, eps=epsilons[k]).relu()
     needed = [needs_grad[0], *needs_grad[1::2], *(flag for flag in needs_grad[2:-1:2] for _ in range(2))]
-    wanted = [leaf for leaf, flag in zip(leaves, needed, strict=True) if flag]
-    found = iter(torch.autograd.grad(z, wanted, grad) if wanted else ())
-    grad_x, *rest = [next(found) if flag else None for flag in needed]
+    inputs = [leaf for leaf, flag in zip(leaves, needed, strict=True) if flag]
+    input_grads = iter(torch.autograd.grad(z, inputs, grad) if inputs else ())
+    grad_x, *rest = [next(input_grads) if flag else None for flag in needed]
     grads = [grad_x]
     for k in range(last + 1):
         grads += [rest[k], *(rest[last + 1 + 2 * k : last + 3 + 2 * k] if k < last else (None, None))]
     return [x.new_empty(0) if each is None else each for each in grads]
 
 
-def _reference_cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def reference_cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """``cast``, one tensor after the other."""
     return [each.to(dtype, copy=True) for each in tensors]
 
 
 for _operator, _compute in (
     (torch.ops.tsm_jit.residual_block.default, reference_block),
     (torch.ops.tsm_jit.residual_block_backward.default, reference_block_backward),
-    (torch.ops.tsm_jit.cast.default, _reference_cast),
+    (torch.ops.tsm_jit.cast.default, reference_cast),
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")
