@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import tsm_jit
+from tsm_jit.plans import Padding
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 OTHERS = (
     torch.uint8,
@@ -88,6 +91,16 @@ def poison(x: Tensor) -> None:
     if scratch.numel():
         scratch.view(-1).view(torch.uint8).fill_(0xA5) if scratch.is_contiguous() else None
     del scratch
+
+
+PLAN = ((2, 1), (2, -2), (1, 3))
+
+
+def shifted(x: Tensor, padding: Padding = "keep", inplace: bool = False, channel_dim: int = 1) -> Tensor:
+    """Shifts 6 channels by ``Shift(5, 4, channel_dim, padding, PLAN)``. One channel and one frame do not move."""
+    return tsm_jit.shift_groups(
+        x, 5, PLAN, padding=padding, n_segment_shifted=4, channel_dim=channel_dim, inplace=inplace
+    )
 
 
 # name: (channel dimension, a tensor [N*T, C, H, W] of random bits in that layout). 5-D layouts are [N, T, C, H, W].

@@ -2,20 +2,12 @@
 
 import pytest
 import torch
-from support import assert_same_bits, layouts, random_values
+from support import PLAN, assert_same_bits, layouts, random_values, shifted
 from torch.autograd import gradcheck, gradgradcheck
 
 import tsm_jit
 from tsm_jit import reference
 from tsm_jit.plans import PADDINGS, Shift
-
-PLAN = ((2, 1), (2, -2), (1, 3))
-
-
-def shifted(x, padding="zeros", inplace=False, channel_dim=1):
-    return tsm_jit.shift_groups(
-        x, 5, PLAN, padding=padding, n_segment_shifted=4, channel_dim=channel_dim, inplace=inplace
-    )
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -98,9 +90,9 @@ def test_sparse_and_undefined_incoming_gradients(device):
     for inplace in (False, True):
         leaf = torch.randn(10, 6, device=device, requires_grad=True)
         grad = torch.randn(10, 6, device=device).relu()
-        (result,) = torch.autograd.grad(shifted(leaf * 1.0, "keep", inplace), leaf, grad.to_sparse())
+        (result,) = torch.autograd.grad(shifted(leaf * 1.0, inplace=inplace), leaf, grad.to_sparse())
         assert_same_bits(result, reference.temporal_shift_backward(grad, shift))
-        y = shifted(leaf * 1.0, "keep", inplace)
+        y = shifted(leaf * 1.0, inplace=inplace)
         (result,) = torch.autograd.grad(Nothing.apply(y).sum(), leaf, allow_unused=True)
         assert result is None or not result.any()
 
@@ -114,7 +106,7 @@ def test_gradient_shared_with_another_branch(device):
         out = shifted(a * 1.0, inplace=inplace) + b * 1.0
         (out * weight).sum().backward()
         assert_same_bits(b.grad, weight)
-        assert_same_bits(a.grad, reference.temporal_shift_backward(weight, Shift(5, 4, 1, "zeros", PLAN)))
+        assert_same_bits(a.grad, reference.temporal_shift_backward(weight, Shift(5, 4, 1, "keep", PLAN)))
 
 
 def test_retain_graph_and_hooks(device):
@@ -137,19 +129,19 @@ def test_functions_of_torch_func(device):
     weight, tangent = torch.randn_like(x), torch.randn_like(x)
 
     def loss(x):
-        return (shifted(x, "keep") * weight).sum()
+        return (shifted(x) * weight).sum()
 
     assert_same_bits(torch.func.grad(loss)(x), reference.temporal_shift_backward(weight, shift))
-    value, moved = torch.func.jvp(lambda x: shifted(x, "keep"), (x,), (tangent,))
+    value, moved = torch.func.jvp(shifted, (x,), (tangent,))
     assert_same_bits(value, reference.temporal_shift(x, shift))
     assert_same_bits(moved, reference.temporal_shift(tangent, shift))
     batch = torch.randn(3, 10, 6, 4, device=device)
     expected = torch.stack([reference.temporal_shift(b, shift) for b in batch])
-    assert_same_bits(torch.func.vmap(lambda x: shifted(x, "keep"))(batch), expected)
-    inner = torch.func.vmap(lambda x: shifted(x, "keep"), in_dims=2, out_dims=1)(batch.permute(1, 2, 0, 3))
+    assert_same_bits(torch.func.vmap(shifted)(batch), expected)
+    inner = torch.func.vmap(shifted, in_dims=2, out_dims=1)(batch.permute(1, 2, 0, 3))
     assert_same_bits(inner, expected.transpose(0, 1))
     clips = torch.randn(3, 2, 5, 6, 2, 2, device=device)
-    per_clip = torch.func.vmap(lambda x: shifted(x, "keep", channel_dim=2))(clips)
+    per_clip = torch.func.vmap(lambda x: shifted(x, channel_dim=2))(clips)
     assert_same_bits(per_clip, torch.stack([reference.temporal_shift(c, shift._replace(channel_dim=2)) for c in clips]))
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=0)(batch)
     assert_same_bits(per_sample[1], reference.temporal_shift_backward(weight, shift))
@@ -165,7 +157,7 @@ def test_functions_of_torch_func(device):
 @pytest.mark.feature("`autocast`, `no_grad`, `inference_mode`")
 def test_without_recording(device):
     x = torch.randn(10, 6, 4, device=device, requires_grad=True)
-    expected = reference.temporal_shift(x, Shift(5, 4, 1, "zeros", PLAN))
+    expected = reference.temporal_shift(x, Shift(5, 4, 1, "keep", PLAN))
     with torch.no_grad():
         y = shifted(x)
     assert not y.requires_grad

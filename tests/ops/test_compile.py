@@ -3,7 +3,7 @@
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from support import DTYPES, assert_same_bits, layouts, random_bits, random_values
+from support import DTYPES, PLAN, assert_same_bits, layouts, random_bits, random_values, shifted
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -12,19 +12,11 @@ import tsm_jit
 from tsm_jit import reference
 from tsm_jit.plans import PADDINGS, Shift
 
-PLAN = ((2, 1), (2, -2), (1, 3))
-
 
 @pytest.fixture(autouse=True)
 def forget():
     yield
     torch._dynamo.reset()
-
-
-def shifted(x, padding="keep", inplace=False, channel_dim=1):
-    return tsm_jit.shift_groups(
-        x, 5, PLAN, padding=padding, n_segment_shifted=4, channel_dim=channel_dim, inplace=inplace
-    )
 
 
 def compiled(function, backend="inductor", **options):
