@@ -309,8 +309,8 @@ def run(options: argparse.Namespace) -> None:
     """Trains and reports. Raises WrongInputError, UnusableVideoError, or OSError if nothing can be written."""
     with Processes() as processes:
         chosen = SETTINGS[options.setting or ("full" if processes.device.type == "cuda" else "small")]
-        given = {name: getattr(options, name) for name in ("clips", "epochs") if getattr(options, name) is not None}
-        setting = replace(chosen, **given)
+        changes = {name: getattr(options, name) for name in ("clips", "epochs") if getattr(options, name) is not None}
+        setting = replace(chosen, **changes)
         if setting.batch % processes.count:
             raise WrongInputError(f"{processes.count} processes cannot share out a batch of {setting.batch} evenly")
         training = Training(Clips(load_videos(options.video, setting, options.seed), setting), options.seed, processes)

@@ -30,8 +30,8 @@ def image_network(name: str, num_classes: int | None = None) -> nn.Module:
     if package not in ("", "timm"):
         raise WrongInputError(f"the network must be a name of torchvision or timm, or timm/name, got {name}")
     if not package and name in torchvision.models.list_models(torchvision.models):
-        given = {"weights": "DEFAULT"} if num_classes is None else {"num_classes": num_classes}
-        return torchvision.models.get_model(name, **given)
+        options = {"weights": "DEFAULT"} if num_classes is None else {"num_classes": num_classes}
+        return torchvision.models.get_model(name, **options)
     try:
         import timm
     except ImportError:

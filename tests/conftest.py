@@ -19,7 +19,7 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     config.addinivalue_line(
-        "markers", "feature(name, column=..., says='yes'): the cell of README's table that this tests"
+        "markers", "feature(name, column=..., text='yes'): the cell of README's table that this tests"
     )
 
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
         column = "CUDA" if device == "cuda" or "cuda" in item.fixturenames else "CPU"
         for mark in item.iter_markers("feature"):
             cell = mark.args[0], mark.kwargs.get("column", column)
-            config.features.setdefault(cell, set()).add(mark.kwargs.get("says", "yes"))
+            config.features.setdefault(cell, set()).add(mark.kwargs.get("text", "yes"))
 
 
 @pytest.fixture(params=DEVICES)

@@ -144,7 +144,7 @@ def test_two_processes(video, tmp_path):
 def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
     broken = tmp_path / "checkpoint.pt"
     broken.write_text("no checkpoint")
-    for arguments, says in {
+    for arguments, message in {
         ("--video", str(tmp_path / "nothing.mp4")): "nothing.mp4 does not exist",
         ("--video", str(SCRIPT)): "cannot be read as a video",
         ("--video", str(write_video(tmp_path / "short.mp4", 30))): "is too short: 30 frames, 58 are needed",
@@ -154,11 +154,11 @@ def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
     }.items():
         assert arrow.main([*TINY, *arguments]) == 2
         error = capsys.readouterr().err
-        assert says in error
+        assert message in error
         assert error.count("\n") == 1
 
 
-def test_says_which_package_is_missing():
+def test_a_missing_package_is_reported():
     code = f"import sys, runpy; sys.modules['tqdm'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(tsm_jit.__file__).parent.parent), *sys.path]))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

@@ -206,7 +206,7 @@ def test_refuses_what_it_cannot_use(network, video, tmp_path, capsys, monkeypatc
     saved = torch.load(network, weights_only=True)
     torch.save(saved | {"state_dict": {}}, other)
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.gif")
-    for arguments, says in {
+    for arguments, message in {
         (network, "--file", tmp_path / "dot.gif", *output): "--output must have at least 2x2 pixels, got 1x1",
         (video, "--file", video, *output): "video.mp4 is no network that finetune.py has written",
         (tmp_path / "no.pt", "--file", video, *output): "no.pt does not exist",
@@ -220,9 +220,9 @@ def test_refuses_what_it_cannot_use(network, video, tmp_path, capsys, monkeypatc
         (network, "--file", video, "--output", video): "--output must be another file than --file",
         (other, "--file", video, *output): "other.pt is no network that finetune.py has written",
     }.items():
-        assert camera.main(list(map(str, arguments))) == 2, says
+        assert camera.main(list(map(str, arguments))) == 2, message
         error = capsys.readouterr().err
-        assert says in error
+        assert message in error
         assert error.count("\n") == 1
     assert not [path for path in tmp_path.iterdir() if path.stem == "out"]
     assert video.read_bytes() == content

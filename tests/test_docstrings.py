@@ -19,41 +19,41 @@ torchvision = pytest.importorskip("torchvision", reason="needs torchvision: pip 
 def modules() -> list[types.ModuleType]:
     """The modules of the package, without those that need an extra which is not installed."""
     names = [name for _, name, _ in pkgutil.walk_packages(tsm_jit.__path__, "tsm_jit.")]
-    found = [tsm_jit]
+    imported = [tsm_jit]
     for name in names:
         if not name.endswith(("__main__", ".worker")):
             try:
-                found.append(importlib.import_module(name))
+                imported.append(importlib.import_module(name))
             except ModuleNotFoundError as error:
                 if str(error.name).startswith("tsm_jit"):
                     raise
-    return found
+    return imported
 
 
 def docstrings() -> dict[str, str]:
     """The docstrings of modules, their classes and functions, and the methods of these classes, by qualified name."""
-    found = {}
+    texts = {}
     for module in modules():
         here = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
         methods = [member for value in here if inspect.isclass(value) for member in vars(value).values()]
         for value in (module, *here, *methods):
             if (inspect.isclass(value) or inspect.isroutine(value) or value is module) and value.__doc__:
-                found[f"{module.__name__}: {getattr(value, '__qualname__', 'module')}"] = inspect.cleandoc(
+                texts[f"{module.__name__}: {getattr(value, '__qualname__', 'module')}"] = inspect.cleandoc(
                     value.__doc__
                 )
-    return found
+    return texts
 
 
 def public(module: types.ModuleType, prefix: str = "tsm_jit") -> dict[str, object]:
     """The classes and functions that a user may name, by the name to type."""
-    found = {}
+    values = {}
     for name in module.__all__:
         value = getattr(module, name)
         if isinstance(value, types.ModuleType):
-            found |= public(value, f"{prefix}.{name}")
+            values |= public(value, f"{prefix}.{name}")
         elif inspect.isclass(value) or inspect.isroutine(value):  # not aliases of types
-            found[f"{prefix}.{name}"] = value
-    return found
+            values[f"{prefix}.{name}"] = value
+    return values
 
 
 DOCSTRINGS, PUBLIC = docstrings(), public(tsm_jit)

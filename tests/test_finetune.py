@@ -133,8 +133,8 @@ def test_resumed_is_as_uninterrupted(saves, whole_run, data, tmp_path, monkeypat
         assert run("--resume", "--val", str(tmp_path / "val.txt")) == 2
         assert run("--resume", "--compile") == 2
         errors = capsys.readouterr().err
-        for says in ("its seed is 0, not 1", "its videos is ", "its compile is False, not True"):
-            assert f"is of another run: {says}" in errors
+        for message in ("its seed is 0, not 1", "its videos is ", "its compile is False, not True"):
+            assert f"is of another run: {message}" in errors
     assert run("--resume") == 0
     whole, parts = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (whole_run[0], tmp_path))
     for name, value in whole["model"].items():
@@ -169,21 +169,21 @@ def test_lists_of_tsm_and_mmaction2_and_folders_of_pictures(tmp_path):
     for i, picture in enumerate(video, 5):  # unpadded numbers: 10 comes after 9
         to_pil_image(picture).save(tmp_path / "frames" / f"img_{i}.png")
     (tmp_path / "list.txt").write_text("a clip 7.mp4 2\na clip 7 11 0\n\nframes 9 1\n")
-    found, classes = videos.read_videos(tmp_path / "list.txt")
+    listed, classes = videos.read_videos(tmp_path / "list.txt")
     assert classes == ["0", "1", "2"]
-    assert [(v.path.name, v.frames, v.label) for v in found] == [
+    assert [(v.path.name, v.frames, v.label) for v in listed] == [
         ("a clip 7.mp4", None, 2),
         ("a clip 7", 11, 0),
         ("frames", 9, 1),
     ]
-    decoded = videos.read(found[0], range, 40, 11)
-    assert_same_bits(videos.read(found[1], range, 40, 11), decoded)  # the suffix is found
+    decoded = videos.read(listed[0], range, 40, 11)
+    assert_same_bits(videos.read(listed[1], range, 40, 11), decoded)  # the suffix is found
     totals = []
-    pictures = videos.read(found[2], lambda total: totals.append(total) or [0, total - 1, 4], 40, 9)
+    pictures = videos.read(listed[2], lambda total: totals.append(total) or [0, total - 1, 4], 40, 9)
     assert totals == [9]  # as the list says
     assert_same_bits(pictures, video[[0, 8, 4]])
     with pytest.raises(UnusableVideoError, match=r"frames is too short: it must have at least 10 frames, got 9"):
-        videos.read(found[2], range, 40, 10)
+        videos.read(listed[2], range, 40, 10)
     assert videos.read_videos(tmp_path / "list.txt", root=Path("/elsewhere"))[0][2].path == Path("/elsewhere/frames")
 
 
@@ -192,8 +192,8 @@ def test_a_number_before_the_label_may_end_a_name(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "pictures 5").mkdir()
     (tmp_path / "list.txt").write_text("clip 07 0\npictures 5 1\nboth 3 0\ngone 4 1\n[a] 1 0\n")
-    found, _ = videos.read_videos(tmp_path / "list.txt")
-    assert [(videos.locate(v.path).name, v.frames, v.label) for v in found] == [
+    listed, _ = videos.read_videos(tmp_path / "list.txt")
+    assert [(videos.locate(v.path).name, v.frames, v.label) for v in listed] == [
         ("clip 07.MP4", None, 0),
         ("pictures 5", None, 1),
         ("both.mkv", 3, 0),
@@ -205,8 +205,8 @@ def test_a_number_before_the_label_may_end_a_name(tmp_path):
 def test_lists_of_other_systems(tmp_path):
     (tmp_path / "list.txt").write_bytes("\ufeff für.mp4 1\r\n\r\nb\u2028c.mp4\t9\t0 \r\n".encode())
     (tmp_path / "names.txt").write_bytes("\ufeffüben\r\nlaufen\r\n".encode())
-    found, _ = videos.read_videos(tmp_path / "list.txt")
-    assert [(v.path.name, v.frames, v.label) for v in found] == [("für.mp4", None, 1), ("b\u2028c.mp4", 9, 0)]
+    listed, _ = videos.read_videos(tmp_path / "list.txt")
+    assert [(v.path.name, v.frames, v.label) for v in listed] == [("für.mp4", None, 1), ("b\u2028c.mp4", 9, 0)]
     assert [name for _, name in videos.read_lines(tmp_path / "names.txt")] == ["üben", "laufen"]
 
 
@@ -220,19 +220,19 @@ def test_each_segment_gives_one_frame(total):
 
 
 def test_training_clips_depend_only_on_their_key(data):
-    found, _ = videos.read_videos(data)
-    clips = videos.TrainingClips(found, SEGMENTS, SIDE, flip=True)
+    listed, _ = videos.read_videos(data)
+    clips = videos.TrainingClips(listed, SEGMENTS, SIDE, flip=True)
     state = torch.random.get_rng_state()
     clip, label, failures = clips[(2, 11)]
     assert_same_bits(torch.random.get_rng_state(), state)
     assert (clip.shape, clip.dtype, label, failures) == ((SEGMENTS, 3, SIDE, SIDE), torch.uint8, 0, [])
     assert_same_bits(clips[(2, 11)][0], clip)
     assert not all(torch.equal(clips[(2, seed)][0], clip) for seed in range(4))
-    *readable, damaged, short = range(len(found))
-    assert [clips[(n, 0)][1:] for n in readable] == [(found[n].label, []) for n in readable]
+    *readable, damaged, short = range(len(listed))
+    assert [clips[(n, 0)][1:] for n in readable] == [(listed[n].label, []) for n in readable]
     for n, count in ((damaged, 2), (short, 1)):
         _, label, failures = clips[(n, 0)]  # the next readable one in its place
-        assert label == found[0].label
+        assert label == listed[0].label
         assert len(failures) == count
 
 
@@ -275,11 +275,11 @@ def test_each_epoch_has_every_video_shared_out(count):
 
 
 def test_a_share_of_every_class_is_held_out():
-    found = [videos.Video(Path(str(i)), label) for i, label in enumerate([0] * 10 + [1] * 3 + [2])]
-    training, held = videos.hold_out(found, seed=4)
+    listed = [videos.Video(Path(str(i)), label) for i, label in enumerate([0] * 10 + [1] * 3 + [2])]
+    training, held = videos.hold_out(listed, seed=4)
     assert sorted(video.label for video in held) == [0, 0, 1]
-    assert {*training, *held} == set(found)
-    assert videos.hold_out(found, seed=4) == (training, held)
+    assert {*training, *held} == set(listed)
+    assert videos.hold_out(listed, seed=4) == (training, held)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
     (tmp_path / "gone.txt").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(30)))
     (tmp_path / "names.txt").write_text("only one\n")
     (tmp_path / "label.txt").write_text("a.mp4 0\nb.mp4 99999999\n")
-    for arguments, says in {
+    for arguments, message in {
         (tmp_path / "nothing",): "nothing does not exist: a folder of class folders or a list file is needed",
         (tmp_path / "empty",): "has no videos",
         (tmp_path / "one",): "set --val",
@@ -348,18 +348,18 @@ def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
         (data, "--resume"): "nothing to resume",
     }.items():
         assert finetune.main([*TINY, "--workers", "0", "--output", str(tmp_path / "o"), *map(str, arguments)]) == 2, (
-            says
+            message
         )
         error = capsys.readouterr().err.rpartition("skipped: ")[2]
-        assert says in error.splitlines()[-1]
+        assert message in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("waiting", "bound"), [(0.04, "compute"), (0.3, "decode"), (0.9, "decode")])
 def test_an_epoch_tells_what_limits_its_speed(waiting, bound):
     names = ("training_loss", "training_top1", "validation_loss", "validation_top1", "validation_top5")
     row = dict.fromkeys(names, 0.5) | {"epoch": 3, "clips_per_second": 12.34, "waiting": waiting}
-    says = f"; 12.3 clips/s, {bound}-bound: {100 * waiting:.0f} % of the time waiting for videos"
-    assert finetune.line_of(row).endswith(says)
+    message = f"; 12.3 clips/s, {bound}-bound: {100 * waiting:.0f} % of the time waiting for videos"
+    assert finetune.line_of(row).endswith(message)
 
 
 def test_a_run_stops_if_no_video_can_be_read():
@@ -376,20 +376,20 @@ def test_a_video_is_skipped_once_whatever_the_reason(monkeypatch, capsys):
         raise UnusableVideoError(f"{video.path}: {choose(1000)} cannot be decoded")
 
     monkeypatch.setattr(videos, "read", read)
-    found = [videos.Video(Path("a.mp4"), 0), videos.Video(Path("b.mp4"), 1)]
-    training, skipped = videos.TrainingClips(found, SEGMENTS, SIDE, flip=True), finetune.Skipped()
+    listed = [videos.Video(Path("a.mp4"), 0), videos.Video(Path("b.mp4"), 1)]
+    training, skipped = videos.TrainingClips(listed, SEGMENTS, SIDE, flip=True), finetune.Skipped()
     reasons = set()
     for seed in range(5):
         _, _, failures = training[(0, seed)]
         skipped.add(failures)
         reasons.update(reason for _, reason in failures)
-    skipped.add(videos.EvaluationClips(found, SEGMENTS, SIDE)[1][2])
+    skipped.add(videos.EvaluationClips(listed, SEGMENTS, SIDE)[1][2])
     skipped.share(finetune.Processes())
     assert len(reasons) > 2
     assert len(skipped.reasons) == capsys.readouterr().err.count("skipped: ") == 2
 
 
-def test_says_which_package_is_missing(monkeypatch, capsys):
+def test_a_missing_package_is_reported(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(EXAMPLES / "finetune.py"), run_name="__main__")

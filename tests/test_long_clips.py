@@ -81,7 +81,7 @@ def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
     run = {"net": "resnet18", "frames": 7, "side": 32, "batch": 2, "seed": 0, "learning_rate": 3e-4}
     run["video"] = "square.mp4 of 20 frames"
     torch.save({"run": run}, tmp_path / "done" / "checkpoint.pt")
-    for arguments, says in {
+    for arguments, message in {
         ("--video", tmp_path / "nothing.mp4"): "nothing.mp4 does not exist",
         ("--video", video, "--frames", 100): "is too short: 20 frames, 25 are needed",
         ("--video", video, "--time", 2): "--time must divide the number of processes, 1, got 2",
@@ -96,5 +96,5 @@ def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
     }.items():
         assert alone("--steps", 2, *arguments) == 2
         error = capsys.readouterr().err
-        assert says in error
+        assert message in error
         assert error.count("\n") == 1

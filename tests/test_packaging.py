@@ -78,14 +78,14 @@ def test_install(kind, request, source, cache, tmp_path):
             archive.extractall(tmp_path, filter="data")
         unpacked = next(tmp_path.glob("tsm_jit-*"))
         run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, unpacked)
-        made = next(tmp_path.glob("*.whl"))
+        package = next(tmp_path.glob("*.whl"))
     elif kind == "editable":
         hook = f"from hatchling.build import build_editable; print(build_editable({str(tmp_path)!r}))"
-        made = tmp_path / run(sys.executable, "-c", hook, cwd=source).split()[-1]
+        package = tmp_path / run(sys.executable, "-c", hook, cwd=source).split()[-1]
     else:
-        made = request.getfixturevalue("wheel")
+        package = request.getfixturevalue("wheel")
     site = tmp_path / "site"
-    zipfile.ZipFile(made).extractall(site)
+    zipfile.ZipFile(package).extractall(site)
 
     script = (
         # what the .pth file of an editable install adds comes before whatever is installed where the tests run

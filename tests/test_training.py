@@ -13,8 +13,8 @@ def test_numbers_outside_of_their_range_are_refused(text, capsys):
     parser.add_argument("--share", type=training.number(float, 0, 1))
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args([f"--share={text}"])
-    says = "invalid float value: 'x'" if text == "x" else f"must be from 0 to 1, got {text}"
-    assert f"argument --share: {says}" in capsys.readouterr().err
+    message = "invalid float value: 'x'" if text == "x" else f"must be from 0 to 1, got {text}"
+    assert f"argument --share: {message}" in capsys.readouterr().err
     assert [parser.parse_args(["--share", good]).share for good in ("0", "0.25", "1")] == [0, 0.25, 1]
     assert [training.positive(good) for good in ("1", "30")] == [1, 30]
 

@@ -111,15 +111,15 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], shorter: int
     if not packets:
         raise UnusableVideoError(f"{path} has no frames")
     numbers = list(choose(len(packets)))
-    wanted = sorted(set(numbers))
+    distinct = sorted(set(numbers))
     frames: dict[int, Tensor] = {}
     if has_times and all(time is not None for time, _ in packets):
-        frames = _decode_by_time(path, wanted, sorted(packets), shorter)
-    if len(frames) < len(wanted):  # also if a seek went too far
-        frames = _decode_by_count(path, wanted, shorter)
-    if len(frames) < len(wanted):
+        frames = _decode_by_time(path, distinct, sorted(packets), shorter)
+    if len(frames) < len(distinct):  # also if a seek went too far
+        frames = _decode_by_count(path, distinct, shorter)
+    if len(frames) < len(distinct):
         raise UnusableVideoError(
-            f"{path} is damaged: only {len(frames)} of {len(wanted)} sampled frames could be decoded"
+            f"{path} is damaged: only {len(frames)} of {len(distinct)} sampled frames could be decoded"
         )
     if len({frame.shape for frame in frames.values()}) > 1:
         raise UnusableVideoError(f"{path} has frames of different sizes")
@@ -127,15 +127,15 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], shorter: int
 
 
 def _decode_by_time(
-    path: Path, wanted: list[int], frame_times: list[tuple[int, bool]], shorter: int | None
+    path: Path, numbers: list[int], frame_times: list[tuple[int, bool]], shorter: int | None
 ) -> dict[int, Tensor]:
-    """Decodes the frames ``wanted``. ``frame_times`` has the time of each frame, and whether it is a keyframe."""
+    """Decodes the frames ``numbers``. ``frame_times`` has the time of each frame, and whether it is a keyframe."""
     keys = [number for number, (_, is_key) in enumerate(frame_times) if is_key]
     frames, convert, last = {}, _Converter(shorter), -1
     with open_video(path) as container:
         stream = container.streams.video[0]
         decoded = container.decode(stream)
-        for number in wanted:
+        for number in numbers:
             key = keys[max(bisect.bisect_right(keys, number) - 1, 0)] if keys else 0
             if key > last + 1:  # it is not the next frame anyway
                 container.seek(frame_times[key][0], stream=stream)
@@ -148,8 +148,8 @@ def _decode_by_time(
     return frames
 
 
-def _decode_by_count(path: Path, wanted: list[int], shorter: int | None) -> dict[int, Tensor]:
-    frames, missing, convert = {}, set(wanted), _Converter(shorter)
+def _decode_by_count(path: Path, numbers: list[int], shorter: int | None) -> dict[int, Tensor]:
+    frames, missing, convert = {}, set(numbers), _Converter(shorter)
     with open_video(path) as container:
         container.streams.video[0].thread_type = "AUTO"
         for number, frame in enumerate(container.decode(video=0)):

@@ -123,7 +123,7 @@ def test_networks_of_every_family(device, monkeypatch):
     assert not torch.backends.cudnn.benchmark
 
 
-def made_up_rows(device, selected, repeats, protocol):
+def invented_rows(device, selected, repeats, protocol):
     """Yields rows as network.rows does, with another time for each mode of a case."""
     for case in selected:
         milliseconds = 1.0 if not case.training else 4.0 if case.graph else 2.0
@@ -134,7 +134,7 @@ def made_up_rows(device, selected, repeats, protocol):
 
 
 def test_the_table_of_families(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(network, "rows", made_up_rows)
+    monkeypatch.setattr(network, "rows", invented_rows)
     monkeypatch.setitem(sys.modules, "timm", None)  # it is not installed
     options = ["--families", "timm/regnety_008,mobilenet_v2,resnet18", "--device", "cpu", "--output", str(tmp_path)]
     assert cli.main(["bench", *options]) == 0
@@ -144,7 +144,7 @@ def test_the_table_of_families(tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"families.json", "families.png"}
     cases = network.family_cases(True, False, ["mobilenet_v2", "resnet18"])  # as on a GPU
     results["environment"]["driver"] = "1"
-    results["families"] = [row for rows in made_up_rows(CPU, cases, 50, network.EVERY_FAMILY) for row in rows]
+    results["families"] = [row for rows in invented_rows(CPU, cases, 50, network.EVERY_FAMILY) for row in rows]
     (path := tmp_path / "gpu.json").write_text(json.dumps(results))
     assert cli.main(["bench", "--report", str(path)]) == 0
     table, no_shift, shift = capsys.readouterr().out, "2.0 ms / 4.0 ms / 1.0 ms / 9 MiB", "0.25 / 0.50 / 0.12 / 1.25"

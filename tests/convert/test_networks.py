@@ -185,7 +185,7 @@ def shows(column):
     return mark
 
 
-def made(name):
+def network_case(name):
     """A network, one shifted by hand, its frames."""
     make, size, where = NETWORKS[name]
     net = make().double()
@@ -219,7 +219,7 @@ def run(net, x, seed):
 
 
 def check_against_plain(name, inplace, seed, place="blockres"):
-    net, where, x = made(name)
+    net, where, x = network_case(name)
     if place == "block":
         ends = (".conv1.conv", ".conv_dw", ".conv.0.0", ".attn.qkv")
         where = [each.removesuffix(next(end for end in ends if each.endswith(end))) for each in where]
@@ -251,7 +251,7 @@ def test_in_place_against_shifts_placed_by_hand(name, seed):
 
 @shows("checkpoint keys")
 def test_keys_and_back(name):
-    net, where, _ = made(name)
+    net, where, _ = network_case(name)
     weights = net.state_dict()
     make_temporal_shift(net, CLIP)
     expected = []
@@ -272,7 +272,7 @@ def test_keys_and_back(name):
 
 @shows("compiled")
 def test_one_graph(name):
-    net, _, x = made(name)
+    net, _, x = network_case(name)
     make_temporal_shift(net.eval(), CLIP, inplace=True)  # eval: without random numbers
     torch.compiler.reset()
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
@@ -285,7 +285,7 @@ def test_one_graph(name):
 def test_onnx(name):
     pytest.importorskip("onnxscript", reason="needs onnx, onnxscript and onnxruntime: pip install 'tsm-jit[test]'")
     runtime = pytest.importorskip("onnxruntime")
-    net, _, x = made(name)
+    net, _, x = network_case(name)
     net, x, file = net.float().eval(), x.float(), io.BytesIO()
     make_temporal_shift(net, CLIP, inplace=True)
     clips = CLIP * torch.export.Dim("clips", min=1, max=16)
@@ -300,7 +300,7 @@ def test_onnx(name):
 
 @shows("online")
 def test_on_a_stream(name):
-    net, where, x = made(name)
+    net, where, x = network_case(name)
     net = net.eval()
     plain = by_hand(net, where, past=True)
     make_temporal_shift(net, CLIP, direction="past")
@@ -315,7 +315,7 @@ def test_on_a_stream(name):
 
 @shows("online")
 def test_on_a_stream_in_both_directions(name):
-    net, where, x = made(name)
+    net, where, x = network_case(name)
     net, frames = net.eval(), 3
     make_temporal_shift(net, frames)
     stream, x = tsm_jit.online.convert(net), x[:frames]
@@ -423,7 +423,7 @@ def test_any_network():
     assert shifted_places(net) == []
 
 
-def test_an_unknown_network_is_told_what_is_known():
+def test_the_error_of_an_unknown_network_names_the_architectures():
     with pytest.raises(TypeError, match=r"ResNet, .* RegNet .* ViT \(timm\); got SqueezeNet.*shift_before"):
         make_temporal_shift(torchvision.models.squeezenet1_0(), 8)
     with pytest.raises(TypeError, match=r"net must be a torch.nn.Module, got str"):

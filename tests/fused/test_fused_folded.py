@@ -26,22 +26,22 @@ def test_scores(device, name):
     """Equal to the network's in float64, with and without gradients."""
     net, _, x = pair(NETWORKS[name], device, random.choice(list(FORMATS)))
     net.eval()
-    found = folded(net)
-    layers = [module for name, module in found.named_modules() if "layer" in name]
+    fused = folded(net)
+    layers = [module for name, module in fused.named_modules() if "layer" in name]
     assert not any(isinstance(module, nn.BatchNorm2d) for module in layers)
     with torch.no_grad():
         expected = net(x)
-        torch.testing.assert_close(found(x), expected, rtol=1e-10, atol=1e-10)
-        residual.unfuse(found)
-        torch.testing.assert_close(found(x), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-10, atol=1e-10)
+        residual.unfuse(fused)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_gradients_of_the_input(device):
     net, _, x = pair(lambda: tsm(small(layers=(1, 1, 1, 1))), device)
-    found, gradients = folded(net), []
-    for each in (net.eval(), found):
-        given = x.clone().requires_grad_()
-        gradients += torch.autograd.grad(each(given).square().sum(), given)
+    fused, gradients = folded(net), []
+    for each in (net.eval(), fused):
+        leaf = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(each(leaf).square().sum(), leaf)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=1e-8)
 
 
@@ -53,18 +53,18 @@ def test_half_precision(cuda, dtype):
     x = torch.randn(64, 3, 96, 96, device=cuda, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         exact = net(x)
-        found = folded(net).to(dtype)(x.to(dtype))
+        scores = folded(net).to(dtype)(x.to(dtype))
         plain = copy.deepcopy(net).to(dtype)(x.to(dtype))
-    assert (found.double() - exact).norm() <= 1.5 * (plain.double() - exact).norm()
+    assert (scores.double() - exact).norm() <= 1.5 * (plain.double() - exact).norm()
 
 
 def test_autocast(device):
     net, _, x = pair(lambda: tsm(small()), device, dtype=torch.float32)
     net.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        found, expected = folded(net)(x), net(x)
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found.float(), expected.float(), rtol=0.1, atol=0.1)  # sums of roundings to bfloat16
+        scores, expected = folded(net)(x), net(x)
+    assert scores.dtype == expected.dtype
+    torch.testing.assert_close(scores.float(), expected.float(), rtol=0.1, atol=0.1)  # sums of roundings to bfloat16
 
 
 @pytest.mark.feature("`fuse`, `fold_norms=True`", column="compiled")
@@ -78,20 +78,20 @@ def test_one_graph(device):
 def test_copies_and_state(device, tmp_path):
     """Copies, pickles and a loaded state dict give the same scores; the clip length can change."""
     net, _, x = pair(lambda: tsm(small(layers=(1, 1, 1, 1))), device)
-    found = folded(net)
-    assert not any(module.training for module in found.modules())
-    residual.fuse(found, fold_norms=True)  # a second time changes nothing
-    other = copy.deepcopy(found)
+    fused = folded(net)
+    assert not any(module.training for module in fused.modules())
+    residual.fuse(fused, fold_norms=True)  # a second time changes nothing
+    other = copy.deepcopy(fused)
     for parameter in other.parameters():
         parameter.data.zero_()
-    other.load_state_dict(found.state_dict())
+    other.load_state_dict(fused.state_dict())
     with torch.no_grad():
-        expected = found(x)
-        for each in (other, pickle.loads(pickle.dumps(found))):
+        expected = fused(x)
+        for each in (other, pickle.loads(pickle.dumps(fused))):
             torch.testing.assert_close(each(x), expected, rtol=0, atol=0)
-        tsm_jit.n_segment(found, 2)
+        tsm_jit.n_segment(fused, 2)
         tsm_jit.n_segment(net, 2)
-        torch.testing.assert_close(found(x), net.eval()(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(fused(x), net.eval()(x), rtol=1e-10, atol=1e-10)
 
 
 def share_convolution(net):
@@ -139,9 +139,9 @@ def test_hooks_on_what_takes_the_place_of_norms(device):
     for module in net.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False
-    found, plain = folded(net), folded(net)
+    fused, plain = folded(net), folded(net)
     residual.unfuse(plain)
-    (scores, seen), (expected, expected_seen) = (scores_and_seen(each, x) for each in (found, plain))
+    (scores, seen), (expected, expected_seen) = (scores_and_seen(each, x) for each in (fused, plain))
     torch.testing.assert_close(scores, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(seen, expected_seen, rtol=1e-10, atol=1e-10)
     assert seen.keys() == set(HOOKED)

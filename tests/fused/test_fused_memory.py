@@ -120,15 +120,15 @@ def test_selective_checkpointing(device, merged, saved):
         return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
 
     _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device, dtype=torch.float32)
-    found = []
+    gradients = []
     for more in ({}, {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}):
         each = copy.deepcopy(fused).train()
         for stage in (each.layer1, each.layer2):
             stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False, **more)
         # A policy sees every operator, so it keeps shifts apart from products, which would round otherwise.
         with torch.autocast(device.type, torch.bfloat16), separate_shifts():
-            found.append(step(each, x)[1])
-    for a, b in zip(*found, strict=True):
+            gradients.append(step(each, x)[1])
+    for a, b in zip(*gradients, strict=True):
         assert (a - b).norm() <= 1e-3 * b.norm()  # the stem's pooling adds in any order on a GPU
 
 
@@ -150,15 +150,15 @@ def test_offloading(device, merged, hooks, monkeypatch):
         assert (a - b).norm() <= 1e-9 * b.norm() + 1e-12
 
 
-@pytest.mark.parametrize("how", ["training", "evaluation", "folded", "checkpoint"])
-def test_a_second_derivative_is_refused(device, merged, how):
+@pytest.mark.parametrize("mode", ["training", "evaluation", "folded", "checkpoint"])
+def test_a_second_derivative_is_refused(device, merged, mode):
     """However it is computed: ``torch.autograd.grad`` visits only what leads to the tensors that it is given."""
     _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
-    fused.train(how == "training")
-    if how == "folded":
+    fused.train(mode == "training")
+    if mode == "folded":
         residual.fuse(fused, fold_norms=True)
     x.requires_grad_()
-    call = functools.partial(checkpoint, fused, use_reentrant=False) if how == "checkpoint" else fused
+    call = functools.partial(checkpoint, fused, use_reentrant=False) if mode == "checkpoint" else fused
     for weight in (fused.conv1.weight, fused.layer4[0].conv2.weight):
         tensors = [tensor for tensor in (x, weight) if tensor.requires_grad]
         for tensor in tensors:

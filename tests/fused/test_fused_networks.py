@@ -38,22 +38,22 @@ from tsm_jit.plans import PADDINGS
 
 @pytest.mark.parametrize(("dtype", "padding"), list(itertools.product(DTYPES, PADDINGS)), ids=str)
 def test_norm_relu_max_pool(device, dtype, padding):
-    for given, plain in ((True, True), (True, False), (False, True)):
+    for shifts, unshifted in ((True, True), (True, False), (False, True)):
         shift, make = random_case(dtype, "channels_last", device, padding)
         z = make()
         z = torch.cat([z, z]).reshape(len(z), -1, *z.shape[2:]).contiguous(memory_format=torch.channels_last)
         z_before, acc_dtype = z.clone(), residual_ops.acc_dtype(dtype)
         norm = Norm(*random_norm(z.shape[1], random.choice((acc_dtype, dtype)), device), 1e-3)
         poison(z)
-        x, shifted, boundary = norm_relu_max_pool(z, norm, shift.encode() if given else None, plain)
-        whole = x if plain else norm_relu_max_pool(z, norm, None, True)[0]
+        x, shifted, boundary = norm_relu_max_pool(z, norm, shift.encode() if shifts else None, unshifted)
+        whole = x if unshifted else norm_relu_max_pool(z, norm, None, True)[0]
         normed = F.batch_norm(z.double(), *(part.double() for part in norm[:4]), eps=1e-3)
         # Computed in `acc_dtype` from numbers around 1 and rounded once.
         close = 4 * torch.finfo(acc_dtype).eps * 16 + torch.finfo(dtype).eps
         torch.testing.assert_close(whole.double(), F.max_pool2d(normed.relu(), 3, 2, 1), rtol=close, atol=close)
         assert whole.is_contiguous(memory_format=torch.channels_last)
-        assert (x is not None, shifted is not None, boundary is not None) == (plain, given, given)
-        if given:
+        assert (x is not None, shifted is not None, boundary is not None) == (unshifted, shifts, shifts)
+        if shifts:
             assert_same_bits(shifted, reference.temporal_shift(whole, shift))
             assert_same_bits(boundary, reference.boundary_frames(whole, shift))
         assert_same_bits(z, z_before)
@@ -79,10 +79,10 @@ def test_norm_relu_gradients(device, dtype, of_batch):
     z_before, grad_before = z.detach().clone(), grad.clone()
     poison(z.detach())
     x = norm_relu(z, Norm(mean, variance, weight, bias, 1e-3, of_batch))
-    made, _ = norm_add_relu(
+    expected, _ = norm_add_relu(
         z.detach(), Norm(mean, variance, weight, bias, 1e-3), torch.zeros_like(z), None, None, NO_SHIFT, False
     )
-    assert_same_bits(x, made[0].detach())
+    assert_same_bits(x, expected[0].detach())
     gradients = torch.autograd.grad(x, (z, weight, bias), grad)
     assert_same_bits(z.detach(), z_before)
     assert_same_bits(grad, grad_before)
@@ -319,7 +319,7 @@ def with_more_between(downsample: nn.Sequential) -> None:
 
 
 def hooked(downsample: nn.Sequential) -> None:
-    downsample[-1].register_forward_hook(lambda module, given, out: out * 2)
+    downsample[-1].register_forward_hook(lambda module, inputs, out: out * 2)
 
 
 def of_frozen_statistics(downsample: nn.Sequential) -> None:

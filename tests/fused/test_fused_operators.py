@@ -143,8 +143,8 @@ def test_backward_is_the_reference(device, dtype, layout, padding):
         grad, grad_shifted, grad_boundary_in, _ = residual_ops.add_relu_backward(
             *grads, grad_boundary, out, boundary_out, *(None, [], 0.0) * 2, shift.encode(), to_shifted
         )
-        given = [each for each in grads if each is not None]
-        expected = reference.add_relu_backward(given, grad_boundary, out, boundary_out, shift)
+        summands = [each for each in grads if each is not None]
+        expected = reference.add_relu_backward(summands, grad_boundary, out, boundary_out, shift)
         # Up to eighteen numbers, added in another order, which may cancel; 16-bit ones rounded once, to either side.
         acc_dtype = residual_ops.acc_dtype(dtype)
         torch.testing.assert_close(
@@ -172,12 +172,14 @@ def test_gradients_of_norms(cuda, dtype):
     norms = [[torch.rand(shape[1], dtype=acc_dtype, device=cuda) + k for k in (2.5, 0.5, -0.5)] for _ in range(2)]
     none = (None, [], 0.0)
     for first, second in itertools.product(((z, norms[0], 0.1), none), ((identity, norms[1], 0.2), none)):
-        masked, *_, made = residual_ops.add_relu_backward(grad, None, None, out, None, *first, *second, NO_SHIFT, False)
+        masked, *_, norm_grads = residual_ops.add_relu_backward(
+            grad, None, None, out, None, *first, *second, NO_SHIFT, False
+        )
         masked, count = masked.double(), masked.numel() / masked.shape[1]
         # Sums of `count` numbers around 10, of which kernels do not round each to 16 bits before they add it.
         close = 10 * count**0.5 * max(torch.finfo(acc_dtype).eps * count**0.5, torch.finfo(dtype).eps)
-        assert made.shape == ((9, shape[1]) if first[1] or second[1] else (0,))
-        assert not made[:1].any()
+        assert norm_grads.shape == ((9, shape[1]) if first[1] or second[1] else (0,))
+        assert not norm_grads[:1].any()
         for k, (values, norm, epsilon) in enumerate((first, second)):
             if values is None:
                 continue
@@ -186,7 +188,7 @@ def test_gradients_of_norms(cuda, dtype):
             normalized = (values.double() - mean[:, None, None]) * deviation[:, None, None]
             expected = [(masked * normalized).sum((0, 2, 3)), masked.sum((0, 2, 3))]
             expected += [each * weight * deviation / -count for each in expected]
-            for actual, gradient in zip(made[1 + 4 * k : 5 + 4 * k], expected, strict=True):
+            for actual, gradient in zip(norm_grads[1 + 4 * k : 5 + 4 * k], expected, strict=True):
                 torch.testing.assert_close(actual.double(), gradient, rtol=0, atol=2 * close)
 
 

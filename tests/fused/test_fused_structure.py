@@ -162,7 +162,7 @@ def test_hooks_see_what_they_saw_before(places):
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "says"),
+    ("make", "error", "message"),
     [
         (lambda: 3, TypeError, "net must be a ResNet"),
         (lambda: torchvision.models.vgg11(), TypeError, "net must be a ResNet"),
@@ -175,10 +175,10 @@ def test_hooks_see_what_they_saw_before(places):
         ),
     ],
 )
-def test_what_cannot_be_fused_is_refused_and_unchanged(make, error, says):
+def test_what_cannot_be_fused_is_refused_and_unchanged(make, error, message):
     net = make()
     kinds = [type(module) for module in net.modules()] if isinstance(net, nn.Module) else []
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         residual.fuse(net)
     assert kinds == ([type(module) for module in net.modules()] if kinds else [])
 
@@ -197,7 +197,7 @@ def test_what_is_not_fused_cannot_be_unfused():
 def test_a_hook_on_the_last_block_may_change_its_gradient(device, merged):
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
 
-    def hook(module: nn.Module, given: tuple, out: Tensor) -> None:
+    def hook(module: nn.Module, inputs: tuple, out: Tensor) -> None:
         out.register_hook(lambda grad: grad.mul_(2))
 
     for each in (net, fused):

@@ -43,10 +43,10 @@ for before in json.loads(sys.argv[1]):
             import tsm_jit
             x = torch.arange(8.0).view(8, 1)
             assert torch.equal(tsm_jit.shift_groups(x, 8, [(1, 1)], padding="circular"), x.roll(-1, 0))
-            told = tsm_jit.info()["devices"]["cpu"]
+            result = tsm_jit.info()["devices"]["cpu"]
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-        os.write(1, json.dumps(told).encode() + b"\\n")
+            result = f"{type(error).__name__}: {error}"
+        os.write(1, json.dumps(result).encode() + b"\\n")
         os._exit(0)
     os.wait()
 """
@@ -154,8 +154,8 @@ class Importer:
         changes = {"TSM_JIT_CACHE": self.cache, "OMP_NUM_THREADS": "1", **changes}
         changes["PYTHONPATH"] = os.pathsep.join(map(str, paths))
         removed = (*changes, "TSM_JIT_REQUIRE", "TSM_JIT_NVRTC", "TORCH_CUDA_ARCH_LIST")
-        kept = {name: value for name, value in os.environ.items() if name not in removed}
-        return kept | {name: str(value) for name, value in changes.items() if value is not None}
+        inherited = {name: value for name, value in os.environ.items() if name not in removed}
+        return inherited | {name: str(value) for name, value in changes.items() if value is not None}
 
     def start(self, *command: str, **changes) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -324,7 +324,7 @@ def as_user():
             os._exit(0)
         os.close(writer)
         os.waitpid(pid, 0)
-        with open(reader) as told:
-            return told.read()
+        with open(reader) as output:
+            return output.read()
 
     return call

@@ -19,13 +19,13 @@ SEES = "exists = os.path.exists; os.path.exists = lambda path: path == '/dev/nvi
 
 
 def processes_in(folder: Path) -> list[str]:
-    found = []
+    names = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            found += [process.name] * (process / "cwd").readlink().is_relative_to(folder)
+            names += [process.name] * (process / "cwd").readlink().is_relative_to(folder)
         except OSError:  # it has just ended
             continue
-    return found
+    return names
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def attempt(importer, monkeypatch):
     return run
 
 
-def test_a_compiler_that_fails_is_told_with_its_first_error_and_the_log_and_is_not_tried_again(importer):
+def test_a_compiler_that_fails_is_reported_with_its_first_error_and_the_log_and_is_not_tried_again(importer):
     """In English, whatever the user's language is."""
     text = 'case $LC_ALL in C*) echo "x.cpp:1: error: the sky is falling" ;; esac; echo "error: another"; exit 1'
     compiler = importer.script("c++", text)
@@ -67,7 +67,7 @@ def test_output_without_end_is_bounded(attempt, monkeypatch):
     assert cache.size(entry.folder) < 2**22
 
 
-def test_a_compiler_that_creates_nothing_is_told(attempt):
+def test_a_compiler_that_creates_nothing_is_reported(attempt):
     assert spec.LIBRARY in attempt("exit 0").error
 
 
@@ -100,7 +100,7 @@ def test_the_death_of_the_importing_process_ends_worker_and_compilers(importer):
 
 
 @pytest.mark.parametrize("character", "$:`")
-def test_a_cache_folder_that_ninja_or_nvcc_cannot_read_is_told(importer, cxx, character):
+def test_a_cache_folder_that_ninja_or_nvcc_cannot_read_is_reported(importer, cxx, character):
     importer.cache = importer.folder / f"a{character}b"
     (warning,) = importer(CXX=cxx)["warnings"]
     assert "TSM_JIT_CACHE must" in warning
@@ -140,8 +140,8 @@ def build_for_real(importer, backend: str) -> dict:
     importer.script("bin/hacked", f'touch "{odd}/hacked"')
     compiler = importer.script("bin/c++", f'exec {shlex.join(tools.find_cxx())} "$@"')
     if backend == "nvcc":
-        asked = subprocess.run([tools.find_nvcc(), "--dryrun", "-E", "-x", "cu", "-"], capture_output=True, text=True)
-        toolkit = Path(re.search(r"#\$ TOP=(.*)", asked.stderr)[1])
+        dry_run = subprocess.run([tools.find_nvcc(), "--dryrun", "-E", "-x", "cu", "-"], capture_output=True, text=True)
+        toolkit = Path(re.search(r"#\$ TOP=(.*)", dry_run.stderr)[1])
         for path in (*toolkit.glob("bin/*"), *toolkit.glob("nvvm"), *toolkit.glob("include")):
             link = odd / "cuda" / path.relative_to(toolkit)
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -195,8 +195,8 @@ def test_the_log_and_info_show_how_ninja_compiled_our_sources(real):
 @pytest.mark.parametrize("real", ["nvrtc"], indirect=True)
 def test_the_table_of_kernels_has_every_kernel_that_nvrtc_compiled_with_its_host_function(real):
     kernels = set(re.findall(rb"\.entry (\w+)\(", Path(real["library"]).read_bytes()))
-    told = subprocess.run([sys.executable, "-c", TABLE, real["library"]], capture_output=True, check=True).stdout
-    assert set(told.split()) == kernels
+    output = subprocess.run([sys.executable, "-c", TABLE, real["library"]], capture_output=True, check=True).stdout
+    assert set(output.split()) == kernels
     assert kernels
 
 

@@ -120,14 +120,14 @@ def test_with_replace_a_failing_build_keeps_the_entry_and_a_good_one_replaces_it
 
 
 def test_an_entry_is_found_whatever_tools_made_it_the_newest_first_but_before_it_a_portable_one(build_spec, builder):
-    found = [builder.get(replace(build_spec, cxx=("g++ 12",)))]
-    os.utime(found[0].folder, (0, 0))
-    assert cache.find(build_spec) == found[0]
-    found.append(builder.get(replace(build_spec, cxx=("g++ 13",))))
-    assert cache.find(build_spec) == found[1]
-    found.append(builder.get(replace(build_spec, portable=True, architectures="all")))
-    os.utime(found[2].folder, (0, 0))
-    assert cache.find(build_spec) == found[2]
+    entries = [builder.get(replace(build_spec, cxx=("g++ 12",)))]
+    os.utime(entries[0].folder, (0, 0))
+    assert cache.find(build_spec) == entries[0]
+    entries.append(builder.get(replace(build_spec, cxx=("g++ 13",))))
+    assert cache.find(build_spec) == entries[1]
+    entries.append(builder.get(replace(build_spec, portable=True, architectures="all")))
+    os.utime(entries[2].folder, (0, 0))
+    assert cache.find(build_spec) == entries[2]
     assert cache.find(replace(build_spec, cflags=("-O0",))) is None
 
 
@@ -172,7 +172,7 @@ def test_without_locks_two_build_and_the_second_takes_the_entry_of_the_first(bui
     assert cli.main(["clean"]) == 0
 
 
-def test_who_waits_says_so_and_takes_the_result(build_spec, builder):
+def test_who_waits_logs_it_and_takes_the_result(build_spec, builder):
     started, waits = threading.Event(), threading.Event()
     builder.during = lambda: (started.set(), waits.wait(30))
     first = threading.Thread(target=builder.get, args=(build_spec,))
@@ -212,20 +212,20 @@ def test_what_another_user_owns_is_refused_unless_it_is_roots_and_root_takes_all
     assert cache.find(build_spec) == entry
 
 
-def test_a_read_only_cache_serves_what_it_has_and_else_is_told(build_spec, builder, shared, as_user, monkeypatch):
+def test_a_read_only_cache_serves_what_it_has_and_else_is_reported(build_spec, builder, shared, as_user, monkeypatch):
     monkeypatch.setenv("TSM_JIT_CACHE", str(shared / "cache"))
     build_spec = replace(build_spec, portable=True)
     entry = builder.get(build_spec)
     assert as_user(lambda: builder.get(build_spec)) == str(entry)
-    told = as_user(lambda: builder.get(replace(build_spec, cflags=("-O0",))))
-    assert told.startswith(f"PermissionError: {shared / 'cache'} is read-only")
+    result = as_user(lambda: builder.get(replace(build_spec, cflags=("-O0",))))
+    assert result.startswith(f"PermissionError: {shared / 'cache'} is read-only")
 
 
 @pytest.mark.parametrize(
     ("options", "left"),
     [("", "other old building"), ("--all", "building"), ("--older-than 1", "ours other building")],
 )
-def test_clean_removes_what_it_says_and_never_a_build_in_progress(build_spec, builder, options, left):
+def test_clean_removes_what_it_reports_and_never_a_build_in_progress(build_spec, builder, options, left):
     ours, other, old = spec.here("cpu"), replace(build_spec, torch_version="1"), replace(build_spec, torch_version="2")
     names = {"ours": ours.key, "other": other.key, "old": old.key, "building": f"{ours.key}.tmp-0-0"}
     for one in (ours, other, old):

@@ -15,13 +15,13 @@ COMMAND = ("-m", "tsm_jit")
 
 
 def test_info_shows_devices_and_the_command_lines_that_were_run_as_text_and_as_json(built, importer):
-    human, told = (importer.command("info", *json, TSM_JIT_CACHE=built.parent) for json in ([], ["--json"]))
-    assert human.stderr == told.stderr == ""
-    facts = json.loads(told.stdout)
+    text, as_json = (importer.command("info", *json, TSM_JIT_CACHE=built.parent) for json in ([], ["--json"]))
+    assert text.stderr == as_json.stderr == ""
+    facts = json.loads(as_json.stdout)
     assert facts["devices"]["cpu"] == "compiled kernels"
     assert facts["cache"]["entry"] == built.name
     assert any("bindings/shift.cpp" in command for command in facts["cache"]["commands"])
-    lines = human.stdout.splitlines()
+    lines = text.stdout.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == list(facts)
     assert {f"    {command}" for command in facts["cache"]["commands"]} <= set(lines)
 
@@ -43,28 +43,28 @@ def test_a_reader_that_stops_early_causes_no_traceback(command, buffering):
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_info_of_an_empty_cache_compiles_nothing_and_says_that_the_next_import_will(importer, cxx):
-    told = importer.command("info", "--json", cuda=True, CXX=cxx, CUDA_HOME=importer.toolkit())
-    facts = json.loads(told.stdout)
+def test_info_of_an_empty_cache_compiles_nothing_and_reports_that_the_next_import_will(importer, cxx):
+    done = importer.command("info", "--json", cuda=True, CXX=cxx, CUDA_HOME=importer.toolkit())
+    facts = json.loads(done.stdout)
     assert all("next import" in device for device in facts["devices"].values())
     assert facts["tools"]["nvcc"].startswith(str(importer.folder))
     assert not importer.cache.exists()
 
 
-def test_what_stops_torch_is_told_without_a_traceback(importer):
+def test_what_stops_torch_is_reported_without_a_traceback(importer):
     (importer.folder / "torch.py").write_text("raise OSError('libtorch_cpu.so: too short')")
-    told = importer.run(*COMMAND, "info", path=(importer.folder,))
-    assert told.returncode == 1
-    assert "OSError: libtorch_cpu.so: too short" in told.stderr
-    assert str(importer.folder / "torch.py") in told.stderr
-    assert "Traceback" not in told.stderr
+    done = importer.run(*COMMAND, "info", path=(importer.folder,))
+    assert done.returncode == 1
+    assert "OSError: libtorch_cpu.so: too short" in done.stderr
+    assert str(importer.folder / "torch.py") in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", ["--help", "build --help", "clean --older-than -1"])
 def test_help_and_wrong_options_compile_nothing(importer, arguments):
-    told = importer.command(*arguments.split())
-    assert told.returncode == (2 if "-1" in arguments else 0)
-    assert "usage: python -m tsm_jit" in told.stdout + told.stderr
+    done = importer.command(*arguments.split())
+    assert done.returncode == (2 if "-1" in arguments else 0)
+    assert "usage: python -m tsm_jit" in done.stdout + done.stderr
     assert not importer.cache.exists()
 
 
@@ -90,9 +90,9 @@ def test_what_root_builds_for_an_image_serves_every_user_with_any_compilers_befo
     if any(not parent.stat().st_mode & stat.S_IXOTH for parent in Path(spec.__file__).parents):
         pytest.skip("tsm_jit lies in a folder that only its owner can read")
     importer.cache = shared / "new" / "cache"
-    told = importer.command("build", cuda=True, CUDA_HOME=importer.toolkit(), CXX=cxx)
+    done = importer.command("build", cuda=True, CUDA_HOME=importer.toolkit(), CXX=cxx)
     (entry,) = importer.entries()
-    assert str(entry) in told.stdout
+    assert str(entry) in done.stdout
     assert {stat.S_IMODE(path.stat().st_mode) for path in (entry, importer.cache)} == {0o755}
     assert {stat.S_IMODE(path.stat().st_mode) for path in entry.iterdir()} == {0o644}
     others = {"CXX": "/nowhere/c++", "CUDA_HOME": "/nowhere", "TORCH_CUDA_ARCH_LIST": "9.0", "NVCC_APPEND_FLAGS": "-G"}
@@ -112,10 +112,12 @@ def test_what_root_builds_for_an_image_serves_every_user_with_any_compilers_befo
         (None, "--arch banana", "'banana'"),
     ],
 )
-def test_a_build_that_fails_is_told_without_a_traceback_and_records_nothing(importer, cxx, compiler, options, expected):
+def test_a_build_that_fails_is_reported_without_a_traceback_and_records_nothing(
+    importer, cxx, compiler, options, expected
+):
     variables = {"CXX": compiler or cxx, "CUDA_HOME": importer.toolkit()}
-    told = importer.command("build", *options.split(), cuda=compiler is None, **variables)
-    assert told.returncode == 1
-    assert expected in told.stderr
-    assert "Traceback" not in told.stderr
+    done = importer.command("build", *options.split(), cuda=compiler is None, **variables)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
     assert not list(importer.cache.glob("*/manifest.json"))

@@ -83,8 +83,8 @@ STDERR += [WRITES.format("1 / 0"), WRITES.format("None")]
 
 @pytest.mark.parametrize("options", [(), ("-W", "error")], ids=["", "warnings are errors"])
 def test_a_warning_that_cannot_be_shown_decides_nothing(importer, options):
-    for told in importer.forks(STDERR, *options, CXX="/nowhere/c++"):
-        assert told.startswith("PyTorch fallback"), told
+    for result in importer.forks(STDERR, *options, CXX="/nowhere/c++"):
+        assert result.startswith("PyTorch fallback"), result
 
 
 def test_what_a_system_lacks_decides_nothing(importer, cxx):
@@ -114,10 +114,10 @@ def test_kernels_that_are_required(built, importer):
         ("", "gpu", "ValueError: TSM_JIT_REQUIRE must be 1, cpu or cuda, got 'gpu'"),
     ]
     befores = [f"{before}os.environ['TSM_JIT_REQUIRE'] = '{value}'" for before, value, _ in expected]
-    for told, (_, value, text) in zip(
+    for result, (_, value, text) in zip(
         importer.forks(befores, TSM_JIT_CACHE=built.parent, CXX="/x"), expected, strict=True
     ):
-        assert told.startswith(text), value
+        assert result.startswith(text), value
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_architectures_that_the_compiler_does_not_know_are_skipped_with_one_warn
 
 
 @pytest.mark.parametrize("size", ["100k", "500k"])
-def test_a_full_disk_leaves_no_entry_and_is_told_and_with_more_space_kernels_are_built(importer, cxx, size):
+def test_a_full_disk_leaves_no_entry_and_is_reported_and_with_more_space_kernels_are_built(importer, cxx, size):
     disk = importer.folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "none", disk, "-o"]

@@ -48,10 +48,10 @@ def test_every_file_that_is_compiled_or_builds_is_in_the_key(tmp_path, monkeypat
     shutil.copytree(spec.kernel_folder(), kernels)
 
     def key() -> str:
-        found = importlib.util.spec_from_file_location("copied", package / "spec.py")
-        copied = importlib.util.module_from_spec(found)
+        module_spec = importlib.util.spec_from_file_location("copied", package / "spec.py")
+        copied = importlib.util.module_from_spec(module_spec)
         monkeypatch.setitem(sys.modules, "copied", copied)
-        found.loader.exec_module(copied)
+        module_spec.loader.exec_module(copied)
         return copied.here("nvrtc").part(0)
 
     before = key()
@@ -106,14 +106,14 @@ def test_a_variable_passes_nvcc_over(monkeypatch):
 @pytest.mark.parametrize("folder", ["~", "home"])
 def test_paths_in_variables_are_made_absolute_and_the_home_folder_is_found(importer, monkeypatch, folder):
     home = importer.folder / "home"
-    found = {"CXX": importer.script("home/x/c++", ""), "CUDA_PATH": importer.script("home/x/bin/nvcc", "")}
+    tool_paths = {"CXX": importer.script("home/x/c++", ""), "CUDA_PATH": importer.script("home/x/bin/nvcc", "")}
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(importer.folder)
     for name in ("XDG_CACHE_HOME", "CUDA_PATH"):
         monkeypatch.setenv(name, f"{folder}/x")
     monkeypatch.setenv("CXX", f"{folder}/x/c++")
-    assert tools.find_cxx() == [str(found["CXX"])]
-    assert tools.find_nvcc() == found["CUDA_PATH"]
+    assert tools.find_cxx() == [str(tool_paths["CXX"])]
+    assert tools.find_nvcc() == tool_paths["CUDA_PATH"]
     assert cache.cache_folder() == home / "x" / "tsm_jit"
     monkeypatch.setenv("TSM_JIT_CACHE", f"{folder}/y")
     assert cache.cache_folder() == home / "y"
@@ -121,14 +121,14 @@ def test_paths_in_variables_are_made_absolute_and_the_home_folder_is_found(impor
 
 def test_nvcc_is_looked_for_in_order(importer, monkeypatch):
     """CUDA_HOME, CUDA_PATH, PATH, the usual folder, pip's packages."""
-    found = [importer.script(f"{name}/nvcc", "") for name in ("home/bin", "cuda/bin", "on", "pip/nvidia/cu13/bin")]
+    paths = [importer.script(f"{name}/nvcc", "") for name in ("home/bin", "cuda/bin", "on", "pip/nvidia/cu13/bin")]
     monkeypatch.chdir(importer.folder)
     for name, value in {"CUDA_HOME": "home", "CUDA_PATH": "cuda", "PATH": "on"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "path", ["pip"])
     usual = Path("/usr/local/cuda/bin/nvcc")
     is_file = Path.is_file
-    for path in [*found[:3], *([usual] if usual.exists() else []), found[3]]:
+    for path in [*paths[:3], *([usual] if usual.exists() else []), paths[3]]:
         assert tools.find_nvcc().absolute() == path
         if path == usual:
             monkeypatch.setattr(Path, "is_file", lambda path: path != usual and is_file(path))

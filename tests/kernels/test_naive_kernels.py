@@ -20,7 +20,7 @@ from support import assert_same_bits, random_bits
 from torch import Tensor
 
 import tsm_jit
-import tsm_jit.residual  # defines its operators
+from tsm_jit.ops.residual import acc_dtype
 from tsm_jit.plans import PADDINGS, Shift
 
 ROOT = Path(__file__).parents[2]
@@ -129,12 +129,8 @@ class Case:
 
     def norm(self, dtype: torch.dtype) -> list[Tensor]:
         """Mean, variance, weight and bias."""
-        parts = torch.randn(4, self.channels, device=self.device, dtype=wide(dtype))
+        parts = torch.randn(4, self.channels, device=self.device, dtype=acc_dtype(dtype))
         return [*(part.abs() if k == 1 else part for k, part in enumerate(parts.unbind()))]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def pointer(x: Tensor | None) -> c_void_p:
@@ -155,7 +151,7 @@ def assert_close(actual: Tensor, expected: Tensor, *, rounds: bool, scale: float
     if not rounds:
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
         return
-    atol = 64 * torch.finfo(wide(actual.dtype)).eps * scale
+    atol = 64 * torch.finfo(acc_dtype(actual.dtype)).eps * scale
     rtol = 2 * torch.finfo(actual.dtype).eps
     torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
 
@@ -286,13 +282,13 @@ def test_batch_norm_stats(device, naive, dtype):
     for _ in range(10):
         case = Case("NHWC", device, "zeros")
         x = case.laid_out(torch.randn(case.values(dtype).shape, device=device).to(dtype))
-        running = torch.zeros(2, case.channels, device=device, dtype=wide(dtype)).unbind()
+        running = torch.zeros(2, case.channels, device=device, dtype=acc_dtype(dtype)).unbind()
         count = torch.tensor(41, device=device)
         actual = OPS.batch_norm_stats_(x, *running, count, 1.0)
         expected = torch.empty(2, case.channels, device=device, dtype=torch.float64)
         mean, variance = map(pointer, expected)
         sizes = c_int64(x.numel() // case.channels), c_int64(case.channels)
         naive("batch_norm_stats", DTYPES[dtype], mean, variance, pointer(x), *sizes)
-        for ours, theirs in zip(actual, expected.to(wide(dtype)).unbind(), strict=True):
+        for ours, theirs in zip(actual, expected.to(acc_dtype(dtype)).unbind(), strict=True):
             assert_close(ours, theirs, rounds=True, scale=1e2)
         assert int(count) == 42

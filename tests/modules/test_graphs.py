@@ -101,8 +101,8 @@ def test_products_are_leaves_of_an_fx_graph():
     net, x, weight = Products(), torch.randn(8, 16, 5, 3), torch.randn(6, 16)
     traced = torch.fx.symbolic_trace(net)
     assert {node.target for node in traced.graph.nodes} >= {tsm_jit.shift_conv1x1, tsm_jit.shift_linear}
-    for found, expected in zip(traced(x, weight), net(x, weight), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for actual, expected in zip(traced(x, weight), net(x, weight), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_feature_extractors():
@@ -244,13 +244,13 @@ class Step(nn.Module):
 
 
 @pytest.mark.parametrize("direction", ["past", "both"])
-@pytest.mark.parametrize("how", ["jit.trace", "export"])
-def test_streams_before_their_first_frame(how, direction):
+@pytest.mark.parametrize("tracer", ["jit.trace", "export"])
+def test_streams_before_their_first_frame(tracer, direction):
     stream = tsm_jit.online.convert(resnet(direction=direction))
     assert not hasattr(stream, "state")
     frame = torch.randn(1, 3, 32, 32)
     step, inputs = Step(stream).eval(), (frame, *stream.initial_state(frame))
-    graph = torch.jit.trace(step, inputs) if how == "jit.trace" else export(step, inputs).module()
+    graph = torch.jit.trace(step, inputs) if tracer == "jit.trace" else export(step, inputs).module()
     for _ in range(3):  # frames, each with the state of the one before
         inputs = (torch.randn_like(frame), *inputs[1:])
         outputs = step(*inputs)

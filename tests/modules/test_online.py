@@ -97,9 +97,9 @@ def test_state_passed_along_and_set():
         assert_close(stream(x[:, 1]), expected[:, 1])
         stream.state = state
         assert_close(stream(x[:, 3]), expected[:, 3])
-        kept = [each.clone() for each in stream.state]
+        saved = [each.clone() for each in stream.state]
         stream(x[:, 4])
-        stream.state = kept
+        stream.state = saved
         assert_close(stream(x[:, 4]), expected[:, 4])
     with pytest.raises(ValueError, match=r"state must hold 8 tensors, as initial_state\(\) does, got 2"):
         stream(x[:, 0], state[:2])

@@ -299,15 +299,15 @@ def test_state_passed_along_and_set():
         assert torch.stack(valid, 1).tolist() == [[False] * stream.latency + [True] * 7] * STREAMS
         for t in range(4):
             stream(x[:, t])
-        kept = [each.clone() for each in stream.state]
+        saved = [each.clone() for each in stream.state]
         stream(x[:, 4])
-        stream.state = kept
+        stream.state = saved
         rest = [stream(frame) for frame in x[:, 4:].unbind(1)]
         assert_close(torch.stack([*rest, *stream.flush()], 1), expected[:, 2:])
         stream.state = stream.initial_state(x[:, 0])
         assert_close(on_stream(stream, x), expected)
         other = online.convert(net)
-        other.state = kept
+        other.state = saved
         with pytest.raises(ValueError, match=r"flush\(\) must follow a frame"):
             list(other.flush())
         assert_close(other(x[:, 4]), expected[:, 2])
@@ -329,14 +329,14 @@ def test_gradients_through_time_with_a_state_of_ones_own():
     assert not any(each.requires_grad for each in stream.state)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
-def test_copies_keep_the_state(how):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+def test_copies_keep_the_state(copied):
     net, x = resnet(stages=[2]), videos(5)
     stream = online.convert(net)
     with torch.inference_mode():
         for t in range(4):
             stream(x[:, t])
-        other = how(stream)
+        other = copied(stream)
         stream.reset()
         assert_close(other(x[:, 4]), offline(net, x)[:, 2])
 

@@ -236,12 +236,12 @@ class Twice(nn.Sequential):
 
 
 @pytest.mark.parametrize(
-    "how", [lambda stream: stream, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(copy.deepcopy(stream)))]
+    "copied", [lambda stream: stream, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(copy.deepcopy(stream)))]
 )
-def test_keys_of_the_state_dict_and_attributes(how):
+def test_keys_of_the_state_dict_and_attributes(copied):
     net, x = Twice().eval().double(), video()
     net.num_classes, net[1].stride = 8, (1, 1)
-    stream = how(how(online.convert(net)))
+    stream = copied(copied(online.convert(net)))
     assert (stream.net.num_classes, stream.net.get_submodule("1").stride) == (8, (1, 1))
     assert list(stream.net.state_dict()) == list(net.state_dict())
     assert [name for name, _ in stream.net.named_parameters()] == [name for name, _ in net.named_parameters()]

@@ -73,8 +73,8 @@ def test_a_backward_within_the_context_is_exact(device, name, reentrant):
     grads = []
     for wrap in (lambda net, x: net(x), functools.partial(checkpoint, use_reentrant=reentrant)):
         with tsm_jit.n_segment(net, 4):
-            found = torch.autograd.grad if not reentrant else _by_backward
-            grads.append(found(wrap(net, x).square().sum(), [x, *net.parameters()]))
+            grad = torch.autograd.grad if not reentrant else _by_backward
+            grads.append(grad(wrap(net, x).square().sum(), [x, *net.parameters()]))
         wrap(net, x).sum().backward()  # another length, after the backward
         net.zero_grad()
         x.grad = None
@@ -188,11 +188,11 @@ def test_compiled_code_of_frames_without_gradients_in_an_eager_checkpoint(device
     plain = copy.deepcopy(net)
     net.compile(backend="aot_eager")
     x = torch.randn(8, 16, 4, 4, dtype=torch.float64, device=device)
-    found, expected = (
+    actual, expected = (
         torch.autograd.grad(y.square().sum(), each.net.weight)
         for each, y in ((net, checkpoint(net, x, use_reentrant=False)), (plain, plain(x)))
     )
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     with tsm_jit.n_segment(net, 4):
         loss = checkpoint(net, x, use_reentrant=False).square().sum()
     with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"(?s)n_segment must be .* got 8 .* 4"):
@@ -290,8 +290,8 @@ def test_compiled_backwards_of_eager_forwards(device, name):
     x.grad = None
     loss = net(x).square().sum()
     with compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        found = _by_backward(loss, [x, *net.parameters()])
-    for ours, other in zip(found, expected, strict=True):  # float64: convolutions may add in another order
+        actual = _by_backward(loss, [x, *net.parameters()])
+    for ours, other in zip(actual, expected, strict=True):  # float64: convolutions may add in another order
         torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
 
 

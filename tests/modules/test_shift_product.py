@@ -129,8 +129,8 @@ def test_what_keeps_the_shift_apart(cuda, why, inplace):
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         dz = torch.randn_like(module(x))
         inputs = [x.clone().requires_grad_() for _ in range(2)]
-        for call, given in zip((module, apart), inputs, strict=True):
-            call(given).backward(dz)
+        for call, leaf in zip((module, apart), inputs, strict=True):
+            call(leaf).backward(dz)
         with torch.no_grad():
             torch.testing.assert_close(module(x), apart(x), rtol=0, atol=0)
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=0, atol=0)

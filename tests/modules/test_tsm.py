@@ -260,13 +260,13 @@ def test_in_place_inference_tensor_while_autograd_records(device):
 
 def test_in_place_hook_that_keeps_the_input(device):
     conv = nn.Conv2d(16, 4, 1).to(device)
-    kept = []
-    conv.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
+    inputs_of_hook = []
+    conv.register_forward_hook(lambda module, inputs, output: inputs_of_hook.append(inputs[0]))
     x = torch.randn(8, 16, 3, 3, device=device)
     with torch.no_grad():
         TemporalShift(conv, 4, 8, inplace=True)(x)
         TemporalShift(conv, 4, 8)(x)
-    assert_same_bits(*kept)
+    assert_same_bits(*inputs_of_hook)
 
 
 def test_in_place_double_backward(device):
@@ -284,13 +284,13 @@ def test_in_place_double_backward(device):
 def test_a_gradient_that_a_hook_keeps_stays_as_it_is(device, inplace):
     """The adjoint overwrites the gradient that a convolution has made, unless somebody else sees that."""
     conv = nn.Conv2d(16, 4, 1).to(device)
-    shift, kept = tsm_jit.TemporalShift(conv, 4, inplace=inplace), []
-    conv.register_full_backward_hook(lambda _, grad_input, __: kept.extend((grad_input[0], grad_input[0].clone())))
+    shift, grads = tsm_jit.TemporalShift(conv, 4, inplace=inplace), []
+    conv.register_full_backward_hook(lambda _, grad_input, __: grads.extend((grad_input[0], grad_input[0].clone())))
     x = torch.randn(8, 16, 3, 3, device=device, requires_grad=True)
     grad = torch.randn(8, 4, 3, 3, device=device)
     shift(x).backward(grad)
-    assert_same_bits(kept[0], kept[1])
-    assert not torch.equal(kept[0], x.grad)
+    assert_same_bits(grads[0], grads[1])
+    assert not torch.equal(grads[0], x.grad)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

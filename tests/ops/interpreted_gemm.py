@@ -39,14 +39,14 @@ def check(seed: int) -> None:
     product = shift_conv._Product(
         shape, outputs, plan, plan.encode(), stride, prefix, torch.float32, torch.device("cpu"), processors=5
     )
-    given = [each if tokens else each.permute(0, 3, 1, 2) for each in rows]
+    inputs = [each if tokens else each.permute(0, 3, 1, 2) for each in rows]
     w = weight.detach().float().flatten(1)
     relu = random.random() < 0.3
-    found = product.forward(given[0], w, None, relu)
-    close(found if tokens else found.permute(0, 2, 3, 1), (z.relu() if relu else z).permute(0, 2, 3, 1))
-    close(product.weight_grad(given[1], given[0]), dw)
-    found = product.input_grad(given[1], w)
-    close(found if tokens else found.permute(0, 2, 3, 1), dx.permute(0, 2, 3, 1))
+    actual = product.forward(inputs[0], w, None, relu)
+    close(actual if tokens else actual.permute(0, 2, 3, 1), (z.relu() if relu else z).permute(0, 2, 3, 1))
+    close(product.weight_grad(inputs[1], inputs[0]), dw)
+    actual = product.input_grad(inputs[1], w)
+    close(actual if tokens else actual.permute(0, 2, 3, 1), dx.permute(0, 2, 3, 1))
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -121,7 +121,7 @@ def test_automatic_dynamic_shapes_compile_twice_at_most(device):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.feature("in place on a leaf", column="compiled", says="as a copy")
+@pytest.mark.feature("in place on a leaf", column="compiled", text="as a copy")
 def test_leaf_in_place(device):
     """The values change and the gradient is right; the result is a copy of the leaf, not an alias."""
     x = torch.randn(10, 6, 4, device=device, requires_grad=True)
@@ -193,7 +193,7 @@ def test_contexts(device):
         assert_same_bits(function(x), expected)
 
 
-@pytest.mark.feature("gradients of gradients", column="compiled", says="no: PyTorch has none")
+@pytest.mark.feature("gradients of gradients", column="compiled", text="no: PyTorch has none")
 def test_double_backward_is_refused_by_torch(device):
     x = torch.randn(10, 6, 4, device=device, requires_grad=True)
     (grad,) = torch.autograd.grad(compiled(shifted)(x).square().sum(), x, create_graph=True)

@@ -243,7 +243,7 @@ def test_float8_sums_go_through_plain_torch():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="before 2.13 kernels do not learn what PyTorch said")
-def test_that_memory_is_short_is_told_in_the_words_of_pytorch():
+def test_out_of_memory_is_reported_in_the_words_of_pytorch():
     code = """
 import resource, torch, tsm_jit
 x = torch.ones(8, 64, 512, 512)

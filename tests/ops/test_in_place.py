@@ -75,7 +75,7 @@ def test_the_result_of_a_shifted_leaf_can_be_changed_in_place(device):
     assert_same_bits(x.grad, reference.temporal_shift_backward(torch.full_like(before, 3), SHIFT))
 
 
-def test_who_saved_a_leaf_before_is_told(device):
+def test_a_leaf_that_was_saved_before_raises_in_the_backward(device):
     x = values(device).requires_grad_()
     product = x * x
     shift_(x)

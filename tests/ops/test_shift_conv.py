@@ -136,13 +136,13 @@ def test_autocast(cuda, dtype, tokens):
         assert case.kernels_serve()
     exact = case.results(case.expected, torch.float64)
     pytorch = case.results(case.expected, torch.float32, dtype)
-    found = case.results(case, torch.float32, dtype)
-    for a, b, c in zip(found, pytorch, exact, strict=True):
+    actual = case.results(case, torch.float32, dtype)
+    for a, b, c in zip(actual, pytorch, exact, strict=True):
         assert a.dtype == b.dtype
         assert error(a, c) <= 1.05 * error(b, c)
 
 
-@pytest.mark.feature("`shift_conv1x1`, `shift_linear`", says="as two steps")
+@pytest.mark.feature("`shift_conv1x1`, `shift_linear`", text="as two steps")
 @both_kinds
 @pytest.mark.parametrize("padding", plans.PADDINGS)
 def test_the_cpu_computes_what_it_stands_for(padding, tokens):
@@ -169,12 +169,12 @@ def test_double_backward_vmap_and_forward_mode(device, tokens):
 def test_double_backward_through_the_kernels(cuda, tokens):
     case = Case(cuda, torch.bfloat16, "zeros", tokens)
     assert case.kernels_serve()
-    found = []
+    second_grads = []
     for function in (case, case.expected):
         x, weight = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
         grads = torch.autograd.grad(function(x, weight, None), [x, weight], case.dz, create_graph=True)
-        found.append(torch.autograd.grad(sum(grad.float().square().sum() for grad in grads), [x, weight]))
-    for a, b in zip(*found, strict=True):
+        second_grads.append(torch.autograd.grad(sum(grad.float().square().sum() for grad in grads), [x, weight]))
+    for a, b in zip(*second_grads, strict=True):
         assert error(a, b.double()) < 0.02  # two products in bfloat16, whose rounding has a relative error of 2^-9
 
 
@@ -190,7 +190,7 @@ def test_many_gradients_at_once(cuda, tokens):
     assert error(many[1], one.double()) < 0.01
 
 
-@pytest.mark.feature("`shift_conv1x1`, `shift_linear`", column="compiled", says="as two steps")
+@pytest.mark.feature("`shift_conv1x1`, `shift_linear`", column="compiled", text="as two steps")
 @both_kinds
 def test_graphs(device, tokens):
     """A compiled function, an exported program and a fake tensor."""
@@ -240,13 +240,13 @@ def test_a_cuda_graph(cuda, tokens):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = step()
+        grads = step()
     with torch.no_grad():
         inputs[0].copy_(torch.randn_like(inputs[0]))
-    for each in found:
+    for each in grads:
         each.fill_(torch.nan)
     graph.replay()
-    for a, b in zip(found, step(), strict=True):
+    for a, b in zip(grads, step(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -325,7 +325,7 @@ def test_channels_that_do_not_match(cuda):
 
 
 @pytest.mark.parametrize(
-    ("function", "shapes", "options", "says"),
+    ("function", "shapes", "options", "message"),
     [
         (tsm_jit.shift_conv1x1, [(8, 16, 3), (4, 16, 1, 1)], {}, r"x must be .*\[8, 16, 3\]"),
         (tsm_jit.shift_conv1x1, [(8, 16, 3, 3), (4, 16, 3, 3)], {}, r"weight must be .*\[4, 16, 3, 3\]"),
@@ -335,9 +335,9 @@ def test_channels_that_do_not_match(cuda):
         (tsm_jit.shift_linear, [(8, 5, 16), (4, 16)], {"num_prefix_tokens": 6}, "num_prefix_tokens must be .* 6"),
     ],
 )
-def test_wrong_arguments(function, shapes, options, says):
+def test_wrong_arguments(function, shapes, options, message):
     x, weight = map(torch.zeros, shapes)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         function(x, weight, None, 4, [(8, 1)], **options)
 
 
@@ -346,11 +346,11 @@ def test_wrong_arguments(function, shapes, options, says):
 )
 def test_parameters_that_are_no_tensors(function, shape):
     x, weight = torch.zeros(shape), torch.zeros(4, 16, *[1] * (len(shape) // 4 * 2))
-    for parameters, says in (
+    for parameters, message in (
         ((None, None), "weight must be .* NoneType"),
         ((weight, [0.0] * 4), "bias must be .* list"),
     ):
-        with pytest.raises(TypeError, match=says):
+        with pytest.raises(TypeError, match=message):
             function(x, *parameters, 4, [(8, 1)])
 
 

@@ -75,8 +75,8 @@ def clips_and_strides(mesh):
     whole = x.clone().requires_grad_()
     tsm_jit.temporal_shift(whole, fold_div=4).sum().backward()
     assert_same_bits(mine.grad.flatten(0, 1), share(whole.grad, mesh))
-    wide = shard_frames(x, mesh).expand(-1, -1, 2, 6)
-    assert_same_bits(shift(wide), share(expected, mesh).expand(-1, -1, 2, 6))
+    expanded = shard_frames(x, mesh).expand(-1, -1, 2, 6)
+    assert_same_bits(shift(expanded), share(expected, mesh).expand(-1, -1, 2, 6))
     assert shift(shard_frames(x[:0], mesh)).shape == (0, 8, 2, 1)
 
 

@@ -117,11 +117,11 @@ def end_session(leader: int) -> None:
 
 def _groups(session: int) -> set[int]:
     """The process groups of a session, on Linux."""
-    found = set()
+    groups = set()
     for process in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         with contextlib.suppress(OSError):  # it has just ended
             text = Path("/proc", process, "stat").read_text(errors="replace")
             state, _, group, its_session = text.rpartition(")")[2].split()[:4]
             if int(its_session) == session and state not in "ZX":
-                found.add(int(group))
-    return found
+                groups.add(int(group))
+    return groups

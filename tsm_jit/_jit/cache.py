@@ -106,11 +106,11 @@ def _read_manifest(folder: Path) -> Entry | None:
 
 def _refuse_writable_by_others(path: Path) -> None:
     """A shared library is code: it must come from files that only this user and root can write."""
-    found = path.stat()
+    status = path.stat()
     # Root accepts any owner: it can write anywhere, and in a container the home folder may belong to another user.
-    if hasattr(os, "geteuid") and os.geteuid() not in (0, found.st_uid) and found.st_uid != 0:
-        raise PermissionError(f"{path} belongs to user {found.st_uid}, not to user {os.geteuid()}")
-    if os.name == "posix" and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if hasattr(os, "geteuid") and os.geteuid() not in (0, status.st_uid) and status.st_uid != 0:
+        raise PermissionError(f"{path} belongs to user {status.st_uid}, not to user {os.geteuid()}")
+    if os.name == "posix" and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"{path} can be written by others: run chmod go-w on it")
 
 

@@ -29,8 +29,8 @@ def find_cxx() -> list[str] | None:
     except ValueError:  # a quote that is not closed
         return None
     for name, *options in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
-        if found := shutil.which(os.path.expanduser(name)):
-            return [os.path.abspath(found), *options]
+        if path := shutil.which(os.path.expanduser(name)):
+            return [os.path.abspath(path), *options]
     return None
 
 
@@ -38,8 +38,8 @@ def find_nvcc() -> Path | None:
     """nvcc in ``CUDA_HOME`` or ``CUDA_PATH``, on the path, in ``/usr/local/cuda`` or in pip's packages."""
     homes = [path_variable("CUDA_HOME"), path_variable("CUDA_PATH")]
     candidates = [home / "bin" / "nvcc" for home in homes if home]
-    if found := shutil.which("nvcc"):
-        candidates.append(Path(found).absolute())
+    if path := shutil.which("nvcc"):
+        candidates.append(Path(path).absolute())
     candidates.append(Path("/usr/local/cuda/bin/nvcc"))
     candidates += sorted(_files_of_package("nvidia", "cu*/bin/nvcc"), reverse=True)
     return next((nvcc for nvcc in candidates if os.access(nvcc, os.X_OK) and nvcc.is_file()), None)
@@ -58,24 +58,24 @@ def nvrtc_libraries() -> list[Path]:
 def find_ninja() -> str | None:
     """ninja on the path, or in this Python environment even if that is not activated."""
     folders = [Path(sys.executable).parent, Path(sys.prefix, "bin"), *_files_of_package("ninja", "data/bin")]
-    found = shutil.which("ninja") or shutil.which("ninja", path=os.pathsep.join(map(str, folders)))
-    return os.path.abspath(found) if found else None
+    path = shutil.which("ninja") or shutil.which("ninja", path=os.pathsep.join(map(str, folders)))
+    return os.path.abspath(path) if path else None
 
 
 def _files_of_package(name: str, pattern: str) -> list[Path]:
     """Files of a package, found without importing it."""
-    found = importlib.machinery.PathFinder.find_spec(name)
-    folders = (found and found.submodule_search_locations) or ()
+    module_spec = importlib.machinery.PathFinder.find_spec(name)
+    folders = (module_spec and module_spec.submodule_search_locations) or ()
     return [path for folder in folders for path in Path(folder).glob(pattern)]
 
 
 def identity(tool: Path | str) -> list[str | int]:
     """A tool by path, size and date. To run it would take longer than the rest of the import."""
     try:
-        found = os.stat(tool)
+        status = os.stat(tool)
     except OSError:
         return [str(tool)]
-    return [str(tool), os.path.realpath(tool), found.st_size, found.st_mtime_ns]
+    return [str(tool), os.path.realpath(tool), status.st_size, status.st_mtime_ns]
 
 
 def gpu_is_visible() -> bool:

@@ -378,13 +378,13 @@ def _by_family(rows: list[Row]) -> dict[tuple[str, str, str], Row]:
 
 
 def _families_markdown(rows: list[Row], title: str) -> str:
-    found, networks = _by_family(rows), list(dict.fromkeys(row["network"] for row in rows))
+    row_of, networks = _by_family(rows), list(dict.fromkeys(row["network"] for row in rows))
     names = list(dict.fromkeys(row["who"] for row in rows))
 
     def cell(network: str, who: str) -> str:
         values = []
         for name, (_, column) in _FAMILY_VALUES.items():
-            row = found.get((network, who, name))
+            row = row_of.get((network, who, name))
             if row is None:
                 values.append("-")
             elif who != "no shift":
@@ -407,14 +407,14 @@ def _families_markdown(rows: list[Row], title: str) -> str:
 
 def draw_families(rows: list[Row], environment: Row) -> Figure:
     """Draws bars of time and memory relative to the network without shift, for one network of each family."""
-    found, networks = _by_family(rows), list(dict.fromkeys(row["network"] for row in rows))
+    row_of, networks = _by_family(rows), list(dict.fromkeys(row["network"] for row in rows))
     names = [name for name in dict.fromkeys(row["who"] for row in rows) if name != "no shift"]
-    values = [value for value in _FAMILY_VALUES if any(key[2] == value for key in found)]
+    values = [value for value in _FAMILY_VALUES if any(key[2] == value for key in row_of)]
     figure = Figure(figsize=(3 * len(values) + 2, 0.55 * len(networks) + 1.8), layout="constrained")
     for axis, value in zip(figure.subplots(1, len(values), sharey=True, squeeze=False)[0], values, strict=True):
         column = _FAMILY_VALUES[value][1]
         for k, who in enumerate(names):
-            bars = [(i, found.get((network, who, value))) for i, network in enumerate(networks)]
+            bars = [(i, row_of.get((network, who, value))) for i, network in enumerate(networks)]
             places = [i + k / (len(names) + 1) for i, row in bars if row]
             widths = [row[column] for _, row in bars if row]
             drawn = axis.barh(places, widths, height=1 / (len(names) + 1), align="edge", label=who)
@@ -435,9 +435,9 @@ def draw_network(rows: list[Row], environment: Row) -> Figure:
     figure = Figure(figsize=(11, 0.7 * len(cases) + 1.5), layout="constrained")
     axis = figure.subplots()
     for k, name in enumerate(names):
-        found = [(i, variants[name]) for i, variants in enumerate(cases.values()) if name in variants]
-        places = [i + k / (len(names) + 1) for i, _ in found]
-        widths = [row["of_no_shift"] for _, row in found]
+        drawn = [(i, variants[name]) for i, variants in enumerate(cases.values()) if name in variants]
+        places = [i + k / (len(names) + 1) for i, _ in drawn]
+        widths = [row["of_no_shift"] for _, row in drawn]
         bars = axis.barh(places, widths, height=1 / (len(names) + 1), align="edge", label=name)
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axis.axvline(1, color="gray", linewidth=0.8)

@@ -251,8 +251,8 @@ def with_dots(names: dict[str, str], dotted: Iterable[str]) -> dict[str, str]:
     renamed = dict(names)
     for above in (prefix[: prefix.rfind(".") + 1], prefix):  # a last layer may be outside the prefix
         for key, name in names.items():
-            if name.startswith(above) and (found := unique.get(name.removeprefix(above))):
-                renamed[key] = f"{above.removesuffix('.')}.{found}".lstrip(".")
+            if name.startswith(above) and (dotted_name := unique.get(name.removeprefix(above))):
+                renamed[key] = f"{above.removesuffix('.')}.{dotted_name}".lstrip(".")
     return renamed
 
 
@@ -339,9 +339,9 @@ def matching_prefixes(
             for above, rest in _prefixes(name):
                 if rest in shapes:
                     votes[above] += 1 + (shapes[rest] == state_dict[key].shape)
-        found = _most_votes(votes)
-        if votes[found] > best[0]:
-            best = (votes[found], found, prefix)
+        source_prefix = _most_votes(votes)
+        if votes[source_prefix] > best[0]:
+            best = (votes[source_prefix], source_prefix, prefix)
         if best[0] >= len(shapes):
             break
     return best[1], best[2]
