@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import math
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +17,7 @@ from tqdm import tqdm
 
 import tsm_jit
 from tsm_jit import _jit
+from tsm_jit.bench.timing import Cost, measure
 from tsm_jit.video_io import UnusableVideoError, default_clip, network_input, read_segments
 
 N_SEGMENT = 8
@@ -69,56 +65,7 @@ def step(net: nn.Module, x: Tensor, label: Tensor) -> Tensor:
     return scores.detach()
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Cost:
-    """The cost of one step: median seconds, and peak memory in bytes above the start (None: unknown)."""
-
-    seconds: float
-    peak: int | None
-
-
-def measure(steps: dict[str, Callable[[], object]], device: torch.device, repeats: int, bar: tqdm) -> dict[str, Cost]:
-    """Runs the steps alternately, ``repeats`` times each, so that a temporary slowdown affects all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    peaks: dict[str, list[int | None]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, run in steps.items():
-            peak = peak_memory(device)
-            begin = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
-            peaks[name].append(peak())
-            bar.update()
-    return {
-        name: Cost(statistics.median(seconds[name]), max((p for p in peaks[name] if p is not None), default=None))
-        for name in steps
-    }
-
-
-def peak_memory(device: torch.device) -> Callable[[], int | None]:
-    """Starts a measurement. Returns a function that returns the peak memory since, in bytes above the start."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        return lambda: torch.cuda.max_memory_allocated() - start
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, so that reuse counts
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
-        resident = _resident("VmRSS")
-    except (OSError, AttributeError):
-        return lambda: None
-    return lambda: _resident("VmHWM") - resident
-
-
-def _resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+# --- comparing -------------------------------------------------------------------------------------------------------
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
@@ -195,9 +142,8 @@ def run(video: Path | None = None, output: Path = Path("tsm_jit_demo.png")) -> i
         gradients = zip(_gradients(nets["stock"]), _gradients(nets["tsm_jit"]), strict=True)
         forward = largest_difference(scores["stock"], scores["tsm_jit"])
         backward = max(largest_difference(a, b) for a, b in gradients)
-        costs = measure(
-            {name: functools.partial(step, net, x, label) for name, net in nets.items()}, device, repeats, bar
-        )
+        steps = {name: functools.partial(step, net, x, label) for name, net in nets.items()}
+        costs = measure(steps, device, repeats, bar.update)
 
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     agree = max(forward, backward) <= _TOLERANCE

@@ -15,7 +15,7 @@ import torchvision
 from matplotlib.container import BarContainer
 
 from tsm_jit import bench, cli, reference
-from tsm_jit.bench import network, peers, report, streams
+from tsm_jit.bench import network, peers, report, streams, timing
 
 CPU = torch.device("cpu")
 SHAPE = bench.Shape(2, 8, 32, 3, 2, 4)
@@ -290,3 +290,13 @@ def test_time_parallel(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["bench", "--report", str(tmp_path / "gpu.json")]) == 0
     assert re.search(r"\| training, eager \| [\d.]+ \| [\d.]+ \([\d.]+%\) \|", capsys.readouterr().out)
+
+
+def test_memory_is_measured(device):
+    peak = timing.peak_memory(device)
+    held = torch.ones(64 * 2**20, dtype=torch.uint8, device=device)
+    del held
+    measured = peak()
+    if measured is None:
+        pytest.skip("this system does not report peak memory")
+    assert measured >= 48 * 2**20  # 64, less what the system took back from the process meanwhile

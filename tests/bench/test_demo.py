@@ -114,13 +114,3 @@ def test_the_whole_demonstration_on_a_small_network(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(demo, "StockShift", Wrong)
     assert demo.run(video, tmp_path / "out.png") == 1
     assert "THEY DO NOT AGREE" in capsys.readouterr().out
-
-
-def test_memory_is_measured(device):
-    peak = demo.peak_memory(device)
-    held = torch.ones(64 * 2**20, dtype=torch.uint8, device=device)
-    del held
-    measured = peak()
-    if measured is None:
-        pytest.skip("this system does not tell peak memory")
-    assert measured >= 48 * 2**20  # 64, less what the system took back from the process meanwhile

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,17 +131,67 @@ def host_seconds(call: Call, calls: int = 2000, repeats: int = 9) -> float:
     return best
 
 
+@dataclass
+class Cost:
+    """The cost of one step: median seconds, and peak memory in bytes above the start (None: unknown)."""
+
+    seconds: float
+    peak: int | None
+
+
+def measure(steps: Mapping[Name, Call], device: torch.device, repeats: int, advance: Call) -> dict[Name, Cost]:
+    """Runs the steps alternately, ``repeats`` times each, so that a temporary slowdown affects all of them.
+
+    ``advance`` runs after each step, to show the progress.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
+    peaks: dict[Name, list[int | None]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, run in steps.items():
+            peak = peak_memory(device)
+            begin = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+            peaks[name].append(peak())
+            advance()
+    return {
+        name: Cost(statistics.median(seconds[name]), max((p for p in peaks[name] if p is not None), default=None))
+        for name in steps
+    }
+
+
+def peak_memory(device: torch.device) -> Callable[[], int | None]:
+    """Starts a measurement. Returns a function that returns the peak memory since, in bytes above the start."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - start
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, so that reuse counts
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
+        resident = _resident("VmRSS")
+    except (OSError, AttributeError):
+        return lambda: None
+    return lambda: _resident("VmHWM") - resident
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
 def peak_bytes(call: Call, device: torch.device) -> int | None:
     """Returns the peak memory of one call in bytes, above the memory before it. None if unknown, as on CPUs."""
     if device.type != "cuda":
         return None
     call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    peak = peak_memory(device)
     call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return peak()
 
 
 def cache_bytes(device: torch.device) -> int:
