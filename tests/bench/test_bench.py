@@ -76,8 +76,8 @@ def test_quick(tmp_path, capsys):
 def test_networks(tmp_path, monkeypatch):
     pytest.importorskip("timm", reason="needs timm for a tiny network")
     small = [
-        network.Case("timm/test_resnet", family, 1, training, False, 32)
-        for family, training in (("TSM", True), ("TSAM", False))
+        network.Case("timm/test_resnet", method, 1, training, False, 32)
+        for method, training in (("TSM", True), ("TSAM", False))
     ]
     monkeypatch.setattr(network, "cases", lambda cuda, quick: small)
     monkeypatch.setattr(network, "family_cases", lambda cuda, quick, names: small[:1])
@@ -159,8 +159,9 @@ def test_wrong_families(names, capsys):
     assert f"--families {names}: a network must be one of resnet18, " in capsys.readouterr().err
 
 
-def test_a_network_that_computes_something_else_is_not_timed(monkeypatch):
-    case = network.Case("resnet18", "TSM", 1, False, False, 32)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_network_that_computes_something_else_is_not_timed(training):
+    case = network.Case("resnet18", "TSM", 1, training, False, 32)
     nets = network.networks(case, CPU)
     network.check(nets, case, CPU)
     nets["fused"].layer3[1].conv1.fold_div = 4

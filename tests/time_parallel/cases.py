@@ -97,13 +97,13 @@ def circular(inplace=False):
     return lambda net: Groups(net, shift, inplace)
 
 
-FAMILIES = {"TSM": tsm, "TSAM": tsam, "past": functools.partial(tsm, direction="past"), "circular": circular}
+SHIFTS = {"TSM": tsm, "TSAM": tsam, "past": functools.partial(tsm, direction="past"), "circular": circular}
 
 
-def model_of(family="TSM", inplace=True) -> tsm_jit.VideoModel:
+def model_of(kind="TSM", inplace=True) -> tsm_jit.VideoModel:
     """A network of clips of seven frames."""
-    shift = FAMILIES[family](inplace)
-    tokens = [Tokens(inplace)] if family == "TSM" else []
+    shift = SHIFTS[kind](inplace)
+    tokens = [Tokens(inplace)] if kind == "TSM" else []
     net = nn.Sequential(Block(shift), Block(shift), *tokens, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return tsm_jit.VideoModel(net, nn.Linear(8, 3)).double()
 

@@ -18,14 +18,14 @@ from tsm_jit.ops import sharded_shift
 from tsm_jit.ops.exchange import ranks_of
 
 
-@case((2, 3, 4), family="TSM", inplace=True)
-@case((3,), family="TSM", inplace=False)
-@case((2, 4), family="TSAM", inplace=True)
-@case((3,), family="TSAM", inplace=False)
-@case((4,), family="past", inplace=False)
-@case((4,), family="circular", inplace=True)
-def networks(mesh, family, inplace):
-    compare(model_of(family, inplace), mesh, new_clips())
+@case((2, 3, 4), kind="TSM", inplace=True)
+@case((3,), kind="TSM", inplace=False)
+@case((2, 4), kind="TSAM", inplace=True)
+@case((3,), kind="TSAM", inplace=False)
+@case((4,), kind="past", inplace=False)
+@case((4,), kind="circular", inplace=True)
+def networks(mesh, kind, inplace):
+    compare(model_of(kind, inplace), mesh, new_clips())
 
 
 @case((2,), on=("gloo",))

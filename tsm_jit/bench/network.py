@@ -38,7 +38,7 @@ class Case(NamedTuple):
     """A network and its input: ``batch`` clips of 8 frames, for TSAM with a ninth segment of audio."""
 
     network: str  # of torchvision, or timm/name
-    family: str  # TSM or TSAM
+    method: str  # TSM or TSAM
     batch: int
     training: bool
     compiled: bool
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
     @property
     def segments(self) -> int:
-        return 9 if self.family == "TSAM" else 8
+        return 9 if self.method == "TSAM" else 8
 
 
 class Protocol(NamedTuple):
@@ -66,8 +66,8 @@ def cases(cuda: bool, quick: bool) -> list[Case]:
     """Returns all cases, or a few small ones if ``quick`` or on a CPU, where networks take long."""
     if quick or not cuda:
         return [
-            Case("resnet18", family, 1, training, False, 64, cuda and not training)
-            for family in CONVERSIONS
+            Case("resnet18", method, 1, training, False, 64, cuda and not training)
+            for method in CONVERSIONS
             for training in (True, False)
         ]
     selected = []
@@ -166,7 +166,7 @@ def networks(case: Case, device: torch.device, variants: Sequence[str] = RESNETS
         if name in left_out:
             continue
         net = nets[name] = copy.deepcopy(plain)
-        CONVERSIONS[case.family](net, name not in ("stock", OUT_OF_PLACE))
+        CONVERSIONS[case.method](net, name not in ("stock", OUT_OF_PLACE))
         if name == "stock":
             for module in net.modules():
                 if isinstance(module, ShiftedModule):
@@ -180,10 +180,7 @@ def networks(case: Case, device: torch.device, variants: Sequence[str] = RESNETS
 
 
 def check(nets: dict[str, nn.Module], case: Case, device: torch.device) -> None:
-    """Raises Mismatch unless all variants have the outputs and gradients of stock, in float64.
-
-    The folded network is for inference: only its outputs are compared.
-    """
+    """Raises Mismatch unless all variants have the outputs of stock, in training also the gradients, in float64."""
     frames = torch.randn(2 * case.segments, 3, 32, 32, dtype=torch.float64, device=device)
     frames = frames.contiguous(memory_format=torch.channels_last)
     results = {}
@@ -194,11 +191,11 @@ def check(nets: dict[str, nn.Module], case: Case, device: torch.device) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # of dropout and stochastic depth
             scores = twin(frames)
-        parameters = [] if name == "folded" else list(twin.parameters())
+        parameters = list(twin.parameters()) if case.training else []
         results[name] = [scores, *(torch.autograd.grad(scores.square().mean(), parameters) if parameters else ())]
     for name, values in results.items():
-        for ours, theirs in zip(values, results["stock"], strict=name != "folded"):
-            tolerance = 1e-5 if name == "folded" else 1e-8  # weights times norms are rounded to float32
+        tolerance = 1e-5 if name == "folded" else 1e-8  # weights times norms are rounded to float32
+        for ours, theirs in zip(values, results["stock"], strict=True):
             if not (ours - theirs).norm() <= tolerance * theirs.norm():
                 raise Mismatch(f"{name}: {case} does not have the outputs and gradients of stock")
 
@@ -209,7 +206,7 @@ def rows(
     """Yields, for each case, time and peak memory (with weights and input) of all variants."""
     checked = set()
     for case in selected:
-        unchecked = (key := (case.network, case.family, case.training)) not in checked
+        unchecked = (key := (case.network, case.method, case.training)) not in checked
         checked.add(key)
         yield _rows(case, device, repeats, protocol, unchecked)
         gc.collect()  # frees the networks before the next are built

@@ -28,7 +28,7 @@ _COLUMNS = {
         "peak_mebibytes",
     ),
     "network": (
-        "network", "family", "batch", "training", "compiled", "who",
+        "network", "method", "batch", "training", "compiled", "who",
         "milliseconds", "of_no_shift", "peak_mebibytes", "of_no_shift_memory",
     ),
     "time_parallel": (
@@ -59,7 +59,7 @@ _HEADS = {
     "of_no_shift_memory": "memory vs no shift",
     "of_one_rank_memory": "of one rank",
 }
-_TEXT = ("shape", "dtype", "layout", "depth", "operation", "call", "who", "network", "family")
+_TEXT = ("shape", "dtype", "layout", "depth", "operation", "call", "who", "network", "method")
 _WIDTHS = {"shape": 26, "dtype": 8, "layout": 13, "call": 25, "who": 27, "network": 26} | dict.fromkeys(operations, 20)
 _TITLES = {
     "calls": "CPU overhead of one call, 8 frames of 64 channels of 2x2. vs stock: times as fast as TSM's own code",
@@ -353,7 +353,7 @@ def _by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
     cases: dict[str, dict[str, Row]] = {}
     for row in rows:
         mode = f"{'compiled' if row['compiled'] else 'eager'} {'training' if row['training'] else 'inference'}"
-        title = f"{row['family']}-{row['network'].replace('resnet', 'ResNet-')}, {row['batch']} clips, {mode}"
+        title = f"{row['method']}-{row['network'].replace('resnet', 'ResNet-')}, {row['batch']} clips, {mode}"
         cases.setdefault(title, {})[row["who"]] = row
     return cases
 
