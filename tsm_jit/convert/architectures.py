@@ -7,7 +7,7 @@ table identifies modules by name, so torchvision, timm and mmaction2 are not req
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,12 +67,20 @@ class Architecture:
     # A regular expression for the weights that TSM, TSAM or mmaction2 also have.
     checkpoint_names: str | None = None
 
+    # mmaction2's names of layers, if it puts each convolution and its norm into one module.
+    mmaction2_names: Mapping[str, str] = field(default_factory=dict)
+
     # The blocks that `residual.fuse` supports, by class name.
     fusable_blocks: Mapping[str, FusableBlock] = field(default_factory=dict)
 
     # Convolution, norm, activation and pooling before the first block, by class name of the network. The first may be a
     # layer group.
     stems: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def first_layers(self, names: Iterable[str]) -> dict[str, str]:
+        """Returns the first layer of each block that has such weights, by the name of the block."""
+        pattern = re.compile(rf"(({self.blocks})\.{re.escape(self.first[0])})\.")
+        return {match[2]: match[1] for match in map(pattern.match, names) if match}
 
     def every(self, stage_lengths: list[int]) -> int:
         """Returns TSM's ``n_round`` for these stage lengths: 1 to shift every block, 2 for every second block."""
@@ -96,6 +104,11 @@ RESNET = Architecture(
     sparse_from=23,
     checkpoint_names=r"(?:conv1|bn1|layer[1-4]\.\d+\."
     r"(?:conv\d|bn\d|downsample\.[01]|nl\.(?:theta|phi|g|W)(?:\.[01])?))\.\w+",
+    mmaction2_names={
+        **{f"conv{i}": f"conv{i}.conv" for i in (1, 2, 3)},
+        **{f"bn{i}": f"conv{i}.bn" for i in (1, 2, 3)},
+        **{"downsample.0": "downsample.conv", "downsample.1": "downsample.bn"},
+    },
     fusable_blocks={
         "torchvision.models.resnet.BasicBlock": FusableBlock(("conv1", "bn1", "relu", "conv2", "bn2"), "relu"),
         "torchvision.models.resnet.Bottleneck": FusableBlock(

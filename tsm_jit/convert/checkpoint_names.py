@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from tsm_jit.convert.architectures import ARCHITECTURES, HEADS
+from tsm_jit.convert.architectures import ARCHITECTURES, HEADS, MOBILENET_V2, RESNET
 
 Layout = Literal["torchvision", "video_model", "tsm", "mmaction2", "tsam"]
 
@@ -51,8 +51,9 @@ _BACKBONE_WORDS = frozenset(part for style in LAYOUTS.values() for part in style
 _TRAINER_WORDS = frozenset(("model", "net", "network", "ema", "ema_model"))
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged|momentum|teacher)(?:[._]|$)")
 
-_NON_LOCAL = re.compile(r"(?:.*\.)?layer\d\.\d+")  # a block inside TSM's non-local wrapper, which calls it "block"
-_CONV_MODULE = re.compile(r"(?:^|\.)layer\d\.(?:net\.)?\d+\.(?:net\.|block\.)?conv1\.conv\.")
+_NON_LOCAL = re.compile(rf"(?:.*\.)?{RESNET.blocks}")  # a block inside TSM's non-local wrapper, which calls it "block"
+_CONV_MODULE = re.compile(rf"(?:.*\.)?{RESNET.blocks}\.{re.escape(RESNET.mmaction2_names['conv1'])}\.")
+_CONV_MODULE_NAMES = {theirs: name for name, theirs in RESNET.mmaction2_names.items()}
 
 
 # ---- _Names
@@ -90,8 +91,9 @@ def split_names(visible: dict[str, str], source: Layout | None) -> _Names:
     has_conv_modules = False
     if source in (None, "mmaction2"):
         visible, has_conv_modules = _from_mmaction2_mobilenet(visible)
-        if any(map(_CONV_MODULE.search, visible.values())):
-            visible, has_conv_modules = {key: _without_conv_modules(name) for key, name in visible.items()}, True
+        if any(_CONV_MODULE.match(join(_split(name))) for name in visible.values()):
+            visible = {key: with_parts_replaced(name, _CONV_MODULE_NAMES) for key, name in visible.items()}
+            has_conv_modules = True
     visible, is_flat = _nested_mobilenet(visible)
     parts = {key: _split(name) for key, name in visible.items()}
     _keep_real_submodules(parts)
@@ -138,14 +140,13 @@ def join(parts: Iterable[tuple[str, bool]]) -> str:
     return ".".join(part for part, left_out in parts if not left_out)
 
 
-def _without_conv_modules(name: str) -> str:
-    """The name of a ResNet's layer in mmaction2, whose convolutions and norms are pairs, in torchvision's spelling."""
-    name = re.sub(r"\b(conv\d)\.conv\.", r"\1.", name)
-    name = re.sub(r"\bconv(\d)\.bn\.", r"bn\1.", name)
-    return name.replace("downsample.conv.", "downsample.0.").replace("downsample.bn.", "downsample.1.")
+def with_parts_replaced(name: str, parts: Mapping[str, str]) -> str:
+    """Replaces each of ``parts``, such as ``bn1`` or ``downsample.0``, where it is in ``name`` as a whole."""
+    pattern = rf"(?<![^.])(?:{'|'.join(map(re.escape, parts))})(?=\.)"
+    return re.sub(pattern, lambda match: parts[match[0]], name)
 
 
-_FLAT_BLOCK = re.compile(r"((?:.*\.)?features\.\d+(?:\.net)?\.conv)\.(\d)(\..*)")
+_FLAT_BLOCK = re.compile(rf"((?:.*\.)?{MOBILENET_V2.blocks}(?:\.net)?\.conv)\.(\d)(\..*)")
 _FLAT_TWO = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"}
 _FLAT_THREE = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
 

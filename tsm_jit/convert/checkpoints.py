@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from tsm_jit._checks import one_of
-from tsm_jit.convert.architectures import MOBILENET_V2, RESNET
+from tsm_jit.convert.architectures import ARCHITECTURES, RESNET, Architecture
 from tsm_jit.convert.checkpoint_files import check_state_dict, with_versions
 from tsm_jit.convert.checkpoint_names import (
     ANY_NETWORK,
@@ -28,6 +29,7 @@ from tsm_jit.convert.checkpoint_names import (
     parse,
     split_names,
     with_dots,
+    with_parts_replaced,
 )
 
 
@@ -132,13 +134,12 @@ def convert(
 
 def _keys_in_layout(weights: Weights, target: Layout) -> dict[str, str]:
     """Each key that the layout ``target`` has, with its name there."""
-    plain = set(weights.plain.values())
-    is_resnet = "layer1.0.conv1.weight" in plain and not any("downsample.2." in name for name in plain)
-    if target not in ANY_NETWORK and not is_resnet:
+    architecture = _architecture(weights.plain.values())
+    if target not in ANY_NETWORK and architecture is not RESNET:
         raise ValueError(
             f"target must be a network for weights of other networks than torchvision's ResNets, got {target!r}"
         )
-    head = _head_in_layout(weights, target, is_resnet)
+    head = _head_in_layout(weights, target, architecture)
     renamed = {
         key: name.replace(HEAD, head)
         for key, name in weights.plain.items()
@@ -147,12 +148,12 @@ def _keys_in_layout(weights: Weights, target: Layout) -> dict[str, str]:
     backbone = {key: name for key, name in weights.plain.items() if not name.startswith(HEAD)}
     if weights.layout in ANY_NETWORK and target in ANY_NETWORK:
         return renamed | {key: LAYOUTS[target].backbone + weights.raw[key] for key in backbone}
-    known = re.compile((RESNET if is_resnet else MOBILENET_V2).checkpoint_names or "")
+    known = re.compile(architecture.checkpoint_names or "" if architecture else "")
     wrapped = _places(weights, TEMPORAL_PARTS)
     if target not in ANY_NETWORK and not wrapped:
         if target == "tsam":
             raise ValueError("target must be a network for weights without shifts, got 'tsam', which chooses places")
-        wrapped = _places_of_tsm(plain)
+        wrapped = _places_of_tsm(backbone.values())
     non_local = _places(weights, ("block",))
     for key, name in backbone.items():
         # mmaction2 has other names inside of non-local blocks.
@@ -161,13 +162,19 @@ def _keys_in_layout(weights: Weights, target: Layout) -> dict[str, str]:
     return renamed
 
 
-def _head_in_layout(weights: Weights, target: Layout, is_resnet: bool) -> str | None:
+def _architecture(names: Collection[str]) -> Architecture | None:
+    """The architecture of these weights, if TSM, TSAM or mmaction2 have it too."""
+    if any("downsample.2." in name for name in names):  # ResNet-D
+        return None
+    return next((each for each in ARCHITECTURES if each.checkpoint_names and each.first_layers(names)), None)
+
+
+def _head_in_layout(weights: Weights, target: Layout, architecture: Architecture | None) -> str | None:
     if target in ANY_NETWORK and weights.head is not None:
         return LAYOUTS[target].backbone + weights.head
     if target != "torchvision":
         return LAYOUTS[target].head
-    is_mobilenet = any(name.startswith("features.1.conv.0.0.") for name in weights.plain.values())
-    return RESNET.head[0] if is_resnet else MOBILENET_V2.head[0] if is_mobilenet else None
+    return architecture.head[0] if architecture else None
 
 
 def _places(weights: Weights, wrappers: tuple[str, ...]) -> set[str]:
@@ -181,11 +188,12 @@ def _places(weights: Weights, wrappers: tuple[str, ...]) -> set[str]:
     return places - {""}
 
 
-def _places_of_tsm(plain: Iterable[str]) -> set[str]:
-    """The ``conv1`` of each block of a ResNet that TSM shifts."""
-    blocks = {(match[1], int(match[2])) for name in plain if (match := re.match(r"layer([1-4])\.(\d+)\.conv1\.", name))}
-    every = RESNET.every([sum(stage == str(number) for stage, _ in blocks) for number in range(1, 5)])
-    return {f"layer{stage}.{i}.conv1" for stage, i in blocks if i % every == 0}
+def _places_of_tsm(names: Iterable[str]) -> set[str]:
+    """The first layer of each block of a ResNet that TSM shifts."""
+    layers = RESNET.first_layers(names)
+    lengths = Counter(block.partition(".")[0] for block in layers)
+    every = RESNET.every([lengths[f"layer{stage}"] for stage in range(1, 5)])
+    return {layer for block, layer in layers.items() if int(block.rpartition(".")[2]) % every == 0}
 
 
 def _name_in_layout(name: str, layout: Layout, wrapped: set[str], non_local: set[str]) -> str:
@@ -193,24 +201,15 @@ def _name_in_layout(name: str, layout: Layout, wrapped: set[str], non_local: set
     written: list[str] = []
     for i, part in enumerate(parts):
         above = ".".join(parts[: i + 1])
-        written.append(_in_conv_module(parts, i) if layout == "mmaction2" else part)
+        written.append(part)
         if above in wrapped:
             written.append(LAYOUTS[layout].wrapper)
         if above in non_local and parts[i + 1] != "nl":
             written.append("block")
-    return LAYOUTS[layout].backbone + ".".join(written)
-
-
-def _in_conv_module(parts: list[str], i: int) -> str:
-    """What mmaction2 calls part ``i`` of a name: it puts a convolution and its norm into one module."""
-    part = parts[i]
-    if re.fullmatch(r"conv\d", part):
-        return f"{part}.conv"
-    if re.fullmatch(r"bn\d", part):
-        return f"conv{part[2:]}.bn"
-    if i and parts[i - 1] == "downsample":
-        return {"0": "conv", "1": "bn"}.get(part, part)
-    return part
+    name = ".".join(written)
+    if layout == "mmaction2":
+        name = with_parts_replaced(name, RESNET.mmaction2_names)
+    return LAYOUTS[layout].backbone + name
 
 
 # ---- Placing
