@@ -30,7 +30,6 @@ try:
         torch._C.DispatchKey.CompositeImplicitAutograd,
         torch.ops.aten.clone.default.py_kernels,
     )
-    from torch.utils._pytree import tree_map_only
 except (ImportError, AttributeError) as error:
     raise ImportError(f"tsm_jit does not support PyTorch {torch.__version__}, which lacks a private name: {error}")
 
@@ -129,11 +128,6 @@ def undifferentiable_view(x: Tensor) -> str | None:
     """Returns None if autograd can rebase the history of the view ``x``, otherwise the name of its ``CreationMeta``."""
     creation = _get_creation_meta(x)
     return None if creation == CreationMeta.DEFAULT else creation.name
-
-
-def map_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:
-    """Applies ``function`` to every tensor in nested lists, tuples and dictionaries."""
-    return tree_map_only(Tensor, function, values)
 
 
 def version(x: Tensor) -> int:
