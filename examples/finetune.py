@@ -490,7 +490,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--root", type=Path, help="the folder that paths in lists are relative to, by default the list's"
     )
     parser.add_argument("--classes", type=Path, help="a file with the name of a class on each line")
-    parser.add_argument("--network", default="resnet50", help="a name of torchvision or timm, or timm/name")
+    parser.add_argument(
+        "--network", default="resnet50", help="a name of torchvision or timm, timm/name or mmaction2/resnet50"
+    )
     parser.add_argument("--weights", default="imagenet", help="a checkpoint, imagenet (downloads) or none")
     parser.add_argument("--segments", type=positive, default=8, help="frames of a clip")
     parser.add_argument("--side", type=positive, default=224, help="of the frames, in pixels")

@@ -11,12 +11,14 @@ from training import WrongInputError, save
 
 import tsm_jit
 
+MMACTION2 = "mmaction2/"  # how names of its networks begin
+
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that is needed to build a network and to prepare its input."""
 
-    network: str  # the name of an image network of torchvision, else of timm; ``timm/name`` is always timm's
+    network: str  # of torchvision, else of timm; ``timm/name`` is always timm's, ``mmaction2/resnet50`` is mmaction2's
     classes: list[str]
     n_segment: int
     side: int  # of the frames, in pixels
@@ -28,7 +30,9 @@ def image_network(name: str, num_classes: int | None = None) -> nn.Module:
     """Builds an image network: with random weights for ``num_classes``, or as trained on ImageNet, downloaded."""
     package, _, short = name.rpartition("/")
     if package not in ("", "timm"):
-        raise WrongInputError(f"the network must be a name of torchvision or timm, or timm/name, got {name}")
+        raise WrongInputError(
+            f"the network must be a name of torchvision or timm, timm/name or mmaction2/resnet50, got {name}"
+        )
     if not package and name in torchvision.models.list_models(torchvision.models):
         options = {"weights": "DEFAULT"} if num_classes is None else {"num_classes": num_classes}
         return torchvision.models.get_model(name, **options)
@@ -45,9 +49,33 @@ def image_network(name: str, num_classes: int | None = None) -> nn.Module:
     )
 
 
+def mmaction2_resnet(name: str) -> tuple[nn.Module, int]:
+    """Builds mmaction2's ResNet with random weights: features ``[N*T, F]`` of frames. Returns it and F."""
+    depth = name.removeprefix(MMACTION2 + "resnet")
+    if depth not in ("18", "34", "50", "101", "152"):
+        raise WrongInputError(f"the depth of mmaction2's ResNet must be 18, 34, 50, 101 or 152, got {name}")
+    try:
+        from mmaction.models.backbones.resnet import ResNet
+    except ImportError as error:
+        raise WrongInputError(f"{name} needs mmaction2, which cannot be imported: {error}") from None
+
+    class Backbone(ResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean((2, 3))
+
+    net = Backbone(int(depth))
+    net.init_weights()
+    return net, 512 if int(depth) < 50 else 2048
+
+
 def make(recipe: Recipe, dropout: float = 0.0) -> tsm_jit.VideoModel:
     """Builds the video network of a recipe, with dropout before its last linear layer as in TSM."""
-    net = image_network(recipe.network, len(recipe.classes))
+    last = None
+    if recipe.network.startswith(MMACTION2):
+        net, features = mmaction2_resnet(recipe.network)
+        last = nn.Linear(features, len(recipe.classes))
+    else:
+        net = image_network(recipe.network, len(recipe.classes))
     size = getattr(getattr(net, "patch_embed", None), "img_size", None)  # of a ViT, whose positions are fixed
     if size is not None and tuple(size) != (recipe.side, recipe.side):
         raise WrongInputError(f"the side of frames must be {size[0]} for {recipe.network}, got {recipe.side}")
@@ -56,9 +84,9 @@ def make(recipe: Recipe, dropout: float = 0.0) -> tsm_jit.VideoModel:
     except TypeError as error:
         raise WrongInputError(f"{recipe.network} cannot be converted: {error}") from None
     if dropout:
-        head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
-        head.register_forward_pre_hook(lambda module, x: F.dropout(x[0], dropout, module.training))
-    return tsm_jit.VideoModel(net)
+        linear = last or [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+        linear.register_forward_pre_hook(lambda module, x: F.dropout(x[0], dropout, module.training))
+    return tsm_jit.VideoModel(net, last)
 
 
 def start_from(model: tsm_jit.VideoModel, recipe: Recipe, weights: str) -> str:
@@ -71,7 +99,7 @@ def start_from(model: tsm_jit.VideoModel, recipe: Recipe, weights: str) -> str:
     """
     try:
         if weights == "imagenet":
-            state = image_network(recipe.network).state_dict()
+            state = image_network(recipe.network.removeprefix(MMACTION2)).state_dict()
         else:
             state = tsm_jit.checkpoints.load(weights)
         converted = tsm_jit.checkpoints.convert(state, target=model)

@@ -9,6 +9,7 @@ from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import mmaction2_package
 import pytest
 import torch
 from processes import launch
@@ -295,6 +296,25 @@ def test_starts_from_checkpoints(layout, tmp_path):
     note = networks.start_from(model, recipe, str(tmp_path / "weights.pth"))
     assert "random: backbone.fc.weight, backbone.fc.bias" in note
     assert_same_bits(model.backbone.layer3[1].conv1.net.weight, source.layer3[1].conv1.weight)
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "mmaction2"])
+def test_a_resnet_of_mmaction2_from_checkpoints(layout, tmp_path):
+    mmaction2_package.models()
+    source = torchvision.models.resnet18(num_classes=2)
+    weights = tsm_jit.checkpoints.convert(source.state_dict(), target=layout).state_dict
+    torch.save({"state_dict": weights}, tmp_path / "weights.pth")
+    recipe = networks.Recipe("mmaction2/resnet18", ["a", "b"], SEGMENTS, SIDE, "both")
+    model = networks.make(recipe, dropout=0.5)
+    assert "random" not in networks.start_from(model, recipe, str(tmp_path / "weights.pth"))
+    tsm_jit.make_temporal_shift(source, SEGMENTS)
+    clips = torch.randn(2, SEGMENTS, 3, SIDE, SIDE)
+    expected = tsm_jit.VideoModel(source).eval()(clips)
+    torch.testing.assert_close(model.eval()(clips), expected)
+    tsm_jit.residual.fuse(model.backbone)
+    torch.testing.assert_close(model(clips), expected)
+    networks.save_trained(model, recipe, tmp_path / "best.pt")
+    torch.testing.assert_close(networks.load_trained(tmp_path / "best.pt")[0](clips), expected)
 
 
 FAMILIES = ["resnet18", "regnet_y_400mf", "convnext_tiny", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"]
