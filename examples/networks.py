@@ -1,5 +1,6 @@
 """Networks for labelled videos, from a name to a trained file and back. Not a script."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def mmaction2_resnet(name: str) -> tuple[nn.Module, int]:
             return super().forward(x).mean((2, 3))
 
     net = Backbone(int(depth))
+    logging.disable(logging.INFO)  # a line for every tensor
     net.init_weights()
+    logging.disable(logging.NOTSET)
     return net, 512 if int(depth) < 50 else 2048
 
 
