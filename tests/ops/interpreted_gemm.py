@@ -36,7 +36,7 @@ def check(seed: int) -> None:
     if tokens:
         rows = [each.flatten(1, 2) for each in rows]
     shape = rows[0].shape if tokens else x.shape
-    product = shift_conv._Product(
+    product = shift_conv.Product(
         shape, outputs, plan, plan.encode(), stride, prefix, torch.float32, torch.device("cpu"), processors=5
     )
     inputs = [each if tokens else each.permute(0, 3, 1, 2) for each in rows]

@@ -139,7 +139,7 @@ def _product(
     num_prefix_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> _Product | None:
+) -> Product | None:
     """Returns the product for such an ``x``, or None where a separate shift is faster or the only way.
 
     The columns must move in groups of 8, which a thread loads at once. A long sum in few tiles leaves processors idle:
@@ -153,7 +153,7 @@ def _product(
     if not plan.plan or not _has_triton(device):
         return None
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    product = _Product(shape, out_channels, plan, shift, stride, num_prefix_tokens, dtype, device, processors)
+    product = Product(shape, out_channels, plan, shift, stride, num_prefix_tokens, dtype, device, processors)
     return product if not product.is_small or product.k <= 1024 else None
 
 
@@ -214,7 +214,7 @@ class _Kernel:
         )
 
 
-class _Product:
+class Product:
     """The product of shifted rows ``[M, K]`` with a weight ``[N, K]``, for one shape of ``x``."""
 
     def __init__(
