@@ -100,6 +100,19 @@ def test_two_lengths_in_one_backward_are_an_error(device, inplace, needs_grad):
             (first + second).sum().backward(retain_graph=True)
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("n", [4, 8])
+def test_two_lengths_in_one_backward_that_nothing_compares_are_an_error(device, needs_grad, n):
+    net = module().to(device)
+    x = frames(net, device).requires_grad_(needs_grad)
+    unchecked = functools.partial(checkpoint, net, x, use_reentrant=False, determinism_check="none")
+    with tsm_jit.n_segment(net, 4):
+        first = unchecked()
+    second = unchecked()
+    with tsm_jit.n_segment(net, n), pytest.raises(RuntimeError, match="n_segment must be .* 8" if n == 4 else ".* 4"):
+        (first + second).sum().backward()
+
+
 COMPILED = pytest.mark.parametrize("parts", ["network", "blocks"])
 
 
@@ -197,6 +210,55 @@ def test_compiled_code_of_frames_without_gradients_in_an_eager_checkpoint(device
         loss = checkpoint(net, x, use_reentrant=False).square().sum()
     with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"(?s)n_segment must be .* got 8 .* 4"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["not compared", "recomputed in the backward"])
+def test_compiled_code_whose_marks_nothing_compares(device, kind):
+    net = nn.Sequential(*(tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 8) for _ in range(2))).double().to(device)
+    plain = copy.deepcopy(net)
+    for each in net:  # two graphs: the second one's input depends on the recomputed length
+        each.compile(backend="aot_eager_decomp_partition")
+    x = torch.randn(8, 8, 3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    determinism, budget = ("none", 1) if kind == "not compared" else ("default", 0)
+
+    def loss(net, n):
+        with tsm_jit.n_segment(net, n):
+            return checkpoint(net, x, use_reentrant=False, determinism_check=determinism).square().sum()
+
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        found = torch.autograd.grad(loss(net, 8), [x, *net.parameters()])
+        expected = torch.autograd.grad(loss(plain, 8), [x, *plain.parameters()])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        loss4 = loss(net, 4)
+        with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"(?s)n_segment must be .* got 8 .* 4"):
+            loss4.backward()
+
+
+class CheckpointedShift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 8)
+
+    def forward(self, x):
+        return checkpoint(self.shift, x, use_reentrant=False)
+
+
+@KINDS
+def test_compiled_code_with_checkpoints_of_its_own_in_an_eager_checkpoint(device, reentrant):
+    net = nn.Sequential(CheckpointedShift(), CheckpointedShift()).double().to(device)
+    plain = copy.deepcopy(net)
+    net.compile(backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, 8, 3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        found = _by_backward(checkpoint(net, x, use_reentrant=reentrant).square().sum(), [x, *net.parameters()])
+        x.grad = None
+        expected = _by_backward(plain(x).square().sum(), [x, *plain.parameters()])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        with tsm_jit.n_segment(net, 4):
+            loss = checkpoint(net, x, use_reentrant=reentrant).square().sum()
+        # Dynamo only says that the code raises an exception.
+        with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"n_segment must be|Observed except"):
+            loss.backward()
 
 
 def test_compiled_reentrant_forwards_of_one_length_before_their_backwards(device):

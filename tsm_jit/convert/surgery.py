@@ -18,7 +18,7 @@ class n_segment:
     after it get half the clip length. In a TSAM network the number of audio segments does not change.
 
     Activation checkpointing computes forwards again in the backward. Call ``backward()`` before the clip length
-    changes. Otherwise the backward raises ``RuntimeError``.
+    changes. Otherwise the backward raises ``RuntimeError``. examples/README.md lists exceptions for compiled code.
 
     Args:
         net: a network with temporal modules. It is changed in place.

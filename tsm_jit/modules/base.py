@@ -13,7 +13,7 @@ from torch.nn.modules import module as all_modules
 from tsm_jit import ops
 from tsm_jit._checks import refuse_scripting
 from tsm_jit.ops import recomputation
-from tsm_jit.ops.compat import in_backward, in_reentrant_checkpoint, is_exporting
+from tsm_jit.ops.compat import is_exporting
 
 if TYPE_CHECKING:
     from tsm_jit.ops.sharded_shift import TimeShard
@@ -34,12 +34,12 @@ class ClipModule(nn.Module):
     time_shard: TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
     name_in_network = ""  # set by parallelize_time
     _forward_length: int | None = None  # of the last forward that could be computed again
-    _reentrant_lengths: tuple[int, ...] = ()  # of forwards in reentrant checkpoints, until one is computed again
+    _unchecked_lengths: tuple[int, ...] = ()  # of forwards that no checkpoint compares, until one is computed again
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(self) -> None:
         super().__init__()
-        self._forward_length, self._reentrant_lengths = None, ()  # a new attribute would invalidate compiled code
+        self._forward_length, self._unchecked_lengths = None, ()  # a new attribute would invalidate compiled code
 
     def split_shard(self) -> TimeShard | None:
         """Returns the part of each clip that this process holds, or None if it holds all frames."""
@@ -54,53 +54,39 @@ class ClipModule(nn.Module):
                 gradients would be wrong.
         """
         length = self.n_segment
-        if not ops.eager():
-            if not is_exporting():
-                self._check_compiled_length(length, x)
+        if ops.eager():
+            phase = recomputation.current_phase()
+        elif is_exporting():
             return length
-        own = self.__dict__  # nn.Module takes 1 us to set an attribute
-        if in_backward():
-            lengths = self._other_lengths(length)
-            own["_reentrant_lengths"] = ()
-            if lengths:
-                raise RuntimeError(_changed_length(length, lengths))
-        elif torch.is_grad_enabled():
-            own["_forward_length"] = length
-        elif in_reentrant_checkpoint():
-            own["_forward_length"] = length
-            if length not in self._reentrant_lengths:
-                own["_reentrant_lengths"] = (*self._reentrant_lengths, length)
+        elif recomputation.saves_marks and x.requires_grad and not recomputation.is_nested:
+            phase = "forward"  # in the recomputation, too: the shapes of saved tensors tell the length
+        else:
+            phase = recomputation.phase
+        if phase:
+            self._compare_length(length, phase)
         return length
 
-    def _check_compiled_length(self, length: int, x: Tensor) -> None:
-        """The same for compiled code."""
-        if recomputation.saves_marks and x.requires_grad and not recomputation.is_nested:
-            self._forward_length = length
-            return  # the shapes of saved tensors tell the length: see clip_length_mark in ops/temporal_shift.py
-        phase = recomputation.phase
+    def _compare_length(self, length: int, phase: str) -> None:
+        """Records the clip length of a forward, or raises RuntimeError if that of a recomputation differs.
+
+        Of several forwards that no checkpoint compares with their recomputation, it is unknown which is repeated.
+        """
         if phase == "recomputation":
-            lengths = self._other_lengths(length)
-            if self._reentrant_lengths:
-                self._reentrant_lengths = ()
+            lengths = {self._forward_length, *self._unchecked_lengths} - {None, length}
+            if self._unchecked_lengths:
+                self._unchecked_lengths = ()
             if lengths:
                 raise RuntimeError(_changed_length(length, lengths))
-        elif phase:
-            self._forward_length = length
-            if phase == "reentrant forward" and length not in self._reentrant_lengths:
-                self._reentrant_lengths = (*self._reentrant_lengths, length)
-
-    def _other_lengths(self, length: int) -> list[int]:
-        """Returns the lengths but ``length`` of forwards that a recomputation may repeat.
-
-        Of several forwards in reentrant checkpoints, it is unknown which is computed again.
-        """
-        return [each for each in (self._forward_length, *self._reentrant_lengths) if each not in (None, length)]
+            return
+        self._forward_length = length
+        if phase == "unchecked forward" and length not in self._unchecked_lengths:
+            self._unchecked_lengths = (*self._unchecked_lengths, length)
 
 
-def _changed_length(length: int, others: list[int]) -> str:
+def _changed_length(length: int, others: set) -> str:
     return (
         f"n_segment must be the clip length of the forward when checkpointing computes it again, got {length} after a "
-        f"forward with {' and '.join(map(str, sorted(set(others))))}: call backward() before changing n_segment"
+        f"forward with {' and '.join(map(str, sorted(others)))}: call backward() before changing n_segment"
     )
 
 
