@@ -138,16 +138,17 @@ def test_in_place_keeps_no_second_activation(device):
 
 
 @pytest.mark.parametrize("part", [slice(None), slice(0, 8)], ids=["whole", "a view of larger memory"])
-def test_in_place_keeps_no_more_memory_than_out_of_place(part):
+@pytest.mark.parametrize("wrap", [nn.Sequential, lambda conv: conv], ids=["a list of layers", "a layer"])
+def test_in_place_keeps_no_more_memory_than_out_of_place(wrap, part):
     """Neither a float32 input beside its copy in bfloat16, nor the memory of which the input is a small view."""
     conv = nn.Conv2d(16, 4, 1)
     values = numpy.random.default_rng().standard_normal((32, 16, 3, 3), dtype=numpy.float32)
     memory = weakref.ref(values)
     x = torch.from_numpy(values)[part]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=part == slice(None)):
-        PlainShift(conv, 4, 8)(x).sum().backward()
+        PlainShift(wrap(conv), 4, 8)(x).sum().backward()
         gradient, conv.weight.grad = conv.weight.grad, None
-        y = TemporalShift(conv, 4, 8, inplace=True)(x)
+        y = TemporalShift(wrap(conv), 4, 8, inplace=True)(x)
     del x, values
     assert memory() is None
     y.sum().backward()
