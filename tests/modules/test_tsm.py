@@ -124,6 +124,9 @@ def test_in_place_before_anything(device, net):
         assert_same_bits(actual, expected)
 
 
+WRAP = pytest.mark.parametrize("wrap", [nn.Sequential, lambda conv: conv], ids=["a list of layers", "a layer"])
+
+
 def test_in_place_keeps_no_second_activation(device):
     """The shifted copy dies with the call; the backward makes another."""
     module = TemporalShift(nn.Conv2d(16, 8, 1).to(device), 4, inplace=True)
@@ -138,7 +141,7 @@ def test_in_place_keeps_no_second_activation(device):
 
 
 @pytest.mark.parametrize("part", [slice(None), slice(0, 8)], ids=["whole", "a view of larger memory"])
-@pytest.mark.parametrize("wrap", [nn.Sequential, lambda conv: conv], ids=["a list of layers", "a layer"])
+@WRAP
 def test_in_place_keeps_no_more_memory_than_out_of_place(wrap, part):
     """Neither a float32 input beside its copy in bfloat16, nor the memory of which the input is a small view."""
     conv = nn.Conv2d(16, 4, 1)
@@ -221,8 +224,9 @@ def test_in_place_keeps_the_input_when_net_fails(device):
         assert_same_bits(x, before)
 
 
-def test_in_place_input_changed_before_the_backward_is_reported(device):
-    conv = TemporalShift(nn.Conv2d(16, 4, 1).to(device), 4, inplace=True)
+@WRAP
+def test_in_place_input_changed_before_the_backward_is_reported(device, wrap):
+    conv = TemporalShift(wrap(nn.Conv2d(16, 4, 1).to(device)), 4, inplace=True)
     x = torch.randn(8, 16, 3, 3, device=device)
     y = conv(x)
     x.add_(1)
@@ -234,7 +238,7 @@ class _Conjugate(nn.Module):
     """Saves a view of its input that has other bits than the input, and the real part, which has another dtype."""
 
     def forward(self, x):
-        return x.conj() * x.conj() * x.real.exp()
+        return x.conj() * x.conj() * x.real.sin()
 
 
 def test_in_place_before_views_that_strides_do_not_describe(device):
@@ -248,6 +252,20 @@ def test_in_place_before_views_that_strides_do_not_describe(device):
         results.append((out, leaf.grad))
     for a, e in zip(results[1], results[0], strict=True):
         assert_same_bits(a.resolve_conj(), e.resolve_conj())
+
+
+def test_in_place_leaves_saved_tensors_to_hooks(device):
+    """Hooks such as those of offloading get what a shift out of place saves."""
+    net = nn.Sequential(nn.Conv2d(16, 4, 1)).to(device)
+    x = torch.randn(8, 16, 3, 3, device=device, requires_grad=True)
+    saved = []
+    for inplace in (False, True):
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, packed=packed: packed.append(t) or t, lambda t: t):
+            TemporalShift(net, 4, inplace=inplace)(x)
+        saved.append(packed)
+    for a, e in zip(*saved, strict=True):
+        assert_same_bits(a, e)
 
 
 def test_in_place_inference_tensor_while_autograd_records(device):
