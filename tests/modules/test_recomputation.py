@@ -261,6 +261,17 @@ def test_compiled_code_with_checkpoints_of_its_own_in_an_eager_checkpoint(device
             loss.backward()
 
 
+def test_compiled_code_with_checkpoints_of_its_own_under_other_hooks(device):
+    net = CheckpointedShift().double().to(device)
+    plain = copy.deepcopy(net)
+    net.compile(backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, 8, 3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    with torch.autograd.graph.save_on_cpu():
+        found = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
+    expected = torch.autograd.grad(plain(x).square().sum(), [x, *plain.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_compiled_reentrant_forwards_of_one_length_before_their_backwards(device):
     net = module().to(device)
     net.compile(backend="aot_eager")

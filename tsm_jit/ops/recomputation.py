@@ -7,7 +7,7 @@ the code for each value, and each call runs the version for the value at that ti
 - ``saves_marks``: whether a checkpoint compares what this forward saves for its backward with what the recomputation
   saves, and so the mark of the clip length. It is the same in both.
 - ``is_nested``: whether this forward is in such a checkpoint for the first time, but in another for the second time.
-- ``phase``: see :func:`current_phase`. It is ``"forward"`` in all non-reentrant checkpoints.
+- ``phase``: see :func:`current_phase`. It is ``"forward"`` in all non-reentrant checkpoints, and only there.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def __getattr__(name: str) -> bool | str:
     if name == "is_nested":
         return in_backward() and non_reentrant_checkpoint() == "forward"
     if name == "phase":
-        phase = current_phase()
-        # A non-reentrant checkpoint stops a recomputation early, before compiled code could forget these lengths.
-        return "forward" if phase == "unchecked forward" and torch.is_grad_enabled() else phase
+        if in_backward() or not torch.is_grad_enabled():
+            return current_phase()
+        # Never "unchecked": such a checkpoint stops a recomputation early, before compiled code could forget lengths.
+        return "forward" if non_reentrant_checkpoint() else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
