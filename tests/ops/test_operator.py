@@ -4,9 +4,11 @@ import mmap
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from support import DTYPES, FLOATING, assert_same_bits, layouts, poison, random_bits, random_values
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tsm_jit
 from tsm_jit import ops, reference
@@ -192,6 +194,21 @@ def test_devices_without_kernels_take_plain_torch():
 
     for name in ("temporal_shift", "temporal_shift_", "temporal_shift_backward", "temporal_shift_backward_"):
         assert _dispatch_has_kernel_for_dispatch_key(f"tsm_jit::{name}", DispatchKey.CompositeExplicitAutograd)
+
+
+@pytest.mark.parametrize("name", ["temporal_shift", "temporal_shift_backward"])
+def test_fake_operators_have_the_strides_of_real_ones(device, name):
+    """Of dimensions of size 1, too, whose strides PyTorch reads to choose the memory format of a convolution."""
+    operator, shift = getattr(torch.ops.tsm_jit, name).kernel, Shift(4, 4, 1, "zeros", ((1, 1),)).encode()
+    rng = numpy.random.default_rng()
+    for _ in range(100):
+        order = rng.permutation(4)
+        sizes = numpy.array([4, *rng.choice([1, 2, 5], 3)])
+        x = torch.empty([int(n) for n in sizes[order] * rng.choice([1, 2], 4)], device=device)
+        x = x.permute([int(i) for i in order.argsort()])[tuple(slice(0, int(n)) for n in sizes)]
+        with FakeTensorMode() as mode:
+            fake = operator(mode.from_tensor(x), shift)
+        assert fake.stride() == operator(x, shift).stride(), (x.shape, x.stride())
 
 
 @pytest.mark.parametrize("name", ["temporal_shift", "temporal_shift_backward"])

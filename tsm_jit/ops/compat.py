@@ -155,6 +155,15 @@ def undifferentiable_view(x: Tensor) -> str | None:
     return None if creation == CreationMeta.DEFAULT else creation.name
 
 
+def empty_like_real(x: Tensor) -> Tensor:
+    """Returns a tensor for a fake kernel, with the strides that ``torch.empty_like`` gives real tensors.
+
+    Of fake tensors, ``torch.empty_like`` itself gives dimensions of size 1 other strides. A convolution then takes
+    another memory format than compilers expect.
+    """
+    return x.clone()
+
+
 def version(x: Tensor) -> int:
     """The number of changes of ``x`` and its views in place. Raises RuntimeError for tensors of ``inference_mode``."""
     return x._version

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from tsm_jit.ops.compat import collectives, eager, is_exporting, transforms_are_active
+from tsm_jit.ops.compat import collectives, eager, empty_like_real, is_exporting, transforms_are_active
 from tsm_jit.ops.exchange import Messages, Ranks, Strided, ranks_of
 from tsm_jit.ops.temporal_shift import (
     clip_length_marks,
@@ -409,7 +409,7 @@ def _register(name: str, arguments: str, compute: Callable[..., Tensor], adjoint
 
     for each in (op.default, op.kernel):
         _library.impl(each, kernel, "CompositeExplicitAutograd")
-        _library.impl(each, lambda x, *_: torch.empty_like(x), "Meta")
+        _library.impl(each, lambda x, *_: empty_like_real(x), "Meta")
     _library.impl(op.default, autograd_kernel, "Autograd")
 
 

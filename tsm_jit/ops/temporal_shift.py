@@ -38,6 +38,7 @@ from tsm_jit.ops.compat import (
     direct,
     direct_apply,
     eager,
+    empty_like_real,
     has_saved_tensor_hooks,
     is_batched_gradient,
     is_decomposing,
@@ -416,7 +417,7 @@ def _register(differentiable, kernels: tuple, in_place, compute, function: type[
     # which takes a third of the import time of tsm_jit.
     for op in (differentiable, *kernels):
         _library.impl(op, fallback, "CompositeExplicitAutograd")
-        _library.impl(op, lambda x, shift: torch.empty_like(x), "Meta")
+        _library.impl(op, lambda x, shift: empty_like_real(x), "Meta")
 
     def copy_based(x: Tensor, shift: str) -> None:
         x.copy_(kernels[0](x, shift))
@@ -456,7 +457,7 @@ _register(
 _marked, _marked_backward = _schemas.marked_temporal_shift.default, _schemas.marked_temporal_shift_backward.default
 for _key, _compute, _adjoint in (
     ("CompositeExplicitAutograd", _forward_kernel, _adjoint_kernel),
-    ("Meta", lambda x, shift: torch.empty_like(x), lambda grad, shift: torch.empty_like(grad)),
+    ("Meta", lambda x, shift: empty_like_real(x), lambda grad, shift: empty_like_real(grad)),
 ):
     _library.impl(_marked, lambda x, shift, compute=_compute: (compute(x, shift), clip_length_mark(x, shift)), _key)
     _library.impl(_marked_backward, lambda grad, shift, mark, adjoint=_adjoint: adjoint(grad, shift), _key)
