@@ -31,7 +31,7 @@ from tsm_jit.ops.residual_block import (
     convolve_backward,
     translating_out_of_memory,
 )
-from tsm_jit.ops.temporal_shift import clip_length_marks
+from tsm_jit.ops.temporal_shift import check_marks, clip_length_marks
 
 
 class Layer(NamedTuple):
@@ -121,6 +121,7 @@ class _BlockMeta:
     autocast: bool  # whether the weights were cast
     has_downsample: bool  # whether a gradient flows through ``downsample``
     identity_is_shifted: bool
+    n_marks: int  # of the clip length, after the other saved tensors
 
 
 class _BlockSaved(NamedTuple):
@@ -139,12 +140,11 @@ class _BlockSaved(NamedTuple):
         return (*self[:4], *self.weights, *self.layers, *self.relus)
 
     @classmethod
-    def of_flat(cls, saved: Sequence[Any], meta: _BlockMeta) -> _BlockSaved:
-        """The inverse of :meth:`flat`. More tensors may follow."""
+    def of_flat(cls, saved: Sequence[Any], n_layers: int) -> _BlockSaved:
+        """The inverse of :meth:`flat`."""
         x, downsample_input, out, boundary_out, *rest = saved
         tensors = (x, downsample_input, out, boundary_out)
-        n_layers, n_relus = len(meta.epsilons), meta.n_branch - 1 - bool(meta.first_shift)
-        return cls(*tensors, rest[:n_layers], rest[n_layers : 6 * n_layers], rest[6 * n_layers :][:n_relus])
+        return cls(*tensors, rest[:n_layers], rest[n_layers : 6 * n_layers], rest[6 * n_layers :])
 
 
 class _Block(Function):
@@ -175,12 +175,12 @@ class _Block(Function):
             x, identity if needs_input else None, out, boundary_out if config.shifted else None, weights, saved_layers,
             relus,
         )  # fmt: skip
+        marks = clip_length_marks(x, config.first_shift) if config.first_shift else ()
         epsilons = norm_params[: 2 * len(weights) : 2]
         ctx.meta = _BlockMeta(
             config.n_branch, config.first_shift, config.shift, config.shifted, conv_params, epsilons, autocast,
-            has_downsample, boundary is not None,
+            has_downsample, boundary is not None, len(marks),
         )  # fmt: skip
-        marks = clip_length_marks(x, config.first_shift) if config.first_shift else ()
         ctx.save_for_backward(*saved.flat(), *marks)
         ctx.set_materialize_grads(False)
         return boundary_out, *for_consumers(out, config.num_consumers)
@@ -190,7 +190,11 @@ class _Block(Function):
     def backward(ctx, grad_boundary, grad_a, grad_b=None):
         meta = ctx.meta  # a _BlockMeta
         n_branch = meta.n_branch
-        saved = _BlockSaved.of_flat(_in_channels_last(ctx.saved_tensors), meta)
+        saved_tensors = ctx.saved_tensors
+        if meta.n_marks:
+            check_marks(saved_tensors[-meta.n_marks :], meta.first_shift)
+            saved_tensors = saved_tensors[: -meta.n_marks]
+        saved = _BlockSaved.of_flat(_in_channels_last(saved_tensors), len(meta.epsilons))
         ctx.maybe_clear_saved_tensors()
         needs_x, needs_identity, _, _, *needs_parameters = ctx.needs_input_grad
         needs_grad = [needs_x]

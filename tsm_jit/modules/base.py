@@ -34,12 +34,12 @@ class ClipModule(nn.Module):
     time_shard: TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
     name_in_network = ""  # set by parallelize_time
     _forward_length: int | None = None  # of the last forward that could be computed again
-    _unchecked_lengths: tuple[int, ...] = ()  # of forwards that no checkpoint compares, until one is computed again
+    _reentrant_lengths: tuple[int, ...] = ()  # of forwards in reentrant checkpoints, until one is computed again
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(self) -> None:
         super().__init__()
-        self._forward_length, self._unchecked_lengths = None, ()  # a new attribute would invalidate compiled code
+        self._forward_length, self._reentrant_lengths = None, ()  # a new attribute would invalidate compiled code
 
     def split_shard(self) -> TimeShard | None:
         """Returns the part of each clip that this process holds, or None if it holds all frames."""
@@ -59,7 +59,7 @@ class ClipModule(nn.Module):
         elif is_exporting():
             return length
         elif recomputation.saves_marks and x.requires_grad and not recomputation.is_nested:
-            phase = "forward"  # in the recomputation, too: the shapes of saved tensors tell the length
+            phase = "forward"  # in the recomputation, too: what the backward reads of it tells the length
         else:
             phase = recomputation.phase
         if phase:
@@ -69,25 +69,18 @@ class ClipModule(nn.Module):
     def _compare_length(self, length: int, phase: str) -> None:
         """Records the clip length of a forward, or raises RuntimeError if that of a recomputation differs.
 
-        Of several forwards that no checkpoint compares with their recomputation, it is unknown which is repeated.
+        Of several forwards in reentrant checkpoints, it is unknown which is computed again.
         """
         if phase == "recomputation":
-            lengths = {self._forward_length, *self._unchecked_lengths} - {None, length}
-            if self._unchecked_lengths:
-                self._unchecked_lengths = ()
+            lengths = {each for each in (self._forward_length, *self._reentrant_lengths) if each not in (None, length)}
+            if self._reentrant_lengths:
+                self._reentrant_lengths = ()
             if lengths:
-                raise RuntimeError(_changed_length(length, lengths))
+                raise recomputation.changed_length(length, lengths)
             return
         self._forward_length = length
-        if phase == "unchecked forward" and length not in self._unchecked_lengths:
-            self._unchecked_lengths = (*self._unchecked_lengths, length)
-
-
-def _changed_length(length: int, others: set) -> str:
-    return (
-        f"n_segment must be the clip length of the forward when checkpointing computes it again, got {length} after a "
-        f"forward with {' and '.join(map(str, sorted(others)))}: call backward() before changing n_segment"
-    )
+        if phase == "reentrant forward" and length not in self._reentrant_lengths:
+            self._reentrant_lengths = (*self._reentrant_lengths, length)
 
 
 class ShiftedModule(ClipModule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -118,19 +117,6 @@ def non_reentrant_checkpoint() -> str:
     if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
         return ""
     return "recomputation" if "_recomputation_hook" in hooks[0].__qualname__ else "forward"
-
-
-def checkpoint_compares() -> bool:
-    """Whether the innermost checkpoint compares the shapes of saved tensors with those of the recomputation.
-
-    Reentrant ones do not, nor do non-reentrant ones with ``determinism_check="none"``.
-    """
-    if not (phase := non_reentrant_checkpoint()):
-        return False
-    hook = inspect.unwrap(_top_saved_tensors_default_hooks(True)[0])
-    values = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
-    frame = values["frame"].cell_contents if phase == "forward" else values["target_frame_ref"].cell_contents()
-    return frame.metadata_fn is not torch.utils.checkpoint._allowed_determinism_checks_to_fns["none"]
 
 
 def compiled_code_saves_marks() -> bool:

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from tsm_jit.ops.compat import direct, direct_apply, eager, has_dispatch_modes, is_batched_gradient, unwrap_if_dead
 from tsm_jit.ops.temporal_shift import (
     SUMMABLE_DTYPES,
+    check_marks,
     clip_length_marks,
     shift_kernel,
     shift_tokens,
@@ -118,7 +119,7 @@ class _RecomputingLayer(Function):
 
     @staticmethod
     def backward(ctx, dz):
-        x, weight = saved_input(ctx, ctx.shape)
+        x, weight = saved_input(ctx, ctx.shape, ctx.layer.shift)
         return *ctx.layer.backward(dz, x, weight, *ctx.needs_input_grad[:3]), None
 
 
@@ -130,7 +131,8 @@ def save_input(ctx: Any, x: Tensor, weight: Tensor, shift: str) -> None:
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, *clip_length_marks(x, shift))
 
 
-def saved_input(ctx: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def saved_input(ctx: Any, shape: torch.Size, shift: str) -> tuple[Tensor, Tensor]:
     """Returns what :func:`save_input` saved. An ``x`` that was not saved has its shape, and no memory."""
-    x, weight = ctx.saved_tensors[:2]
+    x, weight, *marks = ctx.saved_tensors
+    check_marks(marks, shift)
     return weight.new_zeros(()).expand(shape) if x is None else x, weight

@@ -33,10 +33,18 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from tsm_jit.ops.compat import collectives, eager, empty_like_real, is_exporting, transforms_are_active
+from tsm_jit.ops.compat import (
+    collectives,
+    eager,
+    empty_like_real,
+    has_saved_tensor_hooks,
+    is_exporting,
+    transforms_are_active,
+)
 from tsm_jit.ops.exchange import Messages, Ranks, Strided, ranks_of
 from tsm_jit.ops.temporal_shift import (
-    clip_length_marks,
+    check_marks,
+    clip_length_mark,
     has_no_overlap,
     temporal_shift,
     temporal_shift_backward,
@@ -335,12 +343,15 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx, x, kernel, adjoint, *arguments):
         ctx.adjoint, ctx.arguments = adjoint, arguments
-        if len(arguments) > 1:  # a shift, not a sum
-            ctx.save_for_backward(*clip_length_marks(x, arguments[0]))
+        ctx.is_marked = len(arguments) > 1 and has_saved_tensor_hooks()  # a shift, not a sum
+        if ctx.is_marked:
+            ctx.save_for_backward(clip_length_mark(x, arguments[0]))
         return kernel(x, *arguments)
 
     @staticmethod
     def backward(ctx, grad):
+        if ctx.is_marked:
+            check_marks(ctx.saved_tensors, ctx.arguments[0])
         return ctx.adjoint(grad, *ctx.arguments), None, None, *(None for _ in ctx.arguments)
 
 

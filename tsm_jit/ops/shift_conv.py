@@ -344,7 +344,7 @@ class _DifferentiableProduct(Function):
     @staticmethod
     def backward(ctx, dz):
         product = ctx.product
-        x, weight = saved_input(ctx, product.shape)
+        x, weight = saved_input(ctx, product.shape, product.encoded)
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         channels = 1 if dz.dim() == 4 else 2
         db = dz.sum([i for i in range(dz.dim()) if i != channels], dtype=ctx.bias_dtype) if needs_bias else None
