@@ -102,16 +102,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--quick", action="store_true", help="a minimal run, in under a minute")
-    instead = bench.add_mutually_exclusive_group()
+    measurement = bench.add_mutually_exclusive_group()
     for name, summary in {
         "network": "time whole networks instead, training and inference",
         "streams": "time networks on live streams instead, frame by frame",
         "time-parallel": "time clips of 512 frames instead, each split over 1, 2, 4, ... GPUs",
     }.items():
-        instead.add_argument(
-            f"--{name}", dest="instead", action="store_const", const=name.replace("-", "_"), help=summary
+        measurement.add_argument(
+            f"--{name}",
+            dest="measurement",
+            action="store_const",
+            const=name.replace("-", "_"),
+            default="operator",
+            help=summary,
         )
-    instead.add_argument(
+    measurement.add_argument(
         "--families",
         metavar="NAME,NAME",
         help="of the networks of --network, time only one or several families: resnet50,timm/regnety_008",
@@ -208,11 +213,11 @@ def _demo(video: Path | None, output: Path) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     try:
-        from tsm_jit import bench
         from tsm_jit.bench import report
-
-        if options.families is not None:
-            from tsm_jit.bench.network import named_families
+        from tsm_jit.bench.network import named_families
+        from tsm_jit.bench.operator import Shape
+        from tsm_jit.bench.rows import Mismatch
+        from tsm_jit.bench.run import run
     except ImportError as error:
         sys.stderr.write(f"the benchmark needs {error.name}: pip install 'tsm-jit[demo]'\n")
         return 1
@@ -225,7 +230,7 @@ def _bench(options: argparse.Namespace) -> int:
     shapes = []
     for text in options.shape:
         try:
-            shapes.append(bench.Shape.parse(text))
+            shapes.append(Shape.parse(text))
         except ValueError as error:
             sys.stderr.write(f"--shape {text}: {error}\n")
             return 2
@@ -238,8 +243,8 @@ def _bench(options: argparse.Namespace) -> int:
             return 2
     _jit.load()  # after the checks of the arguments, as it may compile
     try:
-        bench.run(options.output, torch.device(device), tuple(shapes), options.quick, options.instead, families)
-    except bench.Mismatch as error:
+        run(options.output, torch.device(device), tuple(shapes), options.quick, options.measurement, families)
+    except Mismatch as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

@@ -14,11 +14,12 @@ import torch
 import torchvision
 from matplotlib.container import BarContainer
 
-from tsm_jit import bench, cli, reference
-from tsm_jit.bench import network, peers, report, streams, timing
+from tsm_jit import cli, reference
+from tsm_jit.bench import network, operator, peers, report, streams, timing
+from tsm_jit.bench.rows import Mismatch
 
 CPU = torch.device("cpu")
-SHAPE = bench.Shape(2, 8, 32, 3, 2, 4)
+SHAPE = operator.Shape(2, 8, 32, 3, 2, 4)
 
 
 @pytest.mark.parametrize("adjoint", [False, True])
@@ -26,7 +27,7 @@ SHAPE = bench.Shape(2, 8, 32, 3, 2, 4)
 @pytest.mark.parametrize("depth", range(5))
 def test_bytes_moved_are_those_of_what_is_read_and_written(depth, frames, adjoint):
     """Counted in the matrix of the shift along time, channel by channel."""
-    shift = bench.Shape(1, frames, 32, 1, 1, 4).shift(depth)
+    shift = operator.Shape(1, frames, 32, 1, 1, 4).shift(depth)
     identity = torch.eye(frames).view(frames, 1, frames).expand(frames, 32, frames)
     oracle = reference.temporal_shift_backward if adjoint else reference.temporal_shift
     x = torch.zeros(frames, 32, dtype=torch.float64)
@@ -42,8 +43,8 @@ def test_bytes_moved_are_those_of_what_is_read_and_written(depth, frames, adjoin
 def test_every_peer_is_checked_and_a_wrong_one_is_not_timed(monkeypatch, tmp_path, capsys):
     x = SHAPE.tensor(torch.float32, "NCHW", CPU)
     for depth in (0, 2):
-        for operation, name, _, call in bench.operations(x.clone(), SHAPE.shift(depth), with_compiled=depth == 2):
-            bench.check(operation, name, call, x, SHAPE.shift(depth))
+        for operation, name, _, call in operator.operations(x.clone(), SHAPE.shift(depth), with_compiled=depth == 2):
+            operator.check(operation, name, call, x, SHAPE.shift(depth))
     monkeypatch.setattr(peers, "split_cat", lambda x, shift: x * 1)
     assert cli.main(["bench", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 1
     assert "forward of split and cat differs from the reference" in capsys.readouterr().err
@@ -165,7 +166,7 @@ def test_a_network_that_computes_something_else_is_not_timed(training):
     nets = network.networks(case, CPU)
     network.check(nets, case, CPU)
     nets["fused"].layer3[1].conv1.fold_div = 4
-    with pytest.raises(bench.Mismatch, match=r"fused: .* does not have the outputs and gradients of stock"):
+    with pytest.raises(Mismatch, match=r"fused: .* does not have the outputs and gradients of stock"):
         network.check(nets, case, CPU)
 
 
@@ -183,7 +184,7 @@ def test_a_shape_of_the_command_line_and_the_progress_bar_of_a_terminal(tmp_path
 
 @pytest.mark.parametrize("largest", [2**16, 2**22, 2**28, 2**33, 2**33 + 1, 2**34 - 1])
 def test_the_sweep_ends_at_the_largest_power_of_two(largest):
-    sizes = [4 * s.batch * s.frames * s.channels * s.height * s.width for s in bench.sweep(largest)]
+    sizes = [4 * s.batch * s.frames * s.channels * s.height * s.width for s in operator.sweep(largest)]
     assert sizes[0] == 2**16
     assert sizes == sorted(set(sizes))
     assert sizes[-1] <= largest < 2 * sizes[-1]
@@ -246,7 +247,7 @@ def test_streams(device):
         net.fc.register_forward_hook(lambda module, inputs, scores: scores + torch.randn_like(scores))
         return net
 
-    with pytest.raises(bench.Mismatch, match="online: 1 streams do not have the scores of their videos"):
+    with pytest.raises(Mismatch, match="online: 1 streams do not have the scores of their videos"):
         list(streams.rows(CPU, 2, make=make_noisy, size=32))
 
 
@@ -267,10 +268,10 @@ def test_streams_of_the_command_line(tmp_path, monkeypatch, capsys):
     assert f"| both directions | 16 | {cells} | {cells} |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("layout", bench.LAYOUTS)
+@pytest.mark.parametrize("layout", operator.LAYOUTS)
 @pytest.mark.parametrize("depth", [0, 3])
 def test_a_row_of_the_floor(device, depth, layout):
-    row = bench.floor_row(bench.Shape(1, 8, 32, 16, 16), torch.bfloat16, layout, depth, device)
+    row = operator.floor_row(operator.Shape(1, 8, 32, 16, 16), torch.bfloat16, layout, depth, device)
     for operation in ("forward", "backward", "forward in place", "backward in place"):
         assert row[operation]["microseconds"] > 0
         assert row[operation]["of_floor"] > 0

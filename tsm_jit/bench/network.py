@@ -19,7 +19,8 @@ import torchvision
 from torch import Tensor, nn
 
 from tsm_jit import residual, tsam
-from tsm_jit.bench import Mismatch, Row, mebibytes, peers, timing
+from tsm_jit.bench import peers, timing
+from tsm_jit.bench.rows import Mismatch, Row, mebibytes
 from tsm_jit.convert.architectures import stages_of
 from tsm_jit.convert.tsm import make_temporal_shift
 from tsm_jit.modules.base import ShiftedModule
@@ -54,7 +55,7 @@ class Protocol(NamedTuple):
     """How the cases of a table are timed."""
 
     variants: tuple[str, ...]  # besides the network without shift; "folded", without norms, is for inference
-    seconds: float  # about the longest time that one variant is measured.
+    seconds: float  # about the longest time that one variant is measured
     cudnn_benchmark: bool  # whether cuDNN chooses its algorithms by timing them, as PyTorch's flag of that name
 
 
@@ -137,10 +138,10 @@ class _StockTokens(_Stock):
     num_prefix_tokens: int
 
     def forward(self, x: Tensor) -> Tensor:
-        still, channels = self.num_prefix_tokens, x.shape[-1]
+        prefix, channels = self.num_prefix_tokens, x.shape[-1]
         shift = Shift(self.n_segment, self.n_segment, 1, "zeros", temporal(channels, self.fold_div))
-        shifted = peers.eager(x[:, still:].transpose(1, 2), shift).transpose(1, 2)
-        return self.shifted_module()(torch.cat([x[:, :still], shifted], 1))
+        shifted = peers.eager(x[:, prefix:].transpose(1, 2), shift).transpose(1, 2)
+        return self.shifted_module()(torch.cat([x[:, :prefix], shifted], 1))
 
 
 def _image_network(name: str) -> nn.Module:
@@ -187,11 +188,11 @@ def check(nets: dict[str, nn.Module], case: Case, device: torch.device) -> None:
     for name, net in nets.items():
         if name == "no shift":
             continue
-        twin = copy.deepcopy(net).double().train(case.training)
+        in_float64 = copy.deepcopy(net).double().train(case.training)
         with torch.random.fork_rng():
             torch.manual_seed(0)  # of dropout and stochastic depth
-            scores = twin(frames)
-        parameters = list(twin.parameters()) if case.training else []
+            scores = in_float64(frames)
+        parameters = list(in_float64.parameters()) if case.training else []
         results[name] = [scores, *(torch.autograd.grad(scores.square().mean(), parameters) if parameters else ())]
     for name, values in results.items():
         tolerance = 1e-5 if name == "folded" else 1e-8  # weights times norms are rounded to float32

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-Row = dict[str, Any]
+from tsm_jit.bench.rows import Row
 
 _COLUMNS = {
     "calls": ("call", "microseconds", "cheaper_than_stock"),

@@ -13,7 +13,8 @@ import torchvision
 from torch import Tensor, nn
 
 from tsm_jit import online
-from tsm_jit.bench import Mismatch, Row, mebibytes, timing
+from tsm_jit.bench import timing
+from tsm_jit.bench.rows import Mismatch, Row, mebibytes
 from tsm_jit.convert.surgery import n_segment
 from tsm_jit.convert.tsm import make_temporal_shift
 from tsm_jit.plans import Direction

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tsm_jit.bench import Mismatch, Row, mebibytes, timing
+from tsm_jit.bench import timing
+from tsm_jit.bench.rows import Mismatch, Row, mebibytes
 from tsm_jit.convert.distributed import parallelize_time, shard_frames
 from tsm_jit.convert.tsm import make_temporal_shift
 from tsm_jit.modules.video import VideoModel
