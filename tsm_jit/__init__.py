@@ -12,13 +12,12 @@ Example::
     tsm_jit.make_temporal_shift(net, n_segment=8, inplace=True)
 """
 
-__version__ = "0.1.0"
-
 import importlib
 from types import ModuleType
 
 from tsm_jit import _command_line, _jit, plans
 from tsm_jit._jit.info import info
+from tsm_jit._version import __version__ as __version__
 from tsm_jit.convert.surgery import n_segment, remove_temporal_shift, shift_before
 from tsm_jit.convert.tsm import make_temporal_pool, make_temporal_shift
 from tsm_jit.functional import shift_conv1x1, shift_groups, shift_linear, temporal_shift

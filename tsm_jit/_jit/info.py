@@ -10,6 +10,7 @@ import torch
 
 from tsm_jit import _jit
 from tsm_jit._jit import cache, spec, tools
+from tsm_jit._version import __version__
 
 
 def info() -> dict[str, Any]:
@@ -32,8 +33,6 @@ def info() -> dict[str, Any]:
         facts = tsm_jit.info()
         print(facts["devices"]["cpu"])  # compiled kernels
     """
-    from tsm_jit import __version__
-
     status = _jit.status
     cxx, entry = tools.find_cxx(), status.entry
     return {
