@@ -13,7 +13,7 @@ FRAMES, SEGMENTS = 8, 4
 
 
 class Around(nn.Module):
-    """A shift in plain torch around a module of any name."""
+    """A shift in PyTorch around a module of any name."""
 
     def __init__(self, name, module, segments=SEGMENTS, keep=False):
         super().__init__()

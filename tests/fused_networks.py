@@ -127,9 +127,12 @@ def assert_same_step(net: nn.Module, fused: nn.Module, x: Tensor, close: float =
 
 
 def assert_same_gradients_to_rounding(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """Of x and other inputs in float32, in which a sum in another order may turn a ReLU near zero. One changes all
-    gradients before it by some hundredths, for the inputs that have it. So all inputs are that close, and one is as
-    close as sums are. Each is given twice: what is right for the first call alone is not the same again."""
+    """Compares gradients in float32, for x and other inputs.
+
+    A sum in another order may change the sign of a value near zero before a ReLU. This changes all gradients before
+    it by some hundredths, for this input. So the gradients of all inputs must be that close, and those of one input as
+    close as sums are. Each input is used twice, since a second call may be wrong where the first is right.
+    """
 
     def in_a_row(of: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([each.flatten() for each in step(of, x)[1]])

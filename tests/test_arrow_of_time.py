@@ -141,7 +141,7 @@ def test_two_processes(video, tmp_path):
     assert printed.count("epoch 1:") == 1  # only the first process prints
 
 
-def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
+def test_unusable_input_raises(video, tmp_path, capsys):
     broken = tmp_path / "checkpoint.pt"
     broken.write_text("no checkpoint")
     for arguments, message in {

@@ -200,7 +200,7 @@ def test_an_error_of_the_camera_reaches_the_user(error, expected):
         list(camera.Newest(SimpleNamespace(decode=decode)))
 
 
-def test_refuses_what_it_cannot_use(network, video, tmp_path, capsys, monkeypatch):
+def test_unusable_input_raises(network, video, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     output, other, content = ["--output", str(tmp_path / "out.mp4")], tmp_path / "other.pt", video.read_bytes()
     saved = torch.load(network, weights_only=True)

@@ -341,7 +341,7 @@ def test_dropout_is_before_the_last_layer_in_training():
     assert not torch.allclose(model.eval()(clips)[0], bias)
 
 
-def test_refuses_what_it_cannot_use(data, tmp_path, capsys):
+def test_unusable_input_raises(data, tmp_path, capsys):
     (tmp_path / "empty" / "class").mkdir(parents=True)
     (tmp_path / "one" / "class").mkdir(parents=True)
     write_video(tmp_path / "one" / "class" / "a.mp4", stripes(True))

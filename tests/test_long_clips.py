@@ -73,7 +73,7 @@ def test_two_processes_resume_what_one_began(video, tmp_path):
     assert distance(whole, parts) <= 0.1 * distance(whole, begun)
 
 
-def test_refuses_what_it_cannot_use(video, tmp_path, capsys):
+def test_unusable_input_raises(video, tmp_path, capsys):
     broken = tmp_path / "checkpoint.pt"
     broken.write_text("no checkpoint")
     (tmp_path / "done").mkdir()

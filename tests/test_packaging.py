@@ -88,7 +88,7 @@ def test_install(kind, request, source, cache, tmp_path):
     zipfile.ZipFile(package).extractall(site)
 
     script = (
-        # what the .pth file of an editable install adds comes before whatever is installed where the tests run
+        # folders that the .pth file of an editable install adds come before installed packages
         f"import site, sys; before = set(sys.path); site.addsitedir({str(site)!r})\n"
         "sys.path.sort(key=lambda path: path in before)\n"
         "import json, tsm_jit, torch; from tsm_jit._jit import spec\n"
@@ -106,5 +106,5 @@ def test_install(kind, request, source, cache, tmp_path):
     assert Path(kernels).resolve().is_relative_to(home.resolve())
     assert files(Path(kernels)) == SOURCES
     assert info["devices"]["cpu"] == "compiled kernels"
-    # One entry for all three: the key is what is compiled, not where it lies.
+    # One entry for all three: the key depends on the sources, not on their folder.
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1

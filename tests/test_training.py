@@ -8,7 +8,7 @@ import training
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "1.01", "x"])
-def test_numbers_outside_of_their_range_are_refused(text, capsys):
+def test_numbers_outside_of_their_range_raise(text, capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--share", type=training.number(float, 0, 1))
     with pytest.raises(SystemExit, match="2"):

@@ -14,7 +14,7 @@ FRAMES = 53
 
 
 def grey(step: int = 4, height: int = 48, width: int = 64) -> torch.Tensor:
-    """A video whose frames are told apart by their brightness."""
+    """A video whose frames differ in brightness."""
     return (step * torch.arange(FRAMES, dtype=torch.uint8)).view(-1, 1, 1, 1).expand(-1, 3, height, width)
 
 
@@ -83,7 +83,7 @@ def test_duration(tmp_path):
     assert video_io.duration(tmp_path / "grey.mp4") == pytest.approx(FRAMES / 10, rel=0.05)
 
 
-def test_frames_of_different_sizes_are_refused(tmp_path):
+def test_frames_of_different_sizes_raise(tmp_path):
     parts = []
     for i, height in enumerate((32, 48)):
         video_io.write_video(tmp_path / f"{i}.ts", grey(height=height))
@@ -104,7 +104,7 @@ def test_packets_before_the_first_keyframe_are_no_frames(tmp_path):
     assert 0 < len(video_io.read_frames(tmp_path / "cut.ts", range)) < 4 * FRAMES
 
 
-def test_a_video_without_its_end_is_refused(tmp_path):
+def test_a_video_without_its_end_raises(tmp_path):
     video_io.write_video(tmp_path / "whole.mp4", grey())
     data = (tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "half.mp4").write_bytes(data[: len(data) // 2])

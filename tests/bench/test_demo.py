@@ -1,4 +1,4 @@
-"""The demonstration: the videos it refuses, what it samples, its stock shift, picture and table."""
+"""The demo: errors of unusable videos, its sampling, its stock shift, its picture and table."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Files of checkpoints: what is read from them, and what is refused."""
+"""Files of checkpoints: the weights in them, and the errors of unusable files."""
 
 import argparse
 import pickle

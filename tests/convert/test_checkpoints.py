@@ -236,7 +236,7 @@ def test_every_layout_to_every_layout_and_back(source):
         assert len(again.state_dict) == len(names)
 
 
-def test_little_is_placed():
+def test_few_matching_weights_raise():
     net = on_meta(ours)
     vgg = on_meta(torchvision.models.vgg11).state_dict()
     with pytest.raises(

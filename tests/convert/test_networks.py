@@ -1,4 +1,4 @@
-"""Every family of networks: where shifts go, against shifts in plain torch placed by hand; surgery of any network."""
+"""Surgery of every architecture, against shifts of PyTorch placed by hand; surgery of any other network."""
 
 import contextlib
 import copy
@@ -24,13 +24,13 @@ from tsm_jit import TemporalShift, TokenShift, checkpoints, make_temporal_shift,
 from tsm_jit.non_local import make_non_local
 
 CLIP = 4
-# A shift moves bits, but convolutions add in another order for other strides of their input, or other frames beside it.
+# A shift moves bits. But the order of a convolution's sums depends on the strides of its input and on the batch size.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture(autouse=True)
 def without_denormals():
-    """Those of an untrained EfficientNet slow its convolutions down a hundred times on a CPU."""
+    """Denormal numbers of an untrained EfficientNet make its convolutions a hundred times slower on a CPU."""
     torch.set_flush_denormal(True)
     yield
     torch.set_flush_denormal(False)
@@ -84,7 +84,7 @@ def not_first(pattern, counts):
     return [pattern.format(stage, i) for stage, n in counts.items() for i in range(1, n)]
 
 
-# The row of README's table: (how to make a short one, the size of its frames, what is shifted).
+# For each row of the table of the guides: a function that makes a short network, its frame size, the shifted layers.
 NETWORKS = {
     "ResNet, ResNeXt, Wide-ResNet (torchvision)": (
         lambda: torchvision.models.ResNet(BasicBlock, [1, 2, 1, 1], num_classes=3),
@@ -190,7 +190,7 @@ def network_case(name):
     make, size, where = NETWORKS[name]
     net = make().double()
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as if trained, so that what is shifted matters in the end
+        if isinstance(module, nn.BatchNorm2d):  # as if trained, so that shifts change the scores
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
         if type(module).__name__ == "ConvNeXtBlock":
@@ -210,7 +210,7 @@ def by_hand(net, where, **options):
 
 
 def run(net, x, seed):
-    """Output and every gradient. The seed is that of dropout."""
+    """Output and every gradient. ``seed`` is for dropout."""
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
     out = net(x)
@@ -393,7 +393,7 @@ def test_some_stages_and_blocks():
 
 
 def test_any_network():
-    """Shifts in places that no family has."""
+    """Shifts in places that no architecture has."""
     net = torchvision.models.squeezenet1_0(num_classes=3).double()
     x, where = torch.randn(2 * CLIP, 3, 64, 64, dtype=torch.float64), ["features.3", "features.7.expand3x3"]
     plain = by_hand(net, where).eval()

@@ -47,7 +47,7 @@ def test_gradients_of_the_input(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(cuda, dtype):
-    """Large enough that the products read shifted rows. The error is at most that of the network with norms."""
+    """Large enough that the products read shifted rows. The network with norms has no smaller error."""
     net, _, _ = pair(lambda: tsm(small()), cuda)
     net.eval()
     x = torch.randn(64, 3, 96, 96, device=cuda, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
@@ -133,8 +133,8 @@ def scores_and_seen(net: nn.Module, x: Tensor, names=HOOKED) -> tuple[Tensor, di
     return scores, seen
 
 
-def test_hooks_on_what_takes_the_place_of_norms(device):
-    """They are called, and nothing changes what they have seen, if no ReLU works in place."""
+def test_hooks_on_replacements_of_norms(device):
+    """Hooks are called. If no ReLU works in place, nothing changes the tensors that they have seen."""
     net, _, x = pair(lambda: tsm(small(BasicBlock, layers=(1, 1, 1, 1))), device)
     for module in net.modules():
         if isinstance(module, nn.ReLU):
@@ -162,7 +162,7 @@ def test_shapes_on_the_meta_device(block):
         assert folded(net).to("meta")(x.to("meta")).shape == (8, 5)
 
 
-def test_training_mode_is_refused(device):
+def test_training_mode_raises(device):
     net = tsm(small(layers=(1, 1, 1, 1))).to(device)
     with pytest.raises(ValueError, match="net must be in evaluation mode"):
         residual.fuse(net, fold_norms=True)

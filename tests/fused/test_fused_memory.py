@@ -92,7 +92,7 @@ def test_block_operators_save_less_than_blocks_without_shift(monkeypatch, device
     assert saved_bytes[1] == saved_bytes[0] + OF_STAGES // 16 - OF_STAGES
 
 
-def test_that_memory_is_short_is_an_error_as_before(device, monkeypatch):
+def test_out_of_memory_raises_as_before_fusing(device, monkeypatch):
     def forward(*_):
         raise RuntimeError("tsm_jit: PyTorch could not convolve: CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -113,7 +113,7 @@ def test_checkpointing(device, merged):
 
 @pytest.mark.parametrize("saved", ["cast copy", "empty", "convolution residual"])
 def test_selective_checkpointing(device, merged, saved):
-    """Whatever a policy saves or computes again."""
+    """For each policy: operators whose results are saved and operators that are recomputed."""
 
     def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
         chosen = any(name in str(operator) for name in saved.split())
@@ -151,7 +151,7 @@ def test_offloading(device, merged, hooks, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluation", "folded", "checkpoint"])
-def test_a_second_derivative_is_refused(device, merged, mode):
+def test_a_second_derivative_raises(device, merged, mode):
     """However it is computed: ``torch.autograd.grad`` visits only what leads to the tensors that it is given."""
     _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
     fused.train(mode == "training")

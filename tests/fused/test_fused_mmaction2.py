@@ -176,7 +176,7 @@ def test_compiled(models):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_fused_is_refused_with_a_reason(models, options, error, message):
+def test_networks_that_cannot_be_fused_raise_with_a_reason(models, options, error, message):
     net = resnet_tsm(models, **options)
     kinds = [type(module) for module in net.modules()]
     with pytest.raises(error, match=message):
@@ -184,7 +184,7 @@ def test_what_cannot_be_fused_is_refused_with_a_reason(models, options, error, m
     assert [type(module) for module in net.modules()] == kinds
 
 
-def test_a_network_with_their_shift_is_refused_with_a_reason(models):
+def test_a_network_with_their_shift_raises_with_a_reason(models):
     mmaction2.restore()
     for call in (residual.fuse, lambda net: tsm_jit.tsam.make_Shift(net, 4, 3, 8, 1, 1, 0)):
         with pytest.raises(

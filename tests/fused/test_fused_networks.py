@@ -280,7 +280,7 @@ def test_a_shift_before_another_convolution_of_a_block(device, merged):
 
 
 def test_parameters_that_are_plain_attributes(device, merged, monkeypatch):
-    """As those of the replicas of DataParallel."""
+    """The replicas of DataParallel have such parameters."""
     blocks = counted(monkeypatch, execute, "residual_block")
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     for module in fused.modules():
@@ -350,7 +350,7 @@ def test_a_downsample_that_was_changed(device, merged, change, monkeypatch):
 
 @pytest.mark.parametrize("names", ["conv1 bn1 conv2 bn2 conv3 bn3", "downsample", "stem"])
 def test_parts_of_blocks_that_are_not_trained(device, merged, names):
-    """Up to the first block of the second stage everything is frozen, but for the other part of that block."""
+    """All layers before the second stage are frozen, and the named parts of its first block."""
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     for each in (net, fused):
         frozen = [each.conv1, each.bn1, each.layer1]
@@ -394,7 +394,7 @@ def test_a_cuda_graph(cuda):
 
 
 def test_synchronized_batch_norm(cuda):
-    """On one process; that the statistics are those of all is SyncBatchNorm's own, which is called."""
+    """In one process. SyncBatchNorm itself is called, so statistics of several processes need no test here."""
     import torch.distributed as dist
 
     store = dist.HashStore()
@@ -423,7 +423,7 @@ def test_data_parallel(device):
 
 
 def test_data_parallel_in_several_processes(device, tmp_path):
-    """On GPUs the statistics are those of all frames, on the CPU they are frozen."""
+    """On GPUs the statistics cover the frames of all processes, on the CPU they are frozen."""
     net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
     if device.type == "cuda":
         fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)

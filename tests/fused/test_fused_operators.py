@@ -44,7 +44,7 @@ def test_forward_is_the_reference_to_the_bit(device, dtype, layout, padding):
 
 
 @pytest.mark.parametrize(("dtype", "layout", "padding"), CASES)
-def test_the_result_may_take_the_place_of_what_it_is_made_of(device, dtype, layout, padding):
+def test_the_result_may_overwrite_an_input(device, dtype, layout, padding):
     for from_shifted, shifted, may_overwrite_z, may_overwrite_identity in itertools.product((False, True), repeat=4):
         shift, make = random_case(dtype, layout, device, padding)
         z, x = make(), make()
@@ -176,7 +176,7 @@ def test_gradients_of_norms(cuda, dtype):
             grad, None, None, out, None, *first, *second, NO_SHIFT, False
         )
         masked, count = masked.double(), masked.numel() / masked.shape[1]
-        # Sums of `count` numbers around 10, of which kernels do not round each to 16 bits before they add it.
+        # Sums of `count` numbers around 10. Kernels do not round these numbers to 16 bits before the addition.
         close = 10 * count**0.5 * max(torch.finfo(acc_dtype).eps * count**0.5, torch.finfo(dtype).eps)
         assert norm_grads.shape == ((9, shape[1]) if first[1] or second[1] else (0,))
         assert not norm_grads[:1].any()
@@ -260,15 +260,15 @@ def test_gradients_of_a_shifted_identity_are_those_of_differences(device, layout
         out, boundary = norm_add_relu(z, None, identity, None, boundary, shift.encode(), shifted)
         return [each for each in (*out, boundary) if each is not None and each.numel()]
 
-    if shift.padding in ("keep", "replicate"):  # what pads is a copy that no difference may tell apart
+    if shift.padding in ("keep", "replicate"):  # gradcheck would change only the copy of a frame
         shift = shift._replace(padding="zeros")
         identity = reference.temporal_shift(x, shift).requires_grad_()
-    # Padding is 0 in any shifted form, and stays so: its own gradient is nobody's.
+    # Padding stays 0 in the shifted layout, so its gradient has no meaning.
     held = reference.temporal_shift(torch.ones_like(x), shift)
     torch.autograd.gradcheck(lambda z, identity, boundary: of(z, identity * held, boundary), (z, identity, boundary))
 
 
-def test_of_nothing_no_block_is_differentiated(cuda):
+def test_the_backward_of_a_block_without_values_is_an_error(cuda):
     x = torch.empty(0, 8, 1, 1, device=cuda).contiguous(memory_format=torch.channels_last)
     weights, norm = [torch.randn(8, 8, 1, 1, device=cuda)] * 2, random_norm(8, torch.float32, cuda)
     conv_params, saved = [1, 1, 0, 0, 1, 1, 1, 1] * 2, [x, *norm, x]
@@ -360,7 +360,7 @@ def test_block_operators_equal_the_reference(cuda, uses_batch_stats, downsample,
 
 
 @pytest.mark.parametrize("argument", ["channel_dim", "boundary", "norm"])
-def test_operators_check_what_memory_safety_rests_on(argument):
+def test_operators_check_arguments_for_memory_safety(argument):
     z = torch.randn(4, 8, 2, 2)
     shift = Shift(2, 2, 1, "zeros", ((4, 1),))
     boundary, norm = torch.randn(2, 4, 2, 2), [torch.ones(8)] * 4
@@ -376,7 +376,7 @@ def test_operators_check_what_memory_safety_rests_on(argument):
         )
 
 
-def test_operators_refuse_to_shift_in_place_of_z_what_they_cannot(device):
+def test_shifts_that_cannot_overwrite_z_are_an_error(device):
     circular = device.type == "cuda"  # else: the CPU never can
     shift = Shift(2, 2, 1, "circular" if circular else "zeros", ((4, 1),))
     z, boundary = torch.randn(4, 8, 2, 2, device=device), torch.randn(2, 0 if circular else 4, 2, 2, device=device)

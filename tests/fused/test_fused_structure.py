@@ -107,7 +107,7 @@ class SqueezeExcite(nn.Module):
         (lambda block: setattr(block, "__class__", type("Other", (BasicBlock,), {})), "is not a supported block"),
     ],
 )
-def test_a_block_that_is_not_understood_is_named_and_called(change, reason):
+def test_an_unsupported_block_is_named_and_called(change, reason):
     net = tsm(small(BasicBlock, (3, 1, 1, 1))).double().eval()
     change(net.layer1[1])
     fused = copy.deepcopy(net)
@@ -175,7 +175,7 @@ def test_hooks_see_what_they_saw_before(places):
         ),
     ],
 )
-def test_what_cannot_be_fused_is_refused_and_unchanged(make, error, message):
+def test_networks_that_cannot_be_fused_are_an_error_and_unchanged(make, error, message):
     net = make()
     kinds = [type(module) for module in net.modules()] if isinstance(net, nn.Module) else []
     with pytest.raises(error, match=message):
@@ -183,7 +183,7 @@ def test_what_cannot_be_fused_is_refused_and_unchanged(make, error, message):
     assert kinds == ([type(module) for module in net.modules()] if kinds else [])
 
 
-def test_what_is_not_fused_cannot_be_unfused():
+def test_unfuse_of_an_unfused_network_raises():
     with pytest.raises(TypeError, match=r"net must be a torch\.nn\.Module, got int"):
         residual.unfuse(3)
     with pytest.raises(ValueError, match="net must be fused to be unfused, got ResNet"):

@@ -18,7 +18,7 @@ import torch
 
 from tsm_jit._jit import cache, spec, tools
 
-# What every import must compute, whatever serves it, and what it says of itself.
+# Every import runs this script: it computes a shift, and prints the facts that tests compare.
 SCRIPT = """
 import json, os, sys, warnings, torch
 variables = dict(os.environ)
@@ -204,14 +204,14 @@ runpy.run_module("tsm_jit", run_name="__main__", alter_sys=True)"""
         path.chmod(0o755)
         return path
 
-    def toolkit(self, compiles: str = ": >$made", version: str | None = torch.version.cuda) -> Path:
+    def toolkit(self, compiles: str = ": >$output", version: str | None = torch.version.cuda) -> Path:
         """A CUDA toolkit that knows three GPUs and compiles nothing."""
         if torch.version.cuda is None:
             pytest.skip("needs a torch with CUDA")
         text = f"""case "$*" in --version) echo "Cuda compilation tools, release {version}, V1" ;;
             --list-gpu-arch) echo compute_75; echo compute_80; echo compute_90 ;;
             *--dryrun*) echo "#$ TOP={self.folder}/toolkit" ;;
-            *) while [ $# -gt 0 ]; do [ "$1" = -o ] && made=$2; shift; done; {compiles} ;; esac"""
+            *) while [ $# -gt 0 ]; do [ "$1" = -o ] && output=$2; shift; done; {compiles} ;; esac"""
         return self.script("toolkit/bin/nvcc", text).parents[1]
 
     def nvrtc(self, error: int = 0) -> Path:
@@ -263,7 +263,7 @@ def build_spec(tmp_path, monkeypatch) -> spec.BuildSpec:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """Imports once for all processes of pytest-xdist, as a function of an importer does; returns what that returns."""
+    """Calls ``function(importer)`` once for all processes of pytest-xdist, and returns its result to each."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -292,14 +292,14 @@ def built(once) -> Path:
 def cxx(built, importer) -> Path:
     """A stand-in for a C++ compiler that copies this library, and writes into the file ``calls``."""
     text = f"""echo "$@" >>"{importer.folder}/calls"
-        while [ $# -gt 0 ]; do [ "$1" = -o ] && made=$2; shift; done
-        case $made in *.so) cp "{built}/{spec.LIBRARY}" $made ;; *) : >$made ;; esac"""
+        while [ $# -gt 0 ]; do [ "$1" = -o ] && output=$2; shift; done
+        case $output in *.so) cp "{built}/{spec.LIBRARY}" $output ;; *) : >$output ;; esac"""
     return importer.script("stand-in/c++", text)
 
 
 @pytest.fixture
 def shared():
-    """A folder to which other users can come, as to those of pytest they cannot."""
+    """A folder that other users can open. They cannot open the folders of pytest."""
     with tempfile.TemporaryDirectory(prefix="tsm_jit-") as name:
         Path(name).chmod(0o755)
         yield Path(name)

@@ -41,7 +41,7 @@ def attempt(importer, monkeypatch):
 
 
 def test_a_compiler_that_fails_is_reported_with_its_first_error_and_the_log_and_is_not_tried_again(importer):
-    """In English, whatever the user's language is."""
+    """The error is in English for users of any language."""
     text = 'case $LC_ALL in C*) echo "x.cpp:1: error: the sky is falling" ;; esac; echo "error: another"; exit 1'
     compiler = importer.script("c++", text)
     for first in (True, False):
@@ -80,9 +80,9 @@ def test_a_compiler_that_was_killed_is_not_recorded(attempt, importer, text):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_program_that_ignores_the_end_of_its_children_is_no_obstacle(importer, cxx, fails):
-    compiler = importer.script("c++", "echo 'error: told'; exit 1") if fails else cxx
+    compiler = importer.script("c++", "echo 'error: broken'; exit 1") if fails else cxx
     facts = importer("import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)", CXX=compiler)
-    assert ("error: told (log: " if fails else "compiled kernels") in facts["devices"]["cpu"]
+    assert ("error: broken (log: " if fails else "compiled kernels") in facts["devices"]["cpu"]
 
 
 def test_the_death_of_the_importing_process_ends_worker_and_compilers(importer):

@@ -172,7 +172,7 @@ def test_without_locks_two_build_and_the_second_takes_the_entry_of_the_first(bui
     assert cli.main(["clean"]) == 0
 
 
-def test_who_waits_logs_it_and_takes_the_result(build_spec, builder):
+def test_a_waiting_process_logs_and_takes_the_result(build_spec, builder):
     started, waits = threading.Event(), threading.Event()
     builder.during = lambda: (started.set(), waits.wait(30))
     first = threading.Thread(target=builder.get, args=(build_spec,))
@@ -188,7 +188,7 @@ def test_who_waits_logs_it_and_takes_the_result(build_spec, builder):
 
 @pytest.mark.parametrize("bit", [0o020, 0o002])
 @pytest.mark.parametrize("place", PLACES)
-def test_what_others_can_write_is_refused_with_its_path(build_spec, builder, entry, place, bit):
+def test_a_folder_that_others_can_write_raises_with_its_path(build_spec, builder, entry, place, bit):
     path = cache.cache_folder() / place.format(key=build_spec.key)
     path.chmod(mode(path) | bit)
     for take in (lambda: cache.find(build_spec), lambda: builder.get(build_spec)):
@@ -198,7 +198,7 @@ def test_what_others_can_write_is_refused_with_its_path(build_spec, builder, ent
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_what_another_user_owns_is_refused_unless_it_is_roots_and_root_takes_all(
+def test_a_folder_of_another_user_raises_unless_root_owns_or_reads_it(
     build_spec, builder, shared, as_user, monkeypatch, place
 ):
     monkeypatch.setenv("TSM_JIT_CACHE", str(shared / "cache"))

@@ -51,7 +51,7 @@ def test_info_of_an_empty_cache_compiles_nothing_and_reports_that_the_next_impor
     assert not importer.cache.exists()
 
 
-def test_what_stops_torch_is_reported_without_a_traceback(importer):
+def test_a_broken_torch_is_reported_without_a_traceback(importer):
     (importer.folder / "torch.py").write_text("raise OSError('libtorch_cpu.so: too short')")
     done = importer.run(*COMMAND, "info", path=(importer.folder,))
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The cache key, the tools that are found, and the GPU code that is chosen."""
+"""The cache key, the search for tools, and the choice of GPU architectures."""
 
 import importlib.util
 import itertools
@@ -157,7 +157,7 @@ def test_cxx_may_have_a_quoted_path_and_options_and_a_wrong_one_is_shown_with_th
         assert wrong in build.missing_tool("cpu")
 
 
-# Requested; GPUs here, or "any" for a portable build; what is compiled; what is skipped.
+# Requested architectures; GPUs here, or "any" for a portable build; compiled architectures; skipped ones.
 CHOICES = """
 native                  | 90    | sm_90 compute_80                                   |
 native                  | 80 86 | sm_80 sm_86 compute_80                             |
@@ -179,7 +179,7 @@ Ampere+PTX              |       | sm_80 sm_86 compute_80                        
 
 
 @pytest.mark.parametrize("line", CHOICES.strip().splitlines())
-def test_what_is_compiled_and_what_is_skipped(line):
+def test_compiled_and_skipped_architectures(line):
     requested, gpus, compiled, skipped = (part.split() for part in line.split("|"))
     portable = gpus == ["any"]
     chosen = architectures.choose(" ".join(requested), KNOWN, [] if portable else gpus, portable)

@@ -1,4 +1,4 @@
-"""The operators against the naive kernels (``kernels/*/*_naive.cuh``), which say in ten lines what each one computes.
+"""The operators against the naive kernels (``kernels/*/*_naive.cuh``), about ten lines for each operation.
 
 On a GPU nvcc compiles ``naive.cu``, and the operators are the CUDA kernels. On the CPU g++ compiles it with
 the launch of ``tests/kernels/cuda_on_cpu``, and the operators are the CPU kernels.

@@ -281,7 +281,7 @@ def write_video(path: Path, sound: bool, samples: int = 0) -> Path:
     return path
 
 
-def test_the_example_refuses_what_it_cannot_use(tmp_path, capsys):
+def test_unusable_input_of_the_example(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs the demo extra")
     script = Path(__file__).parents[2] / "examples" / "tsam_audio_video.py"
     spec = importlib.util.spec_from_file_location("tsam_audio_video", script)

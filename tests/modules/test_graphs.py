@@ -272,7 +272,7 @@ def test_batched_gradients(device, inplace):
         torch.testing.assert_close(ours, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
 
 
-def test_batched_gradients_of_fused_networks_are_refused():
+def test_batched_gradients_of_fused_networks_raise():
     net = fused().train()
     x = torch.randn(8, 3, 32, 32, requires_grad=True)
     y = net(x)
@@ -310,6 +310,6 @@ SCRIPTED = {
 
 
 @pytest.mark.parametrize("name", SCRIPTED)
-def test_scripting_is_refused(name):
+def test_scripting_raises(name):
     with pytest.raises(NotImplementedError, match=r"torch.jit.script does not support .* use torch.jit.trace"):
         torch.jit.script(SCRIPTED[name]())

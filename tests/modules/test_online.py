@@ -212,7 +212,7 @@ def test_frames_that_do_not_fit_the_state():
         assert_close(stream(x[:2, 0]), expected[:2, 0])
 
 
-def test_what_cannot_run_on_a_stream():
+def test_networks_that_cannot_run_on_a_stream():
     pooled = torchvision.models.resnet18()
     tsm_jit.make_temporal_shift(pooled, 8, temporal_pool=True, direction="past")
     tsm_jit.make_temporal_pool(pooled, 8)

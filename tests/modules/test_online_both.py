@@ -421,7 +421,7 @@ def test_joins_wait(name):
     [(lambda net, x, out: in_place(x, out), None), (JOINS["concatenation"], lambda x: x[:, 2:].relu_())],
 )
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
-def test_changes_in_place_of_what_waits_are_refused(mode, join, mid):
+def test_changes_of_waiting_frames_raise(mode, join, mid):
     stream, x = online.convert(with_statistics(Joined(join, mid))), videos(1)
     message = "model must not change activations in place that later frames read, got a change of 'first'"
     with mode():
@@ -447,7 +447,7 @@ def shift_in_a_product(net, x, out):
     return tsm_jit.shift_conv1x1(out, net.conv.net.weight, None, 8, [(1, 1)])
 
 
-def test_what_cannot_run_on_a_stream():
+def test_networks_that_cannot_run_on_a_stream():
     pooled = torchvision.models.resnet18()
     tsm_jit.make_temporal_shift(pooled, 8, temporal_pool=True)
     tsm_jit.make_temporal_pool(pooled, 8)

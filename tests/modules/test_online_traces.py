@@ -133,7 +133,7 @@ def into_a_constant(net, x):
 
 
 @pytest.mark.parametrize("join", [into_a_parameter, into_an_operator, into_out, into_a_constant])
-def test_writes_into_what_does_not_depend_on_frames_are_refused(join):
+def test_writes_into_what_does_not_depend_on_frames_raise(join):
     with pytest.raises(ValueError, match="model must not write frames into a tensor that does not depend on frames"):
         online.convert(make(join))
 
@@ -154,13 +154,13 @@ def copy_into_a_buffer(net, x):
     return net.conv(net.first(x))
 
 
-def test_changed_buffers_are_refused():
+def test_changed_buffers_raise():
     for join, message in ((count, "assigns its buffer 'mean'"), (copy_into_a_buffer, "got copy_ into 'mean'")):
         with pytest.raises(ValueError, match=message):
             online.convert(make(join))
 
 
-def test_no_grad_in_a_forward_is_refused():
+def test_no_grad_in_a_forward_raises():
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode(), pytest.raises(ValueError, match="switches autocast or gradients"):
             online.convert(make(frozen))
@@ -190,7 +190,7 @@ def assigned_view(net, x):
 
 
 @pytest.mark.parametrize("join", [data_of_a_frame, data_of_a_weight, assigned_data, assigned_view])
-def test_changes_that_a_trace_does_not_see_are_refused(join):
+def test_changes_that_a_trace_does_not_see_raise(join):
     with pytest.raises(ValueError, match=r"a module with shifts (uses|assigns) the attribute '(data|mT)' of a tensor"):
         online.convert(make(join))
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a recomputation has the clip length of its forward, or an error says that they differ."""
+"""Activation checkpointing: a recomputation has the clip length of its forward, or an error is raised."""
 
 import copy
 import functools

@@ -76,7 +76,7 @@ def test_the_input_is_never_written(cuda, kind, inplace):
     x = frames(kind, cuda)
     module = make(kind, layer(kind, cuda), inplace)
     depthwise = nn.Conv2d(CHANNELS, 8, 3, groups=8, device=cuda, dtype=x.dtype)
-    apart = make("tsm", depthwise, inplace) if kind != "tokens" else module  # its shift is a kernel of its own
+    apart = make("tsm", depthwise, inplace) if kind != "tokens" else module  # a separate kernel shifts
     with torch.no_grad():
         expected = module(x), apart(x)
     before, version = x.clone(), x._version
@@ -111,7 +111,7 @@ APART = {
 
 @pytest.mark.parametrize("why", APART)
 @INPLACE
-def test_what_keeps_the_shift_apart(cuda, why, inplace):
+def test_layers_that_need_a_separate_shift(cuda, why, inplace):
     """Then outputs and gradients have the bits of the shift, and then the module."""
     kind = "tokens" if why == "an unknown subclass" else "tsm"
     net = layer(kind, cuda)
@@ -145,7 +145,7 @@ def test_checkpoint_of_another_clip_length(cuda):
 
 
 def test_autocast_of_a_network(cuda):
-    """A step of two layers under autocast: gradients as in float64 but for roundings. Parameters stay in float32."""
+    """A step of two layers under autocast: gradients as in float64, up to rounding. Parameters stay in float32."""
     block = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), make("tsm", layer("tsm", cuda, torch.float32))).to(cuda)
     block = block.to(memory_format=torch.channels_last)
     x = frames("tsm", cuda, torch.float32)[:, :3].contiguous(memory_format=torch.channels_last)

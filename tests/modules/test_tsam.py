@@ -16,7 +16,7 @@ N_SEGMENT, VIDEO = 5, 4
 
 
 class PlainShift(nn.Module):
-    """Written from the description of the family: a copy, into which every fold is assigned from its distance."""
+    """TSAM's shift, written from its description: every fold of a copy is assigned from the frame at its distance."""
 
     def __init__(self, layer, f_div, shift_depth):
         super().__init__()
@@ -109,7 +109,7 @@ def test_surgery_errors(arguments, error, message):
     assert "layer1.0.conv1.weight" in net.state_dict()
 
 
-def test_what_cannot_be_converted():
+def test_networks_that_cannot_be_converted():
     with pytest.raises(ValueError, match="f_div must be at least 2, got 1"):
         tsam.TemporalShift(nn.Identity(), 8, 8, 1, 1)
     net = torchvision.models.resnet18()

@@ -143,7 +143,7 @@ def test_in_place_keeps_no_second_activation(device):
 @pytest.mark.parametrize("part", [slice(None), slice(0, 8)], ids=["whole", "a view of larger memory"])
 @WRAP
 def test_in_place_keeps_no_more_memory_than_out_of_place(wrap, part):
-    """Neither a float32 input beside its copy in bfloat16, nor the memory of which the input is a small view."""
+    """It keeps no float32 input next to its bfloat16 copy, and no memory of which the input is a small view."""
     conv = nn.Conv2d(16, 4, 1)
     values = numpy.random.default_rng().standard_normal((32, 16, 3, 3), dtype=numpy.float32)
     memory = weakref.ref(values)
@@ -158,7 +158,7 @@ def test_in_place_keeps_no_more_memory_than_out_of_place(wrap, part):
     assert_same_bits(conv.weight.grad, gradient)
 
 
-def test_in_place_reads_memory_that_nobody_may_write(tmp_path):
+def test_in_place_takes_read_only_memory(tmp_path):
     script = """
 import mmap, sys, torch, tsm_jit
 with open(sys.argv[1], "rb") as file:
@@ -301,7 +301,7 @@ def test_in_place_double_backward(device):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_gradient_that_a_hook_keeps_stays_as_it_is(device, inplace):
-    """The adjoint overwrites the gradient that a convolution has made, unless somebody else sees that."""
+    """The adjoint overwrites the gradient from the convolution, but not if a hook has seen it."""
     conv = nn.Conv2d(16, 4, 1).to(device)
     shift, grads = tsm_jit.TemporalShift(conv, 4, inplace=inplace), []
     conv.register_full_backward_hook(lambda _, grad_input, __: grads.extend((grad_input[0], grad_input[0].clone())))

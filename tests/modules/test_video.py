@@ -1,4 +1,4 @@
-"""The network of clips: the mean over its frames' scores, its head, what it refuses."""
+"""The network of clips: the mean over its frames' scores, its head, its errors."""
 
 import re
 

@@ -194,7 +194,7 @@ def test_contexts(device):
 
 
 @pytest.mark.feature("gradients of gradients", column="compiled", text="no: PyTorch has none")
-def test_double_backward_is_refused_by_torch(device):
+def test_double_backward_raises_in_torch(device):
     x = torch.randn(10, 6, 4, device=device, requires_grad=True)
     (grad,) = torch.autograd.grad(compiled(shifted)(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not currently support double backward"):

@@ -79,7 +79,7 @@ def test_graphs_of_everything(cuda, padding):
 
 
 def peak_of(work) -> int:
-    """The largest of three: what autograd's threads or the garbage collector free meanwhile makes it smaller."""
+    """The largest of three peaks: memory that other threads free at the same time makes a peak smaller."""
     peaks = []
     for _ in range(3):
         torch.cuda.synchronize()
@@ -91,12 +91,13 @@ def peak_of(work) -> int:
     return max(peaks)
 
 
-# No equal runs of channels: in place through one contiguous copy; and those whose result has none either.
+# The channels of these layouts lie in no equal runs, so an in-place shift makes a contiguous copy. The second set also
+# copies out of place, since the result has the same layout.
 COPIED, COPIED_ALWAYS = {"cropped", "channels outermost"}, {"channels outermost"}
 
 
 def test_memory(cuda):
-    """In place nothing is allocated, out of place the result, in backward one gradient, whatever the layout."""
+    """In any layout, a shift allocates nothing in place, its result out of place, and one gradient in the backward."""
     for name, (channel_dim, x) in layouts(8, 8, 64, 14, 14, torch.float32, cuda, random_values).items():
         arguments = {"n_segment": 8, "channel_dim": channel_dim, "padding": "keep"}
         one = -(-x.numel() * x.element_size() // 512) * 512
@@ -116,7 +117,7 @@ def test_memory(cuda):
 
 
 def test_a_failed_launch_is_an_error(cuda):
-    """After a device-side assertion no launch can succeed: ours says so, instead of leaving the tensor as it was."""
+    """After a device-side assertion no launch can succeed. Then the shift raises an error."""
     code = """
 import torch, tsm_jit
 x = torch.randn(8, 16, 3, 3, device="cuda")

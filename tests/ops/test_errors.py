@@ -189,8 +189,8 @@ def test_overlapping_memory(device, shape, strides):
     assert_same_bits(storage, before)
 
 
-def test_data_where_there_is_none():
-    """Of a meta tensor there are shapes alone; nothing needs more until somebody reads the values."""
+def test_meta_tensors():
+    """A meta tensor has no data, and a shift needs none. Reading values is an error."""
     x = torch.empty(FRAMES, device="meta")
     y = tsm_jit.temporal_shift(x, 4)
     assert (y.shape, y.device.type) == (x.shape, "meta")
@@ -215,7 +215,7 @@ def test_mixed_devices(cuda, inplace, record):
 
 
 def test_a_wrong_call_is_wrong_also_after_an_equal_right_one():
-    """1 == 1.0 == True with one hash: what was remembered for the integer must not answer for the others."""
+    """1, 1.0 and True are equal and have one hash, so a cache could return the result of 1 for the others."""
     x = torch.randn(8, 16)
     tsm_jit.temporal_shift(x, 1, 8, shift_depth=1)
     for wrong in (1.0, True):
@@ -233,7 +233,7 @@ def test_empty_clips():
 
 
 def test_float8_sums_go_through_plain_torch():
-    """Adding is not moving: float8 has no addition of its own, so its adjoint of `keep` adds in float32."""
+    """float8 has no addition, so the adjoint of `keep` adds in float32."""
     grad = torch.tensor([[1.0], [2.0], [4.0], [8.0]]).to(torch.float8_e4m3fn)
     x = torch.zeros(4, 1).to(torch.float8_e4m3fn).requires_grad_()
     y = tsm_jit.shift_groups(x, 4, [(1, 1)], padding="keep")

@@ -61,7 +61,7 @@ def test_export(device, inplace):
 
 
 def compiled_ahead_of_time(net: str, device, folder) -> subprocess.CompletedProcess:
-    """In a process of its own: some set-ups of C++ compilers give packages that crash the process that loads them."""
+    """In a separate process: with some C++ compilers, the package crashes the process that loads it."""
     code = f"""
 import torch
 from support import assert_same_bits
@@ -112,7 +112,7 @@ def test_aot_inductor(device, tmp_path):
 @pytest.mark.feature("TorchScript trace")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_trace(device, inplace, tmp_path):
-    """What was traced runs where no tsm_jit is, and keeps channels_last."""
+    """A trace runs without tsm_jit, and keeps channels_last."""
     net = Net(inplace).to(device)
     traced = torch.jit.trace(net, clips(2, device).to(memory_format=torch.channels_last))
     traced.save(str(tmp_path / "net.pt"))

@@ -136,7 +136,7 @@ def test_gradient_through_a_shifted_view(device):
     assert_same_bits(leaf.grad, expected)
 
 
-def test_a_view_of_a_leaf_is_refused_as_by_every_in_place_operation(device):
+def test_a_view_of_a_leaf_raises_as_in_every_in_place_operation(device):
     leaf = values(device).requires_grad_()
     before = leaf.detach().clone()
     with pytest.raises(RuntimeError, match="leaf Variable"):
@@ -144,7 +144,7 @@ def test_a_view_of_a_leaf_is_refused_as_by_every_in_place_operation(device):
     assert_same_bits(leaf, before)
 
 
-def test_views_that_autograd_cannot_rebase_are_refused(device):
+def test_views_that_autograd_cannot_rebase_raise(device):
     base = values(device, 2, 8, 16).requires_grad_() * 1
     before = base.detach().clone()
     with pytest.raises(RuntimeError, match="MULTI_OUTPUT_NODE"):
@@ -152,7 +152,7 @@ def test_views_that_autograd_cannot_rebase_are_refused(device):
     assert_same_bits(base, before)
 
 
-def test_memory_shared_between_elements_is_refused(device):
+def test_memory_shared_between_elements_raises(device):
     for x in (
         values(device, 1, 16, 3, 3).expand(8, 16, 3, 3),
         values(device, 8, 1, 3, 3).expand(8, 16, 3, 3),

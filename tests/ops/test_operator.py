@@ -170,7 +170,7 @@ def test_public_functions_choose_the_plan(device):
 
 
 def test_ranks_and_channel_dim():
-    """Where the channels and the frames are, by default and as told."""
+    """The dimensions of channels and frames, by default and as arguments."""
     for shape, arguments, n_segment, channel_dim in [
         ((8, 16), {}, 4, 1),
         ((8, 16, 5), {}, 4, 1),
@@ -221,7 +221,7 @@ def test_opcheck(device, name, padding):
         torch.library.opcheck(getattr(torch.ops.tsm_jit, name + "_").default, (x.clone(), shift))
 
 
-def test_operators_refuse_what_would_be_unsafe(device):
+def test_unsafe_arguments_of_operators_raise(device):
     """The checks of torch.ops itself, for callers that bypass the public functions."""
     if tsm_jit.info()["devices"][device.type].startswith("plain"):
         pytest.skip("plain torch checks for itself")

@@ -1,4 +1,4 @@
-"""The plans of the families, against numbers worked out by hand; and the encoding that operators take."""
+"""The plans of TSM, TSAM and Paddle, against numbers worked out by hand; the encoding that operators take."""
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_encoding_round_trip(padding, plan):
         ((64, 8, 1, "up"), ValueError, "direction must be one of 'both', 'past', 'future', got 'up'"),
     ],
 )
-def test_temporal_refuses(arguments, error, message):
+def test_temporal_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         plans.temporal(*arguments)
 
@@ -70,7 +70,7 @@ def test_temporal_refuses(arguments, error, message):
         ((64, float("nan")), ValueError, "shift_ratio must be from 0 to 0.5, got nan"),
     ],
 )
-def test_paddle_refuses(arguments, error, message):
+def test_paddle_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         plans.paddle(*arguments)
 
@@ -87,6 +87,6 @@ def test_encoding_is_readable():
 
 
 @pytest.mark.parametrize("text", ["", "n_segment=8", "n_segment=8 n_segment_shifted=8 channel_dim=1 padding=no plan="])
-def test_what_is_no_shift_is_refused(text):
+def test_other_encodings_raise(text):
     with pytest.raises(ValueError, match="shift must look like"):
         Shift.decode(text)

@@ -108,7 +108,7 @@ def test_kernels_equal_the_oracle(device, case):
 
 
 def shifted_in_place(shift_, values: torch.Tensor, expected: torch.Tensor, where: tuple) -> None:
-    """The view holds the result, and the memory around it what it held."""
+    """Checks that the view has the result, and that the memory around it is unchanged."""
     x, storage = lay_out(values, where)
     before = storage.clone()
     shift_(x)

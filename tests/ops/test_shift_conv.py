@@ -252,7 +252,7 @@ def test_a_cuda_graph(cuda, tokens):
 
 @both_kinds
 def test_nothing_shifted_is_kept(cuda, tokens):
-    """Training takes no more memory than the product without a shift, but for the parts of the weight's gradient."""
+    """Training takes no more memory than the product without a shift, except for the parts of the weight's gradient."""
     case = Case(cuda, torch.bfloat16, "zeros", tokens)
     peaks = []
     for function in (case, F.linear if tokens else lambda x, w, b: F.conv2d(x, w, b, case.stride)):
@@ -301,7 +301,7 @@ def test_a_frozen_weight_keeps_no_activation(cuda):
     assert sum(saved) <= case.weight.numel()
 
 
-def test_what_must_see_pytorchs_operators(cuda):
+def test_modes_that_must_see_pytorchs_operators(cuda):
     """A tracer and a counter of operations."""
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils.flop_counter import FlopCounterMode

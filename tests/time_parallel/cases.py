@@ -1,4 +1,4 @@
-"""The registry of cases, and what they share: networks of every kind of shift, comparisons."""
+"""The registry of cases, networks with every kind of shift, and comparisons."""
 
 import copy
 import functools

@@ -96,13 +96,13 @@ class Case {
   }
 
   bool is_right() {
-    return told("forward", forward()) && told("backward", backward()) &&
-           (r_.channel_numel != 1 || (told("pool", pool()) && told("statistics", statistics()) &&
-                                      told("backward of a ReLU", backward_of_relu())));
+    return passes("forward", forward()) && passes("backward", backward()) &&
+           (r_.channel_numel != 1 || (passes("pool", pool()) && passes("statistics", statistics()) &&
+                                      passes("backward of a ReLU", backward_of_relu())));
   }
 
  private:
-  bool told(const char* what, bool right) const {
+  bool passes(const char* what, bool right) const {
     const Shift& s = r_.shift;
     if (right) return true;
     std::printf("%s of type %d, %lld clips of %lld frames (%d shifted), outer %lld, inner %lld, padding %d:", what,
@@ -265,12 +265,12 @@ class Case {
     const Tensor z = numbers(of_bytes(frames * p.height * p.width * r_.shift.inner_bytes), false, one_in(4)), old = z;
     const Parts parts = random_norm(p.z_norm), old_parts = parts;
     const bool is_shifted = one_in(2);
-    const Tensor made[] = {!is_shifted || one_in(2) ? activations() : Tensor{}, is_shifted ? activations() : Tensor{},
-                           is_shifted ? boundary() : Tensor{}};
+    const Tensor tensors[] = {!is_shifted || one_in(2) ? activations() : Tensor{},
+                              is_shifted ? activations() : Tensor{}, is_shifted ? boundary() : Tensor{}};
     p.z = const_cast<Tensor&>(z).data();
     const auto outputs = [&](int poison, auto kernel) {
       std::vector<Tensor> out;
-      for (const Tensor& each : made) out.push_back(poisoned(each, poison));
+      for (const Tensor& each : tensors) out.push_back(poisoned(each, poison));
       p.unshifted = out[0].data();
       p.out = out[1].data();
       p.boundary_out = out[2].data();
@@ -281,7 +281,7 @@ class Case {
     const char* error = nullptr;
     const auto actual = outputs(kCudaPoison, [&] { error = norm_relu_max_pool_cuda(r_, p, nullptr); });
     std::vector<Tensor> naive;
-    for (const Tensor& each : made) naive.push_back(poisoned(each, kNaivePoison));
+    for (const Tensor& each : tensors) naive.push_back(poisoned(each, kNaivePoison));
     const NaiveParts norm(p.z_norm, parts);
     const auto run = [&](NaiveStream<Element> out) {
       if (out.data == nullptr) return;
@@ -347,7 +347,7 @@ class Case {
     const auto on_cuda = [&] { error = add_relu_backward_cuda(r_, b, nullptr); };
     const auto actual = outputs(kCudaPoison, on_cuda);
     bool right = error == nullptr && actual == expected && means[0] == old_means[0] && means[1] == old_means[1];
-    if (to_shifted) {  // in shifted form alone
+    if (to_shifted) {  // only in the shifted layout
       plain = false;
       for (const auto& out : {outputs(kCpuPoison, on_cpu), outputs(kCudaPoison, on_cuda)}) {
         right &= error == nullptr && out[1] == expected[1] && out[2] == expected[2];
@@ -455,7 +455,7 @@ class Case {
   bool norm_gradients(DType dtype, const std::vector<acc_t>& sums, int32_t slices) {
     NormGrads n{};
     const acc_t untouched = 12345678;
-    std::vector<acc_t> variance[kNorms], weight[kNorms], made((1 + 4 * kNorms) * channels_, untouched);
+    std::vector<acc_t> variance[kNorms], weight[kNorms], grads((1 + 4 * kNorms) * channels_, untouched);
     for (int32_t k = 0; k < kNorms; ++k) {
       if (one_in(3)) continue;
       for (int64_t c = 0; c < channels_; ++c) {
@@ -469,9 +469,9 @@ class Case {
     n.sums = sums.data();
     n.slices = slices;
     n.count = between(1, 100);
-    n.grads = made.data();
+    n.grads = grads.data();
     bool right = norm_grads_cuda(dtype, channels_, n, nullptr) == nullptr;
-    for (int64_t c = 0; c < channels_; ++c) right &= made[c] == 0;
+    for (int64_t c = 0; c < channels_; ++c) right &= grads[c] == 0;
     for (int32_t k = 0; k < kNorms; ++k) {
       std::vector<double> expected(4 * channels_, untouched);
       if (!variance[k].empty()) {
@@ -479,7 +479,7 @@ class Case {
                   weight[k].data(), n.epsilon[k], k, slices, n.count, channels_);
       }
       for (int64_t i = 0; i < 4 * channels_; ++i) {
-        const double actual = made[(1 + 4 * k) * channels_ + i], close = 16 * std::numeric_limits<acc_t>::epsilon();
+        const double actual = grads[(1 + 4 * k) * channels_ + i], close = 16 * std::numeric_limits<acc_t>::epsilon();
         right &= same(actual, expected[i]) || std::abs(actual - expected[i]) <= close * std::abs(expected[i]);
       }
     }
