@@ -119,7 +119,7 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     measurement.add_argument(
         "--families",
         metavar="NAME,NAME",
-        help="of the networks of --network, time only one or several families: resnet50,timm/regnety_008",
+        help="like --network, but only for these networks, with TSM's shift: resnet50,timm/regnety_008",
     )
     bench.add_argument(
         "--shape",

@@ -1,6 +1,6 @@
 // Naive stem of a ResNet: read this first. Tests compare norm_relu_max_pool.cuh with it.
 //
-//     out = max_pool2d(relu(z * scale + shift), kernel_size=3, stride=2, padding=1)
+//     out = max_pool2d(relu(z * scale + bias), kernel_size=3, stride=2, padding=1)
 //
 // Tensors   z: [clips * frames, height, width, channels]. out: half as many rows and columns, in either layout
 // Grid      one thread per element of out, of shape s

@@ -60,7 +60,8 @@ class BuildError(Exception):
     """A build fails, and will fail again until something changes."""
 
 
-# A key has a part for each. Entries of the same program and target are equally good, whichever tools made them.
+# The key has one part for the program, one for the target and one for the tools. Entries with the same program and
+# target are interchangeable, even if other tools compiled them.
 _PROGRAM, _TARGET, _TOOLS = ({"part": index} for index in range(3))
 
 
@@ -87,6 +88,7 @@ class BuildSpec:
     variables: tuple[str | None, ...] = field(metadata=_TOOLS)  # that nvcc reads
 
     def part(self, index: int) -> str:
+        """The hash of the fields of the program (0), of the target (1) or of the tools (2)."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["part"] == index}
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[: (24, 12, 12)[index]]
 
@@ -119,7 +121,7 @@ def here(backend: str, build_for: str | None = None) -> BuildSpec:
 
 
 def _gpu_compiler(backend: str) -> list[Path]:
-    """The files of the GPU compiler of ``backend``, if there is one. Looks for no other, as every import asks."""
+    """The files of the GPU compiler of ``backend``, if there is one. It runs on every import, so it does no more."""
     if backend == "nvcc" and (nvcc := tools.find_nvcc()):
         return [nvcc]
     if backend == "nvrtc" and (nvrtc := tools.find_nvrtc()):

@@ -1,6 +1,6 @@
 """Times whole networks: without shift, with TSM's or TSAM's own shift, with tsm_jit's modules, and fused.
 
-There are two tables: ResNets in several modes (:func:`cases`), and one or two networks of every family
+There are two tables: ResNets in several modes (:func:`cases`), and one or two networks of every architecture
 (:func:`family_cases`).
 """
 

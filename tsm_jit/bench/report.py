@@ -135,9 +135,9 @@ def _text(column: str, value: Any) -> str:
 def write(results: Row, folder: Path) -> str:
     """Writes a JSON file, which has the name of the measurement. Returns the file name."""
     folder.mkdir(parents=True, exist_ok=True)
-    instead = [each for each in ("network", "families", "time_parallel") if each in results]
-    if instead:
-        name = f"{instead[0]}.json"
+    named = [each for each in ("network", "families", "time_parallel") if each in results]
+    if named:
+        name = f"{named[0]}.json"
     elif _is_of_streams(results):
         name = "streams.json"
     else:
@@ -149,7 +149,7 @@ def write(results: Row, folder: Path) -> str:
 
 
 def _is_of_streams(results: Row) -> bool:
-    """Whether it is the measurement of streams alone. That of the operator has a table of them, too."""
+    """Whether these are the results of ``bench --streams``. Those of ``bench`` also have a table of streams."""
     return "online" in results and "calls" not in results
 
 

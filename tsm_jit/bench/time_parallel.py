@@ -56,7 +56,7 @@ def ranks(device: torch.device) -> list[int]:
 def rows(device: torch.device, counts: Sequence[int], case: Case) -> Iterator[list[Row]]:
     """Yields, for each number of ranks, time, efficiency and peak memory of training and inference.
 
-    Raises Mismatch if the split network does not compute what the whole one does.
+    Raises Mismatch if the split network does not have the scores of the whole one.
     """
     results = torch.multiprocessing.get_context("spawn").Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def _compared(row: Row, one: Row) -> Row:
 
 
 def _run(rank: int, kind: str, world: int, folder: str, counts: Sequence[int], case: Case, results: Any) -> None:
-    """Measures with each number of ranks. The other processes wait meanwhile."""
+    """Measures with each number of ranks, while the other processes wait."""
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device(kind, rank)

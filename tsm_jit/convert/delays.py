@@ -279,7 +279,7 @@ def _rebuild(rebuild: Callable, arguments: tuple) -> fx.GraphModule:
 
 
 def _complete(result: nn.Module, net: nn.Module, copies: dict[nn.Module, nn.Module]) -> None:
-    """Adds to the containers that fx created what it left out, in the order of ``net``: modules, values, attributes."""
+    """Adds the modules, buffers and attributes of ``net`` that fx left out to ``result``, in the order of ``net``."""
     copies[net] = result
     result.training = net.training
     for name, value in vars(net).items():  # such as num_classes

@@ -41,11 +41,11 @@ class TemporalShift(ShiftedModule):
     flag changes the skip branch of a residual block, this one does not. With gradients and ``inplace=True``, no shifted
     activation is stored: the backward shifts the input again.
 
-    On a GPU, ``nn.Linear`` and 1x1 convolutions read the shifted frames themselves where
-    :func:`tsm_jit.shift_conv1x1` says so. Then ``inplace`` changes nothing: there is no shifted copy, and results are
-    those of the copy but for the order of sums. As for any layer, the backward reads the input, so it must not change
-    before. Modules with hooks, parametrizations or an unknown class get a copy.
-    After ``torch.use_deterministic_algorithms(True)`` all modules do, and outputs and gradients have the same bits as
+    On a GPU, ``nn.Linear`` and 1x1 convolutions read the shifted frames themselves, under the conditions of
+    :func:`tsm_jit.shift_conv1x1`. Then there is no shifted copy, and ``inplace`` changes nothing. Results equal those
+    of a copy up to the order of sums. As for any layer, the backward reads the input, so it must not change before.
+    Modules with hooks, parametrizations or an unknown class get a copy. After
+    ``torch.use_deterministic_algorithms(True)`` all modules get one, and outputs and gradients have the same bits as
     with :func:`tsm_jit.temporal_shift`.
 
     Example::

@@ -1,7 +1,7 @@
 """Messages between the ranks of a process group. They travel while the caller does other work.
 
-- :func:`ranks_of` returns what this process knows about a group: :meth:`Ranks.compare` compares what the ranks call.
-- :meth:`Ranks.courier` returns the way in which messages of one shape travel. There are two:
+- :func:`ranks_of` returns the :class:`Ranks` of a group. Their :meth:`Ranks.compare` compares the calls of all ranks.
+- :meth:`Ranks.courier` returns an object that carries messages of one shape. There are two kinds:
 
   - :class:`_PeerMemory`, if each GPU reaches the memory of all others with atomic operations, as over NVLink. A rank
     writes into memory of the receiver and signals. A message takes four small kernels of the two ranks.
@@ -31,7 +31,7 @@ Strided = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offse
 
 
 class Messages(NamedTuple):
-    """What this rank sends to and receives from each rank: the parts of each message, which lie one after another."""
+    """The messages to and from each rank. A message consists of parts, which lie one after another."""
 
     dtype: torch.dtype
     sent: tuple[tuple[Strided, ...], ...]
@@ -133,7 +133,7 @@ def ranks_of(name: str, device: torch.device) -> Ranks:
 
 
 class _Collective:
-    """Carries messages in one buffer. NCCL has a stream of its own, which works beside the stream of the caller."""
+    """Carries messages in one buffer. NCCL uses a separate stream, in parallel with the stream of the caller."""
 
     def __init__(self, ranks: Ranks, messages: Messages):
         self._group, self._device, self._dtype = ranks.name, ranks.device, messages.dtype
@@ -266,7 +266,7 @@ class _Mailboxes:
         memory.follow(capture)
         if not capture:
             return self._send(values, capture), False
-        # Branches of a graph cost the host nothing, so all of the exchange runs beside the work of the caller.
+        # Branches of a graph cost the host nothing, so the whole exchange runs in parallel with the work of the caller.
         memory.side.wait_stream(torch.cuda.current_stream(memory.device))
         with torch.cuda.stream(memory.side):
             slots = self._send(values, capture)

@@ -11,9 +11,9 @@ A frame may read a frame of another rank. Only these edges travel::
   other. ``shift`` is the encoded shift of the whole clip.
 - ``sum_over_ranks(x, shard) -> Tensor``, which is its own adjoint.
 
-Each call sends all edges, one message to each rank that needs one (:mod:`tsm_jit.ops.exchange`). Meanwhile the local
-frames are shifted with zero padding. Then the edges that arrived are written. The adjoint sends the gradients of the
-edges back and adds them.
+Each call sends all edges, one message to each rank that needs one (:mod:`tsm_jit.ops.exchange`). While they travel,
+the local frames are shifted with zero padding. Then the edges that arrived are written. The adjoint sends the
+gradients of the edges back and adds them.
 
 Backward computes gradients of the sum of the losses of all ranks. In compiled graphs these operators are opaque.
 """
@@ -193,7 +193,7 @@ def _ranks(shard: TimeShard, x: Tensor) -> Ranks:
 
 
 class _Call:
-    """A shift of tensors with one shape, dtype and layout, or its adjoint: what this rank sends and receives."""
+    """The messages of a shift, or of its adjoint, for tensors with one shape, dtype and layout."""
 
     def __init__(self, x: Tensor, encoded: str, shard: TimeShard, ranks: Ranks, is_gradient: bool):
         shift = decode(encoded)

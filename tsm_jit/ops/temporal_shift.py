@@ -217,9 +217,9 @@ class _SaveMark(Function):
 
 
 def save_clip_length_mark(z: Any, x: Tensor, shift: str) -> Any:
-    """Returns the result ``z`` of a layer of the shifted ``x``, with the mark in its backward if the shift has none.
+    """Returns ``z``, the output of a layer that reads the shifted ``x``, with a mark that its backward saves.
 
-    That is so if ``x`` needs no gradient, but weights of the layer do.
+    The shift saves the mark itself if ``x`` requires grad, and then ``z`` gets none.
     """
     if x.requires_grad or not isinstance(z, Tensor) or not z.requires_grad:
         return z
@@ -486,5 +486,5 @@ def _compute_exported(x: Tensor, shift: str) -> Tensor:
     return reference.sliced(x, decode(shift)) if is_decomposing(_forward_exported) else _forward(x, shift)
 
 
-# A composite operator without kernels of its own. Only such operators are decomposed without an entry in a table.
+# A composite operator without kernels. Only such operators are decomposed without an entry in a table.
 _library.impl(_forward_exported, _compute_exported, "CompositeImplicitAutograd")
