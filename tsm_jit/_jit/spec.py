@@ -39,7 +39,7 @@ CFLAGS = {
     "nvrtc": (*_CFLAGS, "-DTSM_JIT_CUDA", "-DUSE_CUDA", "-DTSM_JIT_NVRTC"),
     "cpu": _CFLAGS,
 }
-# NVRTC reads the host code as well, to learn which kernels it launches: as device code, so that it compiles.
+# NVRTC also compiles the host code, to find the kernels that it launches. The second flag makes it device code.
 GPU_FLAGS = {
     "nvcc": ("-std=c++17", "-I.", "--threads=2"),
     "nvrtc": ("--std=c++17", "--device-as-default-execution-space", "-I."),

@@ -44,7 +44,7 @@ class NONLocalBlock3D(nn.Module):
         y = block(torch.randn(2, 64, 8, 14, 14))  # [2, 64, 8, 14, 14]
     """
 
-    mode: Mode = "embedded_gaussian"  # also of modules that were made by other code
+    mode: Mode = "embedded_gaussian"  # in the class, for modules that were saved without it
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class TemporalShift(ShiftedModule):
         y = block(torch.randn(2 * 8, 64, 56, 56))
     """
 
-    direction: Direction = "both"  # also of modules that were made by other code
+    direction: Direction = "both"  # in the class, for modules that were saved without it
 
     def __init__(
         self,

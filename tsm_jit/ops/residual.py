@@ -215,8 +215,8 @@ def norm_relu_backward(grad: Tensor, z: NormedInput, in_kernel: bool) -> tuple[T
 
 def new_boundary(like: Tensor, shift: str) -> Tensor:
     """Allocates the boundary frames of activations like ``like``."""
-    plan = decode(shift)
-    return new_like(like, (like.shape[0] // plan.n_segment, plan.boundary_channels(), *like.shape[2:]))
+    decoded = decode(shift)
+    return new_like(like, (like.shape[0] // decoded.n_segment, decoded.boundary_channels(), *like.shape[2:]))
 
 
 def new_like(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -319,15 +319,15 @@ def _reference_add_relu_backward_in_place(
 ) -> None:
     if norm_gradients is not None:
         raise RuntimeError("norm_gradients must be None on a device without kernels")
-    plan = decode(rest[-1])
+    shift = decode(rest[-1])
     grads = [each for each in (grad_a, grad_b) if each is not None]
-    masked = reference.add_relu_backward(grads, grad_boundary, out, boundary_out, plan)
+    masked = reference.add_relu_backward(grads, grad_boundary, out, boundary_out, shift)
     if grad is not None:
         grad.copy_(masked)
     if grad_shifted is not None:
-        zero_padded = plan if plan.is_circular else plan._replace(padding="zeros")
+        zero_padded = shift if shift.is_circular else shift._replace(padding="zeros")
         grad_shifted.copy_(reference.temporal_shift(masked, zero_padded))
-        grad_boundary_in.copy_(reference.boundary_frames(masked, plan))
+        grad_boundary_in.copy_(reference.boundary_frames(masked, shift))
 
 
 def _fake_add_relu_backward(grad_a, grad_b, grad_boundary, out, boundary_out, *rest):

@@ -131,8 +131,8 @@ def clip_length_mark(x: Tensor, shift: str) -> Tensor:
     Its shape tells the clip length. Activation checkpointing gives the backward the tensors that its recomputation has
     saved. If that has another clip length, gradients would be wrong: see :func:`check_marks`.
     """
-    plan = decode(shift)
-    return x.new_empty((0, plan.n_segment, plan.n_segment_shifted))
+    decoded = decode(shift)
+    return x.new_empty((0, decoded.n_segment, decoded.n_segment_shifted))
 
 
 def clip_length_marks(x: Tensor, shift: str) -> tuple[Tensor, ...]:
