@@ -94,7 +94,7 @@ def test_networks(tmp_path, monkeypatch):
 FAMILY_VARIANTS = ["no shift", "stock", "drop-in, out of place", "drop-in", "fused"]
 
 
-def test_networks_of_every_family(device, monkeypatch):
+def test_networks_of_every_architecture(device, monkeypatch):
     """With shifts of frames and of tokens. A network is freed before the next one is built."""
     pytest.importorskip("timm", reason="needs timm for tiny networks")
     names = ["timm/test_resnet", "timm/test_vit"]
@@ -134,7 +134,7 @@ def invented_rows(device, selected, repeats, protocol):
         yield [{**case._asdict(), "who": who, **numbers} for who in names]
 
 
-def test_the_table_of_families(tmp_path, monkeypatch, capsys):
+def test_the_table_of_architectures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(network, "rows", invented_rows)
     monkeypatch.setitem(sys.modules, "timm", None)  # it is not installed
     options = ["--families", "timm/regnety_008,mobilenet_v2,resnet18", "--device", "cpu", "--output", str(tmp_path)]

@@ -73,8 +73,8 @@ _TITLES = {
     "Training: a step of SGD. Inference: on CUDA as a CUDA graph",
     "time_parallel": "One clip split over ranks, channels_last, on CUDA in bfloat16, 224x224. Training: a step of SGD. "
     "efficiency: time of one rank / time / ranks",
-    "families": "Networks of every family, with TSM's shift, 8 frames per clip, channels_last, on CUDA in bfloat16. "
-    "graph: a CUDA graph, the time of the GPU alone. Memory: without a graph",
+    "families": "Networks of every architecture, with TSM's shift, 8 frames per clip, channels_last, on CUDA in "
+    "bfloat16. graph: a CUDA graph, the time of the GPU alone. Memory: without a graph",
 }
 
 
@@ -358,7 +358,7 @@ def _by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
     return cases
 
 
-# What the table of families has of each variant: its name, the rows that have it, and the value relative to no shift.
+# The values in each cell of the table of architectures: name, rows that have it, and column relative to no shift.
 _FAMILY_VALUES: dict[str, tuple[Callable[[Row], bool], str]] = {
     "training": (lambda row: row["training"] and not row["graph"], "of_no_shift"),
     "GPU time of training": (lambda row: row["training"] and row["graph"], "of_no_shift"),
@@ -406,7 +406,7 @@ def _families_markdown(rows: list[Row], title: str) -> str:
 
 
 def draw_families(rows: list[Row], environment: Row) -> Figure:
-    """Draws bars of time and memory relative to the network without shift, for one network of each family."""
+    """Draws bars of time and memory relative to no shift, for one or two networks of every architecture."""
     row_of, networks = _by_family(rows), list(dict.fromkeys(row["network"] for row in rows))
     names = [name for name in dict.fromkeys(row["who"] for row in rows) if name != "no shift"]
     values = [value for value in _FAMILY_VALUES if any(key[2] == value for key in row_of)]
