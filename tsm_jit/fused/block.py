@@ -190,11 +190,7 @@ class _Block(Function):
     def backward(ctx, grad_boundary, grad_a, grad_b=None):
         meta = ctx.meta  # a _BlockMeta
         n_branch = meta.n_branch
-        saved_tensors = ctx.saved_tensors
-        if meta.n_marks:
-            check_marks(saved_tensors[-meta.n_marks :], meta.first_shift)
-            saved_tensors = saved_tensors[: -meta.n_marks]
-        saved = _BlockSaved.of_flat(_in_channels_last(saved_tensors), len(meta.epsilons))
+        saved = _BlockSaved.of_flat(_in_channels_last(_unmarked(ctx)), len(meta.epsilons))
         ctx.maybe_clear_saved_tensors()
         needs_x, needs_identity, _, _, *needs_parameters = ctx.needs_input_grad
         needs_grad = [needs_x]
@@ -246,6 +242,13 @@ class _Block(Function):
                 grads[k] = grad
         unused = [None] * (len(needs_parameters) - len(grads))
         return grad_x, grad_identity, grad_boundary, None, *grads, *unused
+
+
+def _unmarked(ctx: Any) -> Sequence[Any]:
+    """Returns the saved tensors without marks of the clip length, which it checks."""
+    saved, n_marks = ctx.saved_tensors, ctx.meta.n_marks
+    check_marks(saved[len(saved) - n_marks :], ctx.meta.first_shift)
+    return saved[: len(saved) - n_marks]
 
 
 def _saved_by_layer(config: BlockConfig, outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
