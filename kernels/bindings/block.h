@@ -60,7 +60,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
   const size_t layers = weights.size();
   if (layers < (downsample ? 2 : 1) || conv_params.size() != kConvParams * layers || norms.size() != 4 * layers ||
       norm_params.size() != 2 * layers) {
-    fail("each layer must have a convolution and a norm");
+    fail("conv_params, norms and norm_params must have " + std::to_string(kConvParams) +
+         ", 4 and 2 entries for each of " + std::to_string(layers) + " weights, got " +
+         std::to_string(conv_params.size()) + ", " + std::to_string(norms.size()) + " and " +
+         std::to_string(norm_params.size()));
   }
   std::vector<Tensor> saved;
   auto next_num_batches = num_batches.begin();
@@ -109,7 +112,9 @@ std::vector<Tensor> residual_block_backward(const Tensor& grad, const Tensor& in
   if (layers == 0 || conv_params.size() != kConvParams * layers || saved.size() < n_saved ||
       (relus != layers - 1 && relus + 1 != layers - 1) || epsilons.size() != layers ||
       needs_grad.size() != 1 + 2 * layers) {
-    fail("each layer must have a convolution, a norm and what they were given");
+    fail("conv_params, epsilons, needs_grad and saved must fit " + std::to_string(layers) + " weights, got " +
+         std::to_string(conv_params.size()) + ", " + std::to_string(epsilons.size()) + ", " +
+         std::to_string(needs_grad.size()) + " and " + std::to_string(saved.size()) + " entries");
   }
   const auto any_needs_grad = [&](size_t count) {  // of the first `count` flags
     return std::any_of(needs_grad.begin(), needs_grad.begin() + count, [](int64_t flag) { return flag != 0; });
