@@ -1,7 +1,8 @@
 """A convolution or a linear layer of shifted frames as one autograd function.
 
 It saves the input instead of the shifted copy, which the backward computes again. So training keeps no second
-activation. Forward and backward call the same operators as separate layers do, so they give the same bits.
+activation. Forward and backward call the same operators as separate layers do, so they give the same bits. But under
+autocast each use of a weight has its own cast, so gradients of several uses are added in the dtype of the weight.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ from tsm_jit.ops.temporal_shift import (
     shift_kernel,
     shift_tokens,
     temporal_shift,
+    temporal_shift_backward,
     temporal_shift_backward_,
 )
+from tsm_jit.plans import decode
 
-_convolution_backward = direct(torch.ops.aten.convolution_backward.default)
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_direct_convolution_backward = direct(_convolution_backward)
+_unsafe_view = direct(torch.ops.aten._unsafe_view.default)
 
 # The dtypes that autocast casts.
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# The types of tensors with memory of their own. Other parameters may compute products in their own way.
+DENSE = (Tensor, torch.nn.Parameter)
 
 
 class Layer(NamedTuple):
@@ -41,42 +49,46 @@ class Layer(NamedTuple):
         """The layer without the shift."""
         return F.linear(y, weight, bias) if self.convolution is None else F.conv2d(y, weight, bias, *self.convolution)
 
-    def backward(
-        self, dz: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of the input ``x`` before the shift, the weight and the bias, where needed.
-
-        If the weight needs no gradient, only the shape of ``x`` matters.
-        """
-        if torch.is_grad_enabled() or not is_plain_gradient(dz):
-            return self._differentiable_backward(dz, x, weight, needs_x, needs_weight, needs_bias)
-        y = shift_tokens(x, self.shift, self.num_prefix_tokens, shift_kernel) if needs_weight else x
+    def backward(self, ctx: Any, dz: Tensor, needs_bias: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of the input before the shift, the weight and the bias, after :func:`save_inputs`."""
+        x, weight = (
+            self._without_values(dz, *layout) if each is None else each
+            for each, layout in zip(saved_inputs(ctx, self.shift), ctx.layouts, strict=True)
+        )
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        plain = not torch.is_grad_enabled() and is_plain_gradient(dz)
+        shift = shift_kernel if plain else temporal_shift
+        y = shift_tokens(x, self.shift, self.num_prefix_tokens, shift) if needs_weight else x
         if self.convolution is None:
-            rows = dz.flatten(0, -2)
-            dx = dz @ weight if needs_x else None
-            dw = rows.t() @ y.flatten(0, -2) if needs_weight else None
+            rows = _rows(dz)
+            dx = (rows @ weight).reshape(x.shape) if needs_x else None
+            dw = rows.t() @ _rows(y) if needs_weight else None
             db = rows.sum(0) if needs_bias else None
         else:
             stride, padding, dilation, groups = self.convolution
             bias_sizes, needs = [weight.shape[0]] if needs_bias else None, [needs_x, needs_weight, needs_bias]
-            dx, dw, db = _convolution_backward(
+            convolution_backward = _direct_convolution_backward if plain else _convolution_backward
+            dx, dw, db = convolution_backward(
                 dz, y, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, needs
             )
         del y
-        if dx is not None:
+        if dx is not None and plain:
             n = self.num_prefix_tokens
             temporal_shift_backward_(dx[:, n:] if n else dx, self.shift)
+        elif dx is not None:
+            dx = shift_tokens(dx, self.shift, self.num_prefix_tokens, temporal_shift_backward)
         return dx, dw, db
 
-    def _differentiable_backward(self, dz: Tensor, x: Tensor, weight: Tensor, *needs: bool) -> Any:
-        """The same by differentiable operators: for double backward, or for many gradients at once."""
-        with torch.enable_grad():
-            bias = weight.new_zeros(weight.shape[0])  # any value: no gradient depends on it
-            inputs = [each if each.requires_grad else each.detach().requires_grad_() for each in (x, weight, bias)]
-            z = self.apply(shift_tokens(inputs[0], self.shift, self.num_prefix_tokens, temporal_shift), *inputs[1:])
-        needed = [each for each, is_needed in zip(inputs, needs, strict=True) if is_needed]
-        grads = iter(torch.autograd.grad(z, needed, dz, create_graph=torch.is_grad_enabled()) if needed else ())
-        return tuple(next(grads) if is_needed else None for is_needed in needs)
+    def _without_values(self, dz: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+        """In place of an input that was not saved. The strides decide which kernels of a convolution run."""
+        if self.convolution is None:
+            return torch.zeros((), dtype=dz.dtype, device=dz.device).expand(shape)  # takes no memory
+        return torch.empty_strided(shape, strides, dtype=dz.dtype, device=dz.device)
+
+
+def _rows(z: Tensor) -> Tensor:
+    """``z.flatten(0, -2)``, also for many gradients at once."""
+    return z.reshape(z.shape[:-1].numel(), z.shape[-1])
 
 
 def is_plain_gradient(dz: Tensor) -> bool:
@@ -92,13 +104,17 @@ def recomputing_layer(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Lay
     device = x.device.type
     if not torch.amp.is_autocast_available(device):  # "meta", for example
         return None
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        if not dtypes.issubset(AUTOCAST_DTYPES):
-            return None
-    else:
-        dtype = x.dtype
-    if dtype not in SUMMABLE_DTYPES or type(x) is not Tensor or x.is_inference() or has_dispatch_modes():
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    if dtypes != {dtype} and not (autocast and dtypes.issubset(AUTOCAST_DTYPES)):
+        return None  # PyTorch raises an error, or promotes
+    if x.dtype is not dtype and decode(layer.shift).needs_sum:  # separate layers add gradients in the dtype of x
+        return None
+    if dtype not in SUMMABLE_DTYPES or dtype.is_complex:  # PyTorch computes several convolutions of real numbers
+        return None
+    if type(x) is not Tensor or type(weight) not in DENSE or x.is_inference() or has_dispatch_modes():
+        return None
+    if layer.convolution is None and not x.is_contiguous():  # PyTorch may compute batches of products instead of one
         return None
     if x.untyped_storage().nbytes() > x.nbytes:  # the backward would keep the whole storage
         return None
@@ -113,26 +129,30 @@ class _RecomputingLayer(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
         ctx.layer = layer
-        ctx.shape = x.shape
-        save_input(ctx, x, weight, layer.shift)
-        return layer.apply(shift_tokens(x, layer.shift, layer.num_prefix_tokens, shift_kernel), weight, bias)
+        save_inputs(ctx, x, weight, layer.shift)
+        z = layer.apply(shift_tokens(x, layer.shift, layer.num_prefix_tokens, shift_kernel), weight, bias)
+        return _unsafe_view(z, z.shape) if z._is_view() else z  # autograd forbids to write into views made here
 
     @staticmethod
     def backward(ctx, dz):
-        x, weight = saved_input(ctx, ctx.shape, ctx.layer.shift)
-        return *ctx.layer.backward(dz, x, weight, *ctx.needs_input_grad[:3]), None
+        if dz is None:
+            return None, None, None, None
+        return *ctx.layer.backward(ctx, dz, ctx.needs_input_grad[2]), None
 
 
 _apply = direct_apply(_RecomputingLayer)
 
 
-def save_input(ctx: Any, x: Tensor, weight: Tensor, shift: str) -> None:
-    """Saves the first two inputs of an autograd function. Only the gradient of the weight reads ``x``."""
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, *clip_length_marks(x, shift))
+def save_inputs(ctx: Any, x: Tensor, weight: Tensor, shift: str) -> None:
+    """Saves the first two inputs of an autograd function. The gradient of each reads only the other."""
+    ctx.set_materialize_grads(False)  # no gradient is no gradient of the parameters, not one of zeros
+    ctx.layouts = (x.shape, x.stride()), (weight.shape, weight.stride())
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, *clip_length_marks(x, shift))
 
 
-def saved_input(ctx: Any, shape: torch.Size, shift: str) -> tuple[Tensor, Tensor]:
-    """Returns what :func:`save_input` saved. An ``x`` that was not saved has its shape, and no memory."""
+def saved_inputs(ctx: Any, shift: str) -> tuple[Tensor | None, Tensor | None]:
+    """Returns what :func:`save_inputs` saved, if the clip length is still that of the forward."""
     x, weight, *marks = ctx.saved_tensors
     check_marks(marks, shift)
-    return weight.new_zeros(()).expand(shape) if x is None else x, weight
+    return x, weight

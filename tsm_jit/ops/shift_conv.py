@@ -25,7 +25,7 @@ from tsm_jit.ops.compat import (
     has_dispatch_modes,
     unwrap_if_dead,
 )
-from tsm_jit.ops.recomputing_layer import AUTOCAST_DTYPES, Layer, is_plain_gradient, save_input, saved_input
+from tsm_jit.ops.recomputing_layer import AUTOCAST_DTYPES, DENSE, Layer, is_plain_gradient, save_inputs, saved_inputs
 from tsm_jit.ops.temporal_shift import shift_tokens, temporal_shift, temporal_shift_backward_
 from tsm_jit.plans import Shift, decode
 
@@ -85,7 +85,7 @@ def _served(
         and x.dtype in dtypes
         and type(x) is Tensor  # not a fake or distributed tensor
         and _is_aligned(x)
-        and type(weight) in _DENSE
+        and type(weight) in DENSE
         and weight.dtype in dtypes
         and weight.device == x.device
         and weight.shape[1] == channels
@@ -112,7 +112,7 @@ def _is_aligned(x: Tensor) -> bool:
 
 def _is_bias(bias: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
     return (
-        type(bias) in _DENSE
+        type(bias) in DENSE
         and bias.dtype in dtypes
         and bias.device == weight.device
         and bias.shape == weight.shape[:1]
@@ -122,7 +122,6 @@ def _is_bias(bias: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> b
 
 
 _HALF = (torch.float16, torch.bfloat16)
-_DENSE = (Tensor, torch.nn.Parameter)
 
 
 def _tf32_is_allowed(convolution: bool) -> bool:
@@ -338,23 +337,26 @@ class _DifferentiableProduct(Function):
         ctx.product = product
         if bias is not None:
             ctx.bias_dtype = bias.dtype
-        save_input(ctx, x, weight, product.encoded)
+        save_inputs(ctx, x, weight, product.encoded)
         return product.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dz):
+        if dz is None:
+            return None, None, None, None
         product = ctx.product
-        x, weight = saved_input(ctx, product.shape, product.encoded)
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         channels = 1 if dz.dim() == 4 else 2
         db = dz.sum([i for i in range(dz.dim()) if i != channels], dtype=ctx.bias_dtype) if needs_bias else None
         if product.is_small or torch.is_grad_enabled() or not is_plain_gradient(dz):
-            dx, dw, _ = product.layer.backward(dz, x, weight, needs_x, needs_weight, False)
+            dx, dw, _ = product.layer.backward(ctx, dz, needs_bias=False)
             return dx, dw, db, None
         dz = _dense(dz)
+        x, weight = saved_inputs(ctx, product.encoded)
+        _, (weight_shape, _) = ctx.layouts
         with torch.cuda.device(product.device):
             dx = product.input_grad(dz, weight) if needs_x else None
-            dw = product.weight_grad(dz, _dense(x)).to(weight.dtype).view(weight.shape) if needs_weight else None
+            dw = product.weight_grad(dz, _dense(x)).to(dz.dtype).view(weight_shape) if needs_weight else None
         return dx, dw, db, None
 
 
