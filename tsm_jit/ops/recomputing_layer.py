@@ -51,10 +51,11 @@ class Layer(NamedTuple):
 
     def backward(self, ctx: Any, dz: Tensor, needs_bias: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of the input before the shift, the weight and the bias, after :func:`save_inputs`."""
-        x, weight = (
-            self._without_values(dz, *layout) if each is None else each
-            for each, layout in zip(saved_inputs(ctx, self.shift), ctx.layouts, strict=True)
-        )
+        x, weight = saved_inputs(ctx, self.shift)
+        if x is None:
+            x = self._without_values(dz, *ctx.layouts[0])
+        if weight is None:
+            weight = self._without_values(dz, *ctx.layouts[1])
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         plain = not torch.is_grad_enabled() and is_plain_gradient(dz)
         shift = shift_kernel if plain else temporal_shift
@@ -146,8 +147,9 @@ _apply = direct_apply(_RecomputingLayer)
 def save_inputs(ctx: Any, x: Tensor, weight: Tensor, shift: str) -> None:
     """Saves the first two inputs of an autograd function. The gradient of each reads only the other."""
     ctx.set_materialize_grads(False)  # no gradient is no gradient of the parameters, not one of zeros
-    ctx.layouts = (x.shape, x.stride()), (weight.shape, weight.stride())
     needs_x, needs_weight = ctx.needs_input_grad[:2]
+    if not (needs_x and needs_weight):
+        ctx.layouts = (x.shape, x.stride()), (weight.shape, weight.stride())
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, *clip_length_marks(x, shift))
 
 

@@ -240,6 +240,7 @@ class Product:
             self.out_strides: tuple[int, ...] = (positions * self.n, 1, out_width * self.n, self.n)
         else:
             self.out_shape, self.out_strides = (*shape[:2], self.n), (positions * self.n, self.n, 1)
+        self.weight_shape = (self.n, self.k, 1, 1) if len(shape) == 4 else (self.n, self.k)
         self.rows = frames * positions
         self.processors = processors
         # Tiles, warps and stages as measured: two or three programs per processor hide the latency of the loads.
@@ -353,10 +354,9 @@ class _DifferentiableProduct(Function):
             return dx, dw, db, None
         dz = _dense(dz)
         x, weight = saved_inputs(ctx, product.encoded)
-        _, (weight_shape, _) = ctx.layouts
         with torch.cuda.device(product.device):
             dx = product.input_grad(dz, weight) if needs_x else None
-            dw = product.weight_grad(dz, _dense(x)).to(dz.dtype).view(weight_shape) if needs_weight else None
+            dw = product.weight_grad(dz, _dense(x)).to(dz.dtype).view(product.weight_shape) if needs_weight else None
         return dx, dw, db, None
 
 
