@@ -409,6 +409,7 @@ def train(training: Training, recipe: Recipe, validation: EvaluationClips, run: 
                 write_csv(history, options.output / "log.csv")
                 draw_curve(history, options.output / "curve.png")
             training.save(options.output / "checkpoint.pt", run)
+    training.decoded = None  # ends the workers
 
 
 def best(history: list[dict[str, float]]) -> dict[str, float]:
