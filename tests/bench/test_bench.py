@@ -94,6 +94,7 @@ def test_networks(tmp_path, monkeypatch):
 FAMILY_VARIANTS = ["no shift", "stock", "drop-in, out of place", "drop-in", "fused"]
 
 
+@pytest.mark.slow
 def test_networks_of_every_architecture(device, monkeypatch):
     """With shifts of frames and of tokens. A network is freed before the next one is built."""
     pytest.importorskip("timm", reason="needs timm for tiny networks")

@@ -51,6 +51,7 @@ def test_one_graph(device, merged, name, training):
         assert (compiled(x) - expected).norm() <= 1e-11 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [True], indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_one_graph_of_blocks_in_parts(device, merged, training):
@@ -174,6 +175,7 @@ def test_inductor_trains_in_place(cuda, monkeypatch):
     assert calls["tsm_jit::temporal_shift_backward"] == 0
 
 
+@pytest.mark.slow
 def test_one_graph_for_every_batch_size(device):
     net, fused, _ = pair(NETWORKS["ResNet, basic blocks"], device)
     torch._dynamo.reset()
@@ -215,6 +217,7 @@ def test_compiled_inference_norms_in_place(device, monkeypatch):
     assert 0 < calls["generated"] < blocks  # neither norms nor copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_compiled_training_keeps_no_second_input_of_a_stage(monkeypatch, in_parts):
     """A graph saves for the backward what the network without shift saves, and the boundary frames."""

@@ -357,6 +357,7 @@ def test_saved_tensor_hooks(device, name, hooks):
     torch.testing.assert_close(torch.autograd.grad(y, x)[0], expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out of place", "in place"])
 def test_compiled_backwards_of_eager_forwards(device, name):
     net = MAKERS[name](device)
