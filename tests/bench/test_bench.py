@@ -40,6 +40,7 @@ def test_bytes_moved_are_those_of_what_is_read_and_written(depth, frames, adjoin
     assert peers.bytes_moved(x, shift, True, adjoint) == 8 * in_place
 
 
+@pytest.mark.slow
 def test_every_peer_is_checked_and_a_wrong_one_is_not_timed(monkeypatch, tmp_path, capsys):
     x = SHAPE.tensor(torch.float32, "NCHW", CPU)
     for depth in (0, 2):
@@ -278,6 +279,7 @@ def test_a_row_of_the_floor(device, depth, layout):
         assert row[operation]["of_floor"] > 0
 
 
+@pytest.mark.slow
 def test_time_parallel(tmp_path, capsys):
     assert cli.main(["bench", "--time-parallel", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "time_parallel.json").read_text())["time_parallel"]
