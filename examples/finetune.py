@@ -213,12 +213,13 @@ class Training:
         begin, waiting, done = time.perf_counter(), 0.0, 0
         self.model.train()
         clock = Clock(self.processes.device)
-        decoded = self.decoded = self.decoded or iter(self.loader)
+        if self.decoded is None:
+            self.decoded = iter(self.loader)
         for step in range(self.batches.first, self.batches.steps):
             self.optimizer.zero_grad(set_to_none=True)
             for part in range(self.options.accumulate):
                 before = time.perf_counter()
-                clips, labels, failures = next(decoded)
+                clips, labels, failures = next(self.decoded)
                 waiting += time.perf_counter() - before
                 self.skipped.add(failures)
                 if (labels < 0).any():

@@ -85,6 +85,18 @@ def separate_shifts() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+class UndefinedGradient(torch.autograd.Function):
+    """A copy, whose backward has no gradient, not even one of zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
 def poison(x: Tensor) -> None:
     """Fills memory that torch is about to hand out again with what no test expects."""
     scratch = torch.empty_like(x)

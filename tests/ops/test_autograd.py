@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import PLAN, assert_same_bits, layouts, random_values, shifted
+from support import PLAN, UndefinedGradient, assert_same_bits, layouts, random_values, shifted
 from torch.autograd import gradcheck, gradgradcheck
 
 import tsm_jit
@@ -77,15 +77,6 @@ def test_incoming_gradients_of_any_layout(device, padding):
 
 
 def test_sparse_and_undefined_incoming_gradients(device):
-    class Nothing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return None  # undefined
-
     shift = Shift(5, 4, 1, "keep", PLAN)
     for inplace in (False, True):
         leaf = torch.randn(10, 6, device=device, requires_grad=True)
@@ -93,7 +84,7 @@ def test_sparse_and_undefined_incoming_gradients(device):
         (result,) = torch.autograd.grad(shifted(leaf * 1.0, inplace=inplace), leaf, grad.to_sparse())
         assert_same_bits(result, reference.temporal_shift_backward(grad, shift))
         y = shifted(leaf * 1.0, inplace=inplace)
-        (result,) = torch.autograd.grad(Nothing.apply(y).sum(), leaf, allow_unused=True)
+        (result,) = torch.autograd.grad(UndefinedGradient.apply(y).sum(), leaf, allow_unused=True)
         assert result is None or not result.any()
 
 
