@@ -40,42 +40,49 @@ std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor&
                                              params + 4, 2, false, kNoOutputPadding, 2, params[6], mask, 3, &out[0],
                                              &out[1], &out[2]),
         "differentiate a convolution");
-  const Tensor grad_x(out[0]), grad_weight(out[1]), grad_bias(out[2]);
+  Tensor grad_x(out[0]), grad_weight(out[1]);
+  const Tensor grad_bias(out[2]);
+  if (needs_grad) grad_x = with_layout(grad_x, true);  // compilers expect these strides
+  if (weight_needs_grad) grad_weight = with_layout(grad_weight, true);
   return {grad_x, grad_weight};
 }
 
 // Runs the layers. With `downsample` the last layer is the convolution and norm of the identity.
 //
-// norms        of each layer: running mean, running variance, weight and bias
-// num_batches  one per layer that uses the statistics of the batch
+// affine       of each layer: weight and bias of the norm
+// running      of each layer: running mean and running variance; then, of a norm that uses the statistics of the batch,
+//              the number of batches. Such a norm updates all three.
 // norm_params  of each layer: epsilon and momentum
 //
 // Returns out, boundary_out and, for the backward, tensors of each layer: z; mean and variance, if the norm uses the
 // statistics of the batch; the output of the ReLU, if one follows.
 std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
     const Tensor& input, const std::string& first_shift, const std::vector<Tensor>& weights,
-    const std::vector<int64_t>& conv_params, const std::vector<Tensor>& norms, const std::vector<Tensor>& num_batches,
+    const std::vector<int64_t>& conv_params, const std::vector<Tensor>& affine, const std::vector<Tensor>& running,
     const std::vector<double>& norm_params, const Tensor& input_identity, bool downsample,
     const OptionalTensor& boundary, const std::string& shift, bool shifted) {
   const size_t layers = weights.size();
-  if (layers < (downsample ? 2 : 1) || conv_params.size() != kConvParams * layers || norms.size() != 4 * layers ||
+  if (layers < (downsample ? 2 : 1) || conv_params.size() != kConvParams * layers || affine.size() != 2 * layers ||
       norm_params.size() != 2 * layers) {
-    fail("conv_params, norms and norm_params must have " + std::to_string(kConvParams) +
-         ", 4 and 2 entries for each of " + std::to_string(layers) + " weights, got " +
-         std::to_string(conv_params.size()) + ", " + std::to_string(norms.size()) + " and " +
+    fail("conv_params, affine and norm_params must have " + std::to_string(kConvParams) +
+         ", 2 and 2 entries for each of " + std::to_string(layers) + " weights, got " +
+         std::to_string(conv_params.size()) + ", " + std::to_string(affine.size()) + " and " +
          std::to_string(norm_params.size()));
   }
   std::vector<Tensor> saved;
-  auto next_num_batches = num_batches.begin();
+  auto next_running = running.begin();
   // Returns z of layer k, and the parts of its norm.
   const auto run_layer = [&](size_t k, const Tensor& x) {
     const int64_t* const params = &conv_params[kConvParams * k];
     const Tensor z = convolution(x, weights[k], params);
     saved.push_back(z);
-    std::vector<Tensor> norm(&norms[4 * k], &norms[4 * k] + 4);
+    const auto next = [&] {
+      if (next_running == running.end()) fail("running must have 2 or 3 tensors for each norm, got too few");
+      return *next_running++;
+    };
+    std::vector<Tensor> norm{next(), next(), affine[2 * k], affine[2 * k + 1]};
     if (uses_batch_stats(params)) {
-      if (next_num_batches == num_batches.end()) fail("each norm of the batch must have a number of batches");
-      std::tie(norm[0], norm[1]) = batch_norm_stats_(z, norm[0], norm[1], *next_num_batches++, norm_params[2 * k + 1]);
+      std::tie(norm[0], norm[1]) = batch_norm_stats_(z, norm[0], norm[1], next(), norm_params[2 * k + 1]);
       saved.insert(saved.end(), {norm[0], norm[1]});
     }
     return std::pair(z, norm);

@@ -545,7 +545,7 @@ namespace {
 
 void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("norm_add_relu_", TORCH_BOX(&norm_add_relu_));
-  for (const char* name : {"norm_add_relu", "norm_add_relu.recompute"}) m.impl(name, TORCH_BOX(&norm_add_relu));
+  m.impl("norm_add_relu", TORCH_BOX(&norm_add_relu));
   m.impl("norm_relu_max_pool", TORCH_BOX(&norm_relu_max_pool));
   m.impl("add_relu_backward_", TORCH_BOX(&add_relu_backward_));
   m.impl("add_relu_backward", TORCH_BOX(&add_relu_backward));

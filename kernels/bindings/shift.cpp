@@ -286,12 +286,10 @@ std::vector<Tensor> cast(const std::vector<Tensor>& tensors, ScalarType dtype) {
 }
 
 void register_operators(torch::stable::detail::StableLibrary& m) {
-  for (const char* name : {"temporal_shift", "temporal_shift.kernel", "temporal_shift.recompute"}) {
-    m.impl(name, TORCH_BOX(&temporal_shift));
-  }
-  for (const char* name : {"temporal_shift_backward", "temporal_shift_backward.kernel"}) {
-    m.impl(name, TORCH_BOX(&temporal_shift_backward));
-  }
+  m.impl("temporal_shift", TORCH_BOX(&temporal_shift));
+  m.impl("temporal_shift.kernel", TORCH_BOX(&temporal_shift));
+  m.impl("temporal_shift_backward", TORCH_BOX(&temporal_shift_backward));
+  m.impl("temporal_shift_backward.kernel", TORCH_BOX(&temporal_shift_backward));
   m.impl("temporal_shift_", TORCH_BOX(&temporal_shift_));
   m.impl("temporal_shift_backward_", TORCH_BOX(&temporal_shift_backward_));
   m.impl("cast", TORCH_BOX(&cast));

@@ -36,6 +36,11 @@ from tsm_jit.ops import residual as residual_ops
 from tsm_jit.plans import Shift
 
 
+def as_on_a_gpu(monkeypatch, device) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(execute, "has_channel_sums", lambda x: x.shape[1] > 1)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     ("name", "merged"), [("ResNet, basic blocks", False), ("ResNet, bottlenecks", True)], indirect=["merged"]
@@ -54,8 +59,9 @@ def test_one_graph(device, merged, name, training):
 @pytest.mark.slow
 @pytest.mark.parametrize("merged", [True], indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_one_graph_of_blocks_in_parts(device, merged, training):
-    """Under autocast: the weights of a block are cast together, and norms are ours."""
+def test_one_graph_of_whole_blocks(device, merged, training, monkeypatch):
+    """Under autocast: the weights of a block are cast together, and its layers have one operator in the backward."""
+    as_on_a_gpu(monkeypatch, device)
     _, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device, dtype=torch.float32)
     fused.conv1._forward_hooks.clear()
     for frozen in (fused.layer1, fused.layer2[1].conv2):
@@ -76,19 +82,13 @@ def test_one_graph_of_blocks_in_parts(device, merged, training):
         assert training or (ours - theirs).norm() <= 0.5 * theirs.norm()
     forward, backward = graphs
     ops, blocks = torch.ops.tsm_jit, 6
-    assert forward[ops.cast.default] == backward[ops.cast.default] == blocks - 1
+    assert forward[ops.cast.default] == blocks
+    assert backward[ops.cast.default] == blocks - 1  # the first block is frozen
     assert forward[ops.norm_add_relu.default] == 3 * blocks
     assert forward[ops.temporal_shift.kernel] == 4  # at the start of each stage
-    assert backward[ops.temporal_shift.recompute] == 3  # for weights that are not frozen
     assert forward[torch.ops.aten._native_batch_norm_legit_functional.default] == training  # before the first block
-    assert backward[ops.norm_add_relu.recompute] == 3
-    assert backward[ops.norm_add_relu_backward.default] == blocks
-    assert backward[ops.norm_relu_backward.default] == 2 * blocks
-
-
-def as_on_a_gpu(monkeypatch, device) -> None:
-    if device.type == "cpu":
-        monkeypatch.setattr(execute, "has_channel_sums", lambda x: x.shape[1] > 1)
+    assert backward[ops.norm_add_relu_backward.default] == backward[ops.residual_block_backward.default] == blocks
+    assert backward[ops.norm_relu_backward.default] == 0
 
 
 @pytest.mark.parametrize("normed", [(True, False), (True, True), (False, True)], ids=str)
@@ -171,8 +171,21 @@ def test_inductor_trains_in_place(cuda, monkeypatch):
     calls = operator_calls(lambda: compiled(x).sum().backward())
     assert 0 < calls["generated"] < 3 * blocks  # the stem and the head; a copy per norm would add 3 per block
     assert calls["tsm_jit::batch_norm_stats_"] == 3 * blocks + 4
-    assert calls["tsm_jit::temporal_shift_backward_"] == 4
+    assert calls["tsm_jit::residual_block_backward"] == blocks  # with the adjoint of the shift, in place
     assert calls["tsm_jit::temporal_shift_backward"] == 0
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_norms_that_share_their_weights(device, biased, monkeypatch):
+    as_on_a_gpu(monkeypatch, device)
+    net, fused, x = pair(NETWORKS["ResNet, bottlenecks"], device)
+    for each in (net, fused):
+        block = each.layer2[0]
+        if biased:  # then layers run one by one
+            block.conv2.bias = nn.Parameter(block.bn2.bias.detach().clone())
+        block.bn2.weight, block.downsample[1].weight = block.bn1.weight, block.bn3.weight
+    torch._dynamo.reset()
+    assert_same_step(net, torch.compile(fused, backend="aot_eager", fullgraph=True), x)
 
 
 @pytest.mark.slow

@@ -49,9 +49,9 @@ def test_a_block_frees_its_activations_before_downsample_is_differentiated(devic
     saved, alive = [], []
     of_branch, of_convolution = block.block_backward, block.convolve_backward
 
-    def branch_backward(*args):
+    def branch_backward(*args, mark):
         saved[:] = [None]  # convolutions within are not meant
-        grads = of_branch(*args)
+        grads = of_branch(*args, mark=mark)
         saved[:] = [weakref.ref(each) for each in args[5]]
         return grads
 
@@ -92,15 +92,20 @@ def test_block_operators_save_less_than_blocks_without_shift(monkeypatch, device
     assert saved_bytes[1] == saved_bytes[0] + OF_STAGES // 16 - OF_STAGES
 
 
-def test_out_of_memory_raises_as_before_fusing(device, monkeypatch):
-    def forward(*_):
-        raise RuntimeError("tsm_jit: PyTorch could not convolve: CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(execute, "has_channel_sums", lambda x: True)
-    monkeypatch.setattr(block, "block_forward", forward)
-    _, fused, x = pair(NETWORKS["ResNet, basic blocks"], device)
-    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-        fused(x)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_out_of_memory_raises_as_before_fusing(cuda, in_backward):
+    _, fused, _ = pair(NETWORKS["ResNet, basic blocks"], cuda, dtype=torch.float32)
+    channels = fused.layer1[0].conv1.net.in_channels
+    x = torch.zeros(4, channels, 1024, 1024, device=cuda).contiguous(memory_format=torch.channels_last)
+    out = fused.layer1(x).sum() if in_backward else None
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(cuda).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + x.nbytes // 2) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            fused.layer1(x) if out is None else out.backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_checkpointing(device, merged):

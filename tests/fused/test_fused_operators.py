@@ -1,6 +1,5 @@
 """The operators of fused blocks against the reference."""
 
-import copy
 import itertools
 import random
 
@@ -298,7 +297,7 @@ def test_block_operators_equal_the_reference(cuda, uses_batch_stats, downsample,
     def values(*sizes) -> Tensor:
         return random_values(sizes, dtype, cuda).contiguous(memory_format=torch.channels_last)
 
-    weights, conv_params, norms, counters, norm_params = [], [], [], [], []
+    weights, conv_params, affine, running, norm_params = [], [], [], [], []
 
     def add_layer(before: int, after: int, stride: int, uses_batch_stats: bool) -> None:
         size, dilation, groups = (random.choice(choice) for choice in ((1, 3), (1, 2), (1, 2)))
@@ -306,9 +305,10 @@ def test_block_operators_equal_the_reference(cuda, uses_batch_stats, downsample,
         weights.append(random.choice((weight, weight.contiguous())))
         padding = size // 2 * dilation
         conv_params.extend([stride, stride, padding, padding, dilation, dilation, groups, uses_batch_stats])
-        norms.extend(random_norm(after, acc_dtype, cuda))
+        mean, variance, *weight_and_bias = random_norm(after, acc_dtype, cuda)
+        affine.extend(weight_and_bias)
+        running.append([mean, variance, *([torch.tensor(41, device=cuda)] if uses_batch_stats else [])])
         norm_params.extend([1e-3, 0.1])
-        counters.extend([torch.tensor(41, device=cuda)] if uses_batch_stats else [])
 
     shift = Shift(t, t, 1, random.choice(PADDINGS), ((1, 1), (1, -1))).canonical().encode()
     widths = [2 * random.randint(1, 40) for _ in range(len(uses_batch_stats) + 1)]
@@ -332,16 +332,16 @@ def test_block_operators_equal_the_reference(cuda, uses_batch_stats, downsample,
             (residual_block.block_forward, residual_block.block_backward),
             (residual_block.reference_block, residual_block.reference_block_backward),
         ):
-            state = copy.deepcopy((norms, counters))
+            state = [each.clone() for layer in running for each in layer]
             rest = norm_params, identity, downsample, None, shift, True
-            out, boundary, outputs = forward(x, shift, weights, conv_params, *state, *rest)
+            out, boundary, outputs = forward(x, shift, weights, conv_params, affine, state, *rest)
             layer_outputs, outputs = list(outputs), iter(outputs)
             saved, relus, grad = [], [], None
             for k, from_batch in enumerate(uses_batch_stats):
                 z = next(outputs)
-                statistics = [next(outputs), next(outputs)] if from_batch else norms[4 * k : 4 * k + 2]
+                statistics = [next(outputs), next(outputs)] if from_batch else running[k][:2]
                 if k < layers - 1:
-                    saved += [z, *statistics, *norms[4 * k + 2 : 4 * k + 4]]
+                    saved += [z, *statistics, *affine[2 * k : 2 * k + 2]]
                     relus.append(next(outputs))
                 elif k == layers - 1:
                     grad = z.cos()
@@ -350,8 +350,8 @@ def test_block_operators_equal_the_reference(cuda, uses_batch_stats, downsample,
             rest = conv_params[: 8 * layers], saved, norm_params[: 2 * layers : 2], needs_grad
             grads = backward(grad, x, shift, weights[:layers], *rest)
             grads = [x.new_empty(0) if each is None else each for each in grads]  # not needed
-            results.append([out, boundary, *layer_outputs, *grads, *state[0], *state[1]])
-    assert [int(each) for each in state[1]] == [42] * sum(uses_batch_stats)
+            results.append([out, boundary, *layer_outputs, *grads, *state])
+    assert [int(each) for each in state if each.dtype is torch.int64] == [42] * sum(uses_batch_stats)
     # Where a sum is nearly 0, rounding decides on which side of the ReLU it is: of few values in float32.
     tolerance = {torch.bfloat16: 0.1, torch.float32: 1e-2, torch.float64: 1e-10}[dtype]
     for ours, theirs in zip(*results, strict=True):

@@ -65,6 +65,8 @@ def norm_add_relu(
         operators.norm_add_relu_(out, boundary_out, None, 1, *inputs, shift, True)
         return [out] * num_consumers, boundary_out
     norm_tensors = [part for norm in (z_norm, identity_norm) for part in (norm[:4] if norm else (None,) * 4)]
+    if is_compiling():
+        norm_tensors = distinct(norm_tensors)
     meta = (z_norm and z_norm[4:], identity_norm and identity_norm[4:], shift, shifted)
     boundary_out, *outs = _NormAddRelu.apply(z, identity, boundary, *norm_tensors, meta, num_consumers)
     return outs, boundary_out if shifted else None
@@ -143,6 +145,14 @@ def norm_of(module: nn.BatchNorm2d, tensors: Sequence[Tensor], x: Tensor, requir
         each if each.dtype is dtype else each.to(dtype) for each in (mean, variance, weight, bias)
     ]
     return Norm(mean, variance, weight, bias, module.eps, module.training)
+
+
+def distinct(tensors: list[Any]) -> list[Any]:
+    """Returns a view of each tensor that is there twice. Dynamo 2.11 drops one gradient of such an input."""
+    return [
+        x.view_as(x) if x is not None and any(x is before for before in tensors[:k]) else x
+        for k, x in enumerate(tensors)
+    ]
 
 
 def for_consumers(out: Tensor, num_consumers: int) -> list[Tensor]:

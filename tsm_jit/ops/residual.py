@@ -19,9 +19,8 @@ means no norm. A backward takes mean, variance and weight.
 - ``norm_relu_backward``: recomputes the ReLU mask instead of loading it.
 - ``batch_norm_stats_``: mean and variance per channel. It also updates the running statistics.
 
-The overload ``.recompute`` is for a backward that runs a forward again. With the default overload, compilers would save
-the first result instead. The kernels (``kernels/residual``) take precedence over the PyTorch fallback at the end of
-this file. These operators have no autograd: ``tsm_jit/fused/autograd.py`` has the autograd functions.
+The kernels (``kernels/residual``) take precedence over the PyTorch fallback at the end of this file. These operators
+have no autograd: ``tsm_jit/fused/autograd.py`` has the autograd functions.
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ for _schema in (
     f"norm_add_relu_(Tensor(a!) out, Tensor(b!)? boundary_out, Tensor(c!)? unshifted_out, int step, {_INPUTS}, "
     "bool relu) -> ()",
     f"norm_add_relu({_INPUTS}, bool shifted) -> (Tensor, Tensor)",
-    f"norm_add_relu.recompute({_INPUTS}, bool shifted) -> (Tensor, Tensor)",
     "norm_relu_max_pool(Tensor z, Tensor[] z_norm, float z_epsilon, str shift, bool unshifted, bool shifted) "
     "-> (Tensor, Tensor, Tensor)",
     "add_relu_backward_(Tensor(a!)? grad, Tensor(b!)? grad_shifted, Tensor(c!)? grad_boundary_in, "
@@ -405,7 +403,6 @@ _ops = torch.ops.tsm_jit
 for _operator, _compute, _fake in (
     (_ops.norm_add_relu_.default, _reference_norm_add_relu_in_place, lambda *_: None),
     (_ops.norm_add_relu.default, _reference_norm_add_relu, _fake_norm_add_relu),
-    (_ops.norm_add_relu.recompute, _reference_norm_add_relu, _fake_norm_add_relu),
     (_ops.norm_relu_max_pool.default, _reference_pool, _fake_pool),
     (_ops.add_relu_backward_.default, _reference_add_relu_backward_in_place, lambda *_: None),
     (_ops.add_relu_backward.default, _reference_add_relu_backward, _fake_add_relu_backward),

@@ -1,13 +1,14 @@
 """Operators for a whole residual block: one call in the forward and two in the backward.
 
 The block consists of layers ``norm(conv(x))`` with a ReLU between them. It ends in ``norm_add_relu``
-(``ops/residual.py``). With ``downsample`` the last layer computes the identity. These arguments are flat lists with the
-same number of entries for each layer:
+(``ops/residual.py``). With ``downsample`` the last layer computes the identity. These arguments are flat lists with
+entries for each layer:
 
 - ``weights``: the weight of the convolution, which has no bias;
 - ``conv_params``: 8 integers: stride, padding and dilation (2 each), groups, whether the norm uses batch statistics;
-- ``norms``: 4 tensors: running mean, running variance (both are updated), weight, bias;
-- ``counters``: ``num_batches_tracked`` of each norm that uses batch statistics;
+- ``affine``: 2 tensors: weight and bias of the norm;
+- ``running``: running mean and running variance. If the norm uses batch statistics, ``num_batches_tracked`` follows,
+  and the operator updates all three;
 - ``norm_params``: 2 numbers: epsilon, momentum.
 
 ``residual_block`` also returns tensors for the backward. For each layer these are the output of the convolution, the
@@ -18,6 +19,8 @@ batch mean and variance if the norm uses them, and the output of the ReLU if the
 - ``saved``: 5 tensors for each layer except the last (convolution output, mean, variance, weight, bias), then their
   ReLU outputs. The first ReLU output is optional, as the operator can recompute it.
 - ``needs_grad``: a flag for x, then two for each layer: weight and norm.
+
+The overload ``.marked`` also takes the mark of the clip length (``ops/temporal_shift.py``) that the forward has saved.
 
 It returns the gradient of x and, for each layer, the gradients of the weight and of the norm's weight and bias. The
 gradients of the last norm come from ``norm_add_relu_backward``.
@@ -33,26 +36,30 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tsm_jit import reference
 from tsm_jit.ops.compat import direct
-from tsm_jit.ops.residual import Norm, norm_add_relu
+from tsm_jit.ops.residual import NO_SHIFT, Norm, batch_norm_stats_, norm_add_relu
+from tsm_jit.ops.temporal_shift import check_marks
 from tsm_jit.plans import decode
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
+_BACKWARD = (
+    "Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] conv_params, Tensor[] saved, float[] epsilons, "
+    "int[] needs_grad"
+)
 for _schema in (
-    "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] conv_params, Tensor(a!)[] norms, "
-    "Tensor(b!)[] counters, float[] norm_params, Tensor identity, bool downsample, Tensor? boundary, str shift, "
+    "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] conv_params, Tensor[] affine, "
+    "Tensor(a!)[] running, float[] norm_params, Tensor identity, bool downsample, Tensor? boundary, str shift, "
     "bool shifted) -> (Tensor, Tensor, Tensor[])",
-    "residual_block_backward(Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] conv_params, "
-    "Tensor[] saved, float[] epsilons, int[] needs_grad) -> Tensor[]",
+    f"residual_block_backward({_BACKWARD}) -> Tensor[]",
+    f"residual_block_backward.marked({_BACKWARD}, Tensor mark) -> Tensor[]",
     "cast(Tensor[] tensors, ScalarType dtype) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-block_forward = direct(torch.ops.tsm_jit.residual_block.default)
-block_backward = direct(torch.ops.tsm_jit.residual_block_backward.default)
-cast_all = direct(torch.ops.tsm_jit.cast.default)
+_ops = torch.ops.tsm_jit
 
 
 class ConvParams(NamedTuple):
@@ -78,6 +85,10 @@ def convolve(x: Tensor, weight: Tensor, params: ConvParams) -> Tensor:
     return F.conv2d(x, weight, None, *params)
 
 
+def _in_channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
 def convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, params: ConvParams, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -88,7 +99,31 @@ def convolve_backward(
     )[:2]
 
 
-def translating_out_of_memory(operator: Callable, *args: Any) -> Any:
+def block_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Calls ``residual_block``."""
+    return _block_in_parts(*args) if is_compiling() else _eager(_eager_forward, *args)
+
+
+def block_backward(*args: Any, mark: Tensor | None = None) -> list[Tensor]:
+    """Calls ``residual_block_backward``, with the mark of the clip length if the forward has saved it."""
+    marks = [] if mark is None else [mark]
+    if is_compiling():
+        return getattr(_ops.residual_block_backward, "marked" if marks else "default")(*args, *marks)
+    check_marks(marks, args[2])
+    return _eager(_eager_backward, *args)
+
+
+def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Calls ``cast``."""
+    return _ops.cast.default(tensors, dtype) if is_compiling() else _eager_cast(tensors, dtype)
+
+
+_eager_forward, _eager_backward, _eager_cast = (
+    direct(op.default) for op in (_ops.residual_block, _ops.residual_block_backward, _ops.cast)
+)
+
+
+def _eager(operator: Callable, *args: Any) -> Any:
     """Calls ``operator`` and raises OutOfMemoryError instead of the RuntimeError of PyTorch's stable C interface."""
     try:
         return operator(*args)
@@ -98,27 +133,51 @@ def translating_out_of_memory(operator: Callable, *args: Any) -> Any:
         raise
 
 
+def _block_in_parts(
+    x, first_shift, weights, conv_params, affine, running, norm_params, identity, downsample, boundary, shift, shifted
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``residual_block`` for compilers, which do not support that an operator updates tensors and returns a list."""
+    outputs, each = [], iter(running)
+
+    def layer(k: int, x: Tensor) -> tuple[Tensor, Norm]:
+        z = _in_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
+        outputs.append(z)
+        mean, variance = next(each), next(each)
+        if conv_params[8 * k + 7]:
+            mean, variance = batch_norm_stats_(z, mean, variance, next(each), norm_params[2 * k + 1])
+            outputs.extend((mean, variance))
+        return z, Norm(mean, variance, affine[2 * k], affine[2 * k + 1], norm_params[2 * k])
+
+    last = len(weights) - 1 - downsample
+    x = torch.ops.tsm_jit.temporal_shift.kernel(x, first_shift) if first_shift else x
+    for k in range(last):
+        x, _ = norm_add_relu(*layer(k, x), None, None, None, NO_SHIFT, False)
+        outputs.append(x)
+    z, norm = layer(last, x)
+    identity, identity_norm = layer(last + 1, identity) if downsample else (identity, None)
+    return *norm_add_relu(z, norm, identity, identity_norm, boundary, shift, shifted), outputs
+
+
 # --- PyTorch fallback ------------------------------------------------------------------------------------------------
 
 
 def reference_block(
-    x, first_shift, weights, conv_params, norms, counters, norm_params, identity, downsample, boundary, shift, shifted
+    x, first_shift, weights, conv_params, affine, running, norm_params, identity, downsample, boundary, shift, shifted
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """``residual_block`` by the convolutions and norms of PyTorch."""
-    saved, counters = [], iter(counters)
+    saved, each = [], iter(running)
 
     def layer(k: int, x: Tensor) -> tuple[Tensor, Norm]:
-        mean, variance, weight, bias = norms[4 * k : 4 * k + 4]
+        mean, variance = next(each), next(each)
         epsilon, momentum = norm_params[2 * k : 2 * k + 2]
-        z = convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :]))
-        z = z.contiguous(memory_format=torch.channels_last)
+        z = _in_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
         saved.append(z)
         if conv_params[8 * k + 7]:
             F.batch_norm(z, mean, variance, training=True, momentum=momentum)  # updates the running statistics
-            next(counters).add_(1)
+            next(each).add_(1)
             variance, mean = torch.var_mean(z.to(mean.dtype), (0, 2, 3), unbiased=False)
             saved.extend([mean, variance])
-        return z, Norm(mean, variance, weight, bias, epsilon)
+        return z, Norm(mean, variance, affine[2 * k], affine[2 * k + 1], epsilon)
 
     last = len(weights) - 1 - downsample
     x = reference.temporal_shift(x, decode(first_shift)) if first_shift else x
@@ -156,7 +215,32 @@ def reference_block_backward(
     grads = [grad_x]
     for k in range(last + 1):
         grads += [rest[k], *(rest[last + 1 + 2 * k : last + 3 + 2 * k] if k < last else (None, None))]
-    return [x.new_empty(0) if each is None else each for each in grads]
+    return [x.new_empty(0) if each is None else _in_channels_last(each) for each in grads]
+
+
+def _marked_block_backward(*args):
+    *args, mark = args
+    check_marks([mark], args[2])
+    grads = _ops.residual_block_backward.default(*args)
+    return [mark.new_empty(0) if each is None else each for each in grads]
+
+
+def _fake_block_backward(
+    grad, x, first_shift, weights, conv_params, saved, epsilons, needs_grad, mark=None
+) -> list[Tensor]:
+    """Allocates the outputs of ``residual_block_backward``."""
+
+    def new(like: Tensor, needed: int) -> Tensor:
+        if not needed:
+            return x.new_empty(0)
+        return torch.empty_like(like, memory_format=torch.channels_last if like.dim() == 4 else torch.preserve_format)
+
+    grads, last = [new(x, needs_grad[0])], len(weights) - 1
+    for k, weight in enumerate(weights):
+        norm_needs_grad = k < last and needs_grad[2 + 2 * k]
+        grads.append(new(weight, needs_grad[1 + 2 * k]))
+        grads += [new(saved[5 * k + 3] if norm_needs_grad else x, norm_needs_grad) for _ in range(2)]
+    return grads
 
 
 def reference_cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -164,9 +248,11 @@ def reference_cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [each.to(dtype, copy=True) for each in tensors]
 
 
-for _operator, _compute in (
-    (torch.ops.tsm_jit.residual_block.default, reference_block),
-    (torch.ops.tsm_jit.residual_block_backward.default, reference_block_backward),
-    (torch.ops.tsm_jit.cast.default, reference_cast),
+_library.impl(_ops.residual_block.default, reference_block, "CompositeExplicitAutograd")
+for _operator, _compute, _fake in (
+    (_ops.residual_block_backward.default, reference_block_backward, _fake_block_backward),
+    (_ops.residual_block_backward.marked, _marked_block_backward, _fake_block_backward),
+    (_ops.cast.default, reference_cast, reference_cast),
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")
+    _library.impl(_operator, _fake, "Meta")

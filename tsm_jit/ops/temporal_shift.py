@@ -8,10 +8,8 @@ Each operator takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
 - ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, without autograd.
 - The overload ``.kernel`` of the first two: without autograd. A Python autograd kernel costs 3 to 8 us per call, even
   under ``no_grad``. So eager mode calls this overload from an autograd function, and compiled graphs contain it.
-- The overload ``.recompute`` of the first, for a backward that shifts again. With any other overload, compilers would
-  save the result of the forward instead.
-- ``marked_temporal_shift`` also returns :func:`clip_length_mark`; ``marked_temporal_shift_backward`` takes it. So the
-  mark is among the tensors that code compiled in an activation checkpoint saves.
+- ``clip_length_mark`` returns what the function of this name returns; ``marked_temporal_shift_backward`` takes it. So
+  the mark is among the tensors that code compiled in an activation checkpoint saves.
 - The overload ``.exported`` of the first, in exported programs. ``run_decompositions`` and the exporters of ONNX and
   ExecuTorch decompose it into core ATen operators. Anywhere else, AOTInductor included, it calls the default overload.
 
@@ -57,8 +55,7 @@ _library = torch.library.Library("tsm_jit", "DEF")
 for _schema in (
     "temporal_shift(Tensor x, str shift) -> Tensor",
     "temporal_shift.kernel(Tensor x, str shift) -> Tensor",
-    "temporal_shift.recompute(Tensor x, str shift) -> Tensor",
-    "marked_temporal_shift(Tensor x, str shift) -> (Tensor, Tensor)",
+    "clip_length_mark(Tensor x, str shift) -> Tensor",
     "temporal_shift.exported(Tensor x, str shift) -> Tensor",
     "temporal_shift_(Tensor(a!) x, str shift) -> ()",
     "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
@@ -140,6 +137,11 @@ def clip_length_marks(x: Tensor, shift: str) -> tuple[Tensor, ...]:
     return (clip_length_mark(x, shift),) if has_saved_tensor_hooks() else ()
 
 
+def needs_clip_length_mark() -> bool:
+    """Whether to save the mark, in eager mode and in code that is compiled. Callers are not in a function's forward."""
+    return recomputation.saves_marks if is_compiling() else has_saved_tensor_hooks()
+
+
 def check_marks(marks: Sequence[Tensor], shift: str) -> None:
     """Raises RuntimeError in a backward unless its marks are those of its forward."""
     for mark in marks:
@@ -193,10 +195,9 @@ class _MarkedShift(Function):
 
     @staticmethod
     def forward(ctx, x, shift):
-        y, mark = _marked(x, shift)
         ctx.shift = shift
-        ctx.save_for_backward(mark)
-        return y
+        ctx.save_for_backward(_mark(x, shift))
+        return _schemas.temporal_shift.kernel(x, shift)
 
     @staticmethod
     def backward(ctx, grad):
@@ -418,8 +419,8 @@ _apply_eager_shift, _apply_for_single_consumer = direct_apply(_EagerShift), dire
 _EagerAdjoint, _TransformableAdjoint = _linear_function(_adjoint_kernel, temporal_shift_backward, temporal_shift)
 
 
-def _register(differentiable, kernels: tuple, in_place, compute, function: type[Function]) -> None:
-    kernel = direct(kernels[0])
+def _register(differentiable, kernel_overload, in_place, compute, function: type[Function]) -> None:
+    kernel = direct(kernel_overload)
 
     def fallback(x: Tensor, shift: str) -> Tensor:
         return compute(x, decode(shift))
@@ -429,12 +430,12 @@ def _register(differentiable, kernels: tuple, in_place, compute, function: type[
 
     # Fake implementations are registered as Meta kernels. torch.library.register_fake inspects every loaded module,
     # which takes a third of the import time of tsm_jit.
-    for op in (differentiable, *kernels):
+    for op in (differentiable, kernel_overload):
         _library.impl(op, fallback, "CompositeExplicitAutograd")
         _library.impl(op, lambda x, shift: empty_like_real(x), "Meta")
 
     def copy_based(x: Tensor, shift: str) -> None:
-        x.copy_(kernels[0](x, shift))
+        x.copy_(kernel_overload(x, shift))
 
     _library.impl(in_place, fallback_in_place, "CompositeExplicitAutograd")
     _library.impl(in_place, lambda x, shift: None, "Meta")
@@ -452,7 +453,7 @@ _schemas = torch.ops.tsm_jit
 
 _register(
     _schemas.temporal_shift.default,
-    (_schemas.temporal_shift.kernel, _schemas.temporal_shift.recompute),
+    _schemas.temporal_shift.kernel,
     _schemas.temporal_shift_.default,
     reference.temporal_shift,
     _EagerShift,
@@ -461,7 +462,7 @@ _register(
 
 _register(
     _schemas.temporal_shift_backward.default,
-    (_schemas.temporal_shift_backward.kernel,),
+    _schemas.temporal_shift_backward.kernel,
     _schemas.temporal_shift_backward_.default,
     reference.temporal_shift_backward,
     _EagerAdjoint,
@@ -473,13 +474,10 @@ def _adjoint_of_marked(grad: Tensor, shift: str, mark: Tensor) -> Tensor:
     return _adjoint_kernel(grad, shift)
 
 
-_marked, _marked_backward = _schemas.marked_temporal_shift.default, _schemas.marked_temporal_shift_backward.default
-for _key, _compute, _adjoint in (
-    ("CompositeExplicitAutograd", _forward_kernel, _adjoint_of_marked),
-    ("Meta", lambda x, shift: empty_like_real(x), lambda grad, shift, mark: empty_like_real(grad)),
-):
-    _library.impl(_marked, lambda x, shift, compute=_compute: (compute(x, shift), clip_length_mark(x, shift)), _key)
-    _library.impl(_marked_backward, _adjoint, _key)
+_mark, _marked_backward = _schemas.clip_length_mark.default, _schemas.marked_temporal_shift_backward.default
+_library.impl(_mark, clip_length_mark, "CompositeExplicitAutograd")
+_library.impl(_marked_backward, _adjoint_of_marked, "CompositeExplicitAutograd")
+_library.impl(_marked_backward, lambda grad, shift, mark: empty_like_real(grad), "Meta")
 
 
 def _compute_exported(x: Tensor, shift: str) -> Tensor:
