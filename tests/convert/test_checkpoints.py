@@ -15,6 +15,7 @@ from checkpoint_networks import (
     TSAM,
     MobileRecognizer,
     Recognizer,
+    flat_mobilenet,
     mobilenet_of_tsm,
     on_meta,
     online_demo,
@@ -327,6 +328,15 @@ def test_a_video_model_of_a_network_with_blocks_of_convolution_and_normalisation
         converted = checkpoints.convert(weights, target=model)
         assert (converted.unplaced, converted.missing) == ({}, [])
     assert checkpoints.convert(tsm_jit.VideoModel(net).state_dict(), target=net).source == "video_model"
+
+
+@pytest.mark.parametrize("make", [lambda: Recognizer().backbone, flat_mobilenet])
+def test_a_video_model_of_a_network_of_others(make):
+    """The given source says only where the backbone and the last layer are."""
+    video = on_meta(lambda: tsm_jit.VideoModel(make(), nn.Linear(512, 5)))
+    for source in (None, "video_model"):
+        converted = checkpoints.convert(video.state_dict(), source, target=video)
+        assert (list(converted.state_dict), converted.unplaced) == (list(video.state_dict()), {})
 
 
 def test_names_that_a_layout_does_not_have_are_unplaced():

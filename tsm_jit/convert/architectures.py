@@ -7,13 +7,17 @@ table identifies modules by name, so torchvision, timm and mmaction2 are not req
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from tsm_jit.modules.base import ClipModule, class_name
+
+# The layouts of checkpoints: whose names they have.
+Layout = Literal["torchvision", "video_model", "tsm", "mmaction2", "tsam"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,32 @@ class LayerGroup:
 
     # Attributes that must have these values. With others the module computes something else. A missing one is None.
     attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class OtherNames:
+    """The names of layers in a checkpoint layout, if they differ from the names in the network.
+
+    The mappings go from the names in the layout to the names in the network. They contain no temporal modules.
+    """
+
+    # A regular expression for the names of all blocks in the layout.
+    blocks: str
+
+    # The layers of a block in forward order. There is one mapping for each kind of block, the shortest first.
+    layers: tuple[Mapping[str, str], ...]
+
+    # The layers outside the blocks. {next} stands for the number of blocks plus one.
+    outside: Mapping[str, str] = field(default_factory=dict)
+
+    # The name of a block in the network. {block} is its name in the layout, {number} counts the blocks from 1.
+    block: str = "{block}"
+
+    def in_layout(self, name: str) -> str:
+        """Returns the name in the layout of a weight of the network, if blocks have the same names in both."""
+        layers = {ours: theirs for kind in (*self.layers, self.outside) for theirs, ours in kind.items()}
+        pattern = rf"(?<![^.])(?:{'|'.join(map(re.escape, layers))})(?=\.)"
+        return re.sub(pattern, lambda match: layers[match[0]], name)
 
 
 @dataclass(frozen=True)
@@ -65,10 +95,13 @@ class Architecture:
     sparse_from: int | None = None
 
     # A regular expression for the weights that TSM, TSAM or mmaction2 also have.
-    checkpoint_names: str | None = None
+    checkpoint_weights: str | None = None
 
-    # mmaction2's names of layers, if it puts each convolution and its norm into one module.
-    mmaction2_names: Mapping[str, str] = field(default_factory=dict)
+    # A regular expression for weights of variants that TSM, TSAM and mmaction2 do not have.
+    variant_weights: str | None = None
+
+    # The checkpoint layouts with other names for the layers.
+    other_names: Mapping[Layout, OtherNames] = field(default_factory=dict)
 
     # The blocks that `residual.fuse` supports, by class name.
     fusable_blocks: Mapping[str, FusableBlock] = field(default_factory=dict)
@@ -102,12 +135,27 @@ RESNET = Architecture(
     head=("fc",),
     n_stages=4,
     sparse_from=23,
-    checkpoint_names=r"(?:conv1|bn1|layer[1-4]\.\d+\."
+    checkpoint_weights=r"(?:conv1|bn1|layer[1-4]\.\d+\."
     r"(?:conv\d|bn\d|downsample\.[01]|nl\.(?:theta|phi|g|W)(?:\.[01])?))\.\w+",
-    mmaction2_names={
-        **{f"conv{i}": f"conv{i}.conv" for i in (1, 2, 3)},
-        **{f"bn{i}": f"conv{i}.bn" for i in (1, 2, 3)},
-        **{"downsample.0": "downsample.conv", "downsample.1": "downsample.bn"},
+    variant_weights=r".*\.downsample\.2\..*",  # ResNet-D
+    other_names={
+        # A convolution and its norm are one module.
+        "mmaction2": OtherNames(
+            blocks=r"layer[1-4]\.\d+",
+            layers=(
+                {
+                    "conv1.conv": "conv1",
+                    "conv1.bn": "bn1",
+                    "conv2.conv": "conv2",
+                    "conv2.bn": "bn2",
+                    "conv3.conv": "conv3",
+                    "conv3.bn": "bn3",
+                    "downsample.conv": "downsample.0",
+                    "downsample.bn": "downsample.1",
+                },
+            ),
+            outside={"conv1.conv": "conv1", "conv1.bn": "bn1"},
+        ),
     },
     fusable_blocks={
         "torchvision.models.resnet.BasicBlock": FusableBlock(("conv1", "bn1", "relu", "conv2", "bn2"), "relu"),
@@ -136,7 +184,51 @@ MOBILENET_V2 = Architecture(
     first=("conv.0.0", "conv.0"),
     head=("classifier.1",),
     skips="use_res_connect",
-    checkpoint_names=r"features\.\d+\.(?:[01]|conv\.\d(?:\.\d)?)\.\w+",
+    checkpoint_weights=r"features\.\d+\.(?:[01]|conv\.\d(?:\.\d)?)\.\w+",
+    other_names={
+        # The layers of a block are in one list, activations among them.
+        "tsm": OtherNames(
+            blocks=r"features\.\d+",
+            layers=(
+                {"conv.0": "conv.0.0", "conv.1": "conv.0.1", "conv.3": "conv.1", "conv.4": "conv.2"},
+                {
+                    "conv.0": "conv.0.0",
+                    "conv.1": "conv.0.1",
+                    "conv.3": "conv.1.0",
+                    "conv.4": "conv.1.1",
+                    "conv.6": "conv.2",
+                    "conv.7": "conv.3",
+                },
+            ),
+        ),
+        # Blocks are numbered by stage. A convolution and its norm are one module.
+        "mmaction2": OtherNames(
+            blocks=r"layer\d\.\d+",
+            block="features.{number}",
+            layers=(
+                {
+                    "conv.0.conv": "conv.0.0",
+                    "conv.0.bn": "conv.0.1",
+                    "conv.1.conv": "conv.1",
+                    "conv.1.bn": "conv.2",
+                },
+                {
+                    "conv.0.conv": "conv.0.0",
+                    "conv.0.bn": "conv.0.1",
+                    "conv.1.conv": "conv.1.0",
+                    "conv.1.bn": "conv.1.1",
+                    "conv.2.conv": "conv.2",
+                    "conv.2.bn": "conv.3",
+                },
+            ),
+            outside={
+                "conv1.conv": "features.0.0",
+                "conv1.bn": "features.0.1",
+                "conv2.conv": "features.{next}.0",
+                "conv2.bn": "features.{next}.1",
+            },
+        ),
+    },
 )
 ARCHITECTURES = (
     RESNET,
@@ -168,8 +260,32 @@ LAYER_GROUPS = {
         {"order": ("conv", "norm", "act"), "with_explicit_padding": False, "efficient_conv_bn_eval_forward": None},
     ),
 }
+# Last layers of networks that are not in the table.
 _OTHER_HEADS = ("heads.head",)
-HEADS = {head for architecture in ARCHITECTURES for head in architecture.head} | set(_OTHER_HEADS)
+
+
+def heads() -> list[str]:
+    """Returns the possible names of the last layer of any network, the longest first."""
+    names = {head for architecture in ARCHITECTURES for head in architecture.head} | set(_OTHER_HEADS)
+    return sorted(names, key=lambda name: (-len(name), name))
+
+
+def architecture_of_weights(names: Collection[str]) -> Architecture | None:
+    """Returns the architecture with weights of these names, if TSM, TSAM or mmaction2 have it too."""
+    for architecture in ARCHITECTURES:
+        if architecture.checkpoint_weights is not None and architecture.first_layers(names):
+            variant = architecture.variant_weights
+            is_variant = variant is not None and any(re.fullmatch(variant, name) for name in names)
+            return None if is_variant else architecture
+    return None
+
+
+def resnet_layers_of_tsm(names: Iterable[str]) -> set[str]:
+    """Returns the layers of a ResNet before which TSM shifts, by the names of the weights."""
+    layers = RESNET.first_layers(names)
+    lengths = Counter(block.partition(".")[0] for block in layers)
+    every = RESNET.every([lengths[f"layer{stage}"] for stage in range(1, 5)])
+    return {layer for block, layer in layers.items() if int(block.rpartition(".")[2]) % every == 0}
 
 
 def stages_of(net: nn.Module) -> tuple[Architecture, list[list[Block]]]:

@@ -6,13 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from tsm_jit.convert.architectures import ARCHITECTURES, HEADS, MOBILENET_V2, RESNET
-
-Layout = Literal["torchvision", "video_model", "tsm", "mmaction2", "tsam"]
+from tsm_jit.convert import architectures
+from tsm_jit.convert.architectures import RESNET, Architecture, Layout, OtherNames, heads
 
 
 class Style(NamedTuple):
@@ -31,15 +30,10 @@ LAYOUTS: dict[Layout, Style] = {
     "mmaction2": Style("backbone.", "cls_head.fc_cls", "net"),
     "tsam": Style("nn_backbone.base_model.", "last_fc", "layer"),
 }
-# Any network can have these layouts. The others exist for torchvision's ResNets, tsm and mmaction2 for MobileNetV2 too.
+# Any network can have these layouts. The others exist for architectures with `checkpoint_weights`.
 ANY_NETWORK = ("torchvision", "video_model")
 
 HEAD = "<head>"  # the plain name of the last layer
-_HEAD_NAMES = (
-    *(style.head for style in LAYOUTS.values() if style.head),
-    *sorted(HEADS, key=len, reverse=True),
-)
-_BACKBONE_HEAD = re.compile(rf"({'|'.join(map(re.escape, sorted(HEADS, key=len, reverse=True)))})\.weight")
 
 # PyTorch and Lightning insert these at any depth: torch.compile, FSDP, activation checkpointing, strategies.
 _WRAPPER_PARTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
@@ -52,21 +46,21 @@ _TRAINER_WORDS = frozenset(("model", "net", "network", "ema", "ema_model"))
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged|momentum|teacher)(?:[._]|$)")
 
 _NON_LOCAL = re.compile(rf"(?:.*\.)?{RESNET.blocks}")  # a block inside TSM's non-local wrapper, which calls it "block"
-_CONV_MODULE = re.compile(rf"(?:.*\.)?{RESNET.blocks}\.{re.escape(RESNET.mmaction2_names['conv1'])}\.")
-_CONV_MODULE_NAMES = {theirs: name for name, theirs in RESNET.mmaction2_names.items()}
 
 
 # ---- _Names
 
+_Parts = list[tuple[str, bool]]  # the parts of a name, and whether the plain name leaves them out
+
 
 @dataclass
 class _Names:
-    """The names of one state dict, split into parts, in torchvision's spelling."""
+    """The names of one state dict, split into parts, with the names that the network has for its layers."""
 
-    parts: dict[str, list[tuple[str, bool]]]  # of each key: the part, and whether the plain name leaves it out
+    parts: dict[str, _Parts]  # of each key
     full: dict[str, str]  # of each key: the plain name, with the prefix
-    has_conv_modules: bool  # mmaction2 puts a convolution and its norm into one module
-    is_flat: bool  # MobileNetV2 with one list of layers per block
+    other_layout: Layout | None  # the layout, if it has other names for layers than the network
+    architecture: Architecture | None  # of the network with these names
 
 
 @dataclass
@@ -86,18 +80,11 @@ def own_names(keys: Iterable[str]) -> dict[str, str]:
     return {key: _without_wrapper_parts(key) for key in keys}
 
 
-def split_names(visible: dict[str, str], source: Layout | None) -> _Names:
+def split_names(visible: Mapping[str, str]) -> _Names:
     """Splits the names of one state dict, from :func:`own_names`, into parts."""
-    has_conv_modules = False
-    if source in (None, "mmaction2"):
-        visible, has_conv_modules = _from_mmaction2_mobilenet(visible)
-        if any(_CONV_MODULE.match(join(_split(name))) for name in visible.values()):
-            visible = {key: with_parts_replaced(name, _CONV_MODULE_NAMES) for key, name in visible.items()}
-            has_conv_modules = True
-    visible, is_flat = _nested_mobilenet(visible)
-    parts = {key: _split(name) for key, name in visible.items()}
+    parts, other_layout, architecture = _with_names_of_network({key: _split(name) for key, name in visible.items()})
     _keep_real_submodules(parts)
-    return _Names(parts, {key: join(each) for key, each in parts.items()}, has_conv_modules, is_flat)
+    return _Names(parts, {key: join(each) for key, each in parts.items()}, other_layout, architecture)
 
 
 def _without_wrapper_parts(key: str) -> str:
@@ -108,9 +95,9 @@ def _without_wrapper_parts(key: str) -> str:
     return ".".join([*above, last])
 
 
-def _split(name: str) -> list[tuple[str, bool]]:
+def _split(name: str) -> _Parts:
     """The parts of a name; those that contain a temporal module, or DDP's ``module``, are marked as left out."""
-    parts: list[tuple[str, bool]] = []
+    parts: _Parts = []
     *above, last = name.split(".")
     for part in above:
         optional = bool(parts) and part in _OPTIONAL_PARTS
@@ -120,7 +107,7 @@ def _split(name: str) -> list[tuple[str, bool]]:
     return [*parts, (last, False)]
 
 
-def _keep_real_submodules(parts: dict[str, list[tuple[str, bool]]]) -> None:
+def _keep_real_submodules(parts: dict[str, _Parts]) -> None:
     """Keeps parts such as ``net`` if names would be equal without them: ``a.net.weight`` and ``a.weight``."""
     while True:
         same: dict[str, dict[tuple[str, ...], list[str]]] = {}
@@ -140,72 +127,74 @@ def join(parts: Iterable[tuple[str, bool]]) -> str:
     return ".".join(part for part, left_out in parts if not left_out)
 
 
-def with_parts_replaced(name: str, parts: Mapping[str, str]) -> str:
-    """Replaces each of ``parts``, such as ``bn1`` or ``downsample.0``, where it is in ``name`` as a whole."""
-    pattern = rf"(?<![^.])(?:{'|'.join(map(re.escape, parts))})(?=\.)"
-    return re.sub(pattern, lambda match: parts[match[0]], name)
+# ---- Layouts with other names for layers
 
 
-_FLAT_BLOCK = re.compile(rf"((?:.*\.)?{MOBILENET_V2.blocks}(?:\.net)?\.conv)\.(\d)(\..*)")
-_FLAT_TWO = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"}
-_FLAT_THREE = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
+def _with_names_of_network(parts: dict[str, _Parts]) -> tuple[dict[str, _Parts], Layout | None, Architecture | None]:
+    """Gives layers the names that the network has. Also returns the layout and the architecture of other names."""
+    names = [join(each) for each in parts.values()]
+    found = [
+        (_modules_of_network(names, other), layout, architecture)
+        for architecture in architectures.ARCHITECTURES
+        for layout, other in architecture.other_names.items()
+    ]
+    found = sorted((each for each in found if each[0]), key=lambda each: len(each[0]))
+    if not found:
+        return parts, None, None
+    # One prefix and layer may be a block of another architecture. The one with most modules overrides the others.
+    modules = {module: name for renamed, *_ in found for module, name in renamed.items()}
+    return {key: _with_layer_renamed(each, modules) for key, each in parts.items()}, *found[-1][1:]
 
 
-def _nested_mobilenet(names: dict[str, str]) -> tuple[dict[str, str], bool]:
-    """Renames a MobileNetV2 with one list of layers per block to torchvision's list per convolution.
-
-    In such a block, layer 0 is a convolution: ``conv.0.weight``. In torchvision's it is a list: ``conv.0.0.weight``.
-    """
-    layers: dict[str, set[str]] = {}
-    flat: set[str] = set()
-    matches = {key: match for key, name in names.items() if (match := _FLAT_BLOCK.fullmatch(name))}
-    for match in matches.values():
-        layers.setdefault(match[1], set()).add(match[2])
-        if match[2] == "0" and match[3] in (".weight", ".net.weight", ".layer.weight"):
-            flat.add(match[1])
-    renamed = dict(names)
-    for key, match in matches.items():
-        if match[1] in flat:
-            index = _FLAT_THREE if "7" in layers[match[1]] else _FLAT_TWO
-            renamed[key] = f"{match[1]}.{index.get(match[2], match[2])}{match[3]}"
-    return renamed, bool(flat)
-
-
-_MMACTION2_BLOCK = re.compile(r"((?:.*\.)?)(layer(\d)\.(\d+))\.conv\.(\d)\.(net\.)?(conv|bn)\.(.*)")
+def _modules_of_network(names: Iterable[str], other: OtherNames) -> dict[str, str]:
+    """The names in the network of all modules with names of ``other``, if there are blocks with its first layer."""
+    pattern = re.compile(rf"(?P<above>(?:.*\.)?)(?P<block>{other.blocks})\.(?P<layer>.+)\.[^.]+")
+    networks: dict[str, dict[str, set[str]]] = {}  # of each prefix and block: the layers
+    for match in filter(None, map(pattern.fullmatch, names)):
+        networks.setdefault(match["above"], {}).setdefault(match["block"], set()).add(match["layer"])
+    modules: dict[str, str] = {}
+    for above, blocks in networks.items():
+        kinds = {block: max(other.layers, key=lambda kind: len(there & kind.keys())) for block, there in blocks.items()}
+        known = [block for block, kind in kinds.items() if next(iter(kind)) in blocks[block]]
+        for number, block in enumerate(sorted(known, key=_numbers), 1):
+            name = other.block.format(block=block, number=number)
+            modules[above + block] = above + name
+            modules |= _layers_of_network(f"{above}{block}.", f"{above}{name}.", kinds[block])
+        if known:
+            outside = {layer: name.format(next=len(known) + 1) for layer, name in other.outside.items()}
+            modules |= _layers_of_network(above, above, outside)
+    return modules
 
 
-def _from_mmaction2_mobilenet(names: dict[str, str]) -> tuple[dict[str, str], bool]:
-    """Renames mmaction2's MobileNetV2, which numbers blocks by stage, to torchvision's, which numbers them in a row."""
-    matches = {key: match for key, name in names.items() if (match := _MMACTION2_BLOCK.fullmatch(name))}
-    blocks: dict[str, set[tuple[int, int, str]]] = {}
-    last: Counter[str] = Counter()  # of each block: the index of its last convolution
-    for match in matches.values():
-        blocks.setdefault(match[1], set()).add((int(match[3]), int(match[4]), match[2]))
-        last[match[1] + match[2]] = max(last[match[1] + match[2]], int(match[5]))
-    starts: dict[str, str] = {}
-    for above, each in blocks.items():
-        for i, (_, _, block) in enumerate(sorted(each), 1):
-            starts[above + block] = f"{above}features.{i}"
-        for pair, i in (("conv1", 0), ("conv2", len(each) + 1)):
-            starts |= {f"{above}{pair}.{part}": f"{above}features.{i}.{j}" for j, part in enumerate(("conv", "bn"))}
-    renamed = dict(names)
-    for key, name in names.items():
-        if match := matches.get(key):
-            block = match[1] + match[2]
-            renamed[key] = f"{starts[block]}.conv.{_mobilenet_layer(match, last[block])}{match[8]}"
-        else:
-            start, _, weight = name.rpartition(".")
-            renamed[key] = f"{starts.get(start, start)}.{weight}".lstrip(".")
-    return renamed, bool(matches)
+def _layers_of_network(above: str, new_above: str, layers: Mapping[str, str]) -> dict[str, str]:
+    """The names of layers in the network. A module that contains several layers gets the name of the first."""
+    modules: dict[str, str] = {}
+    for layer, name in layers.items():
+        for end, _ in _prefixes(f"{layer}."):
+            if end:
+                modules.setdefault(above + end[:-1], new_above + name)
+    return modules
 
 
-def _mobilenet_layer(match: re.Match[str], last: int) -> str:
-    """What torchvision calls a layer that ``_MMACTION2_BLOCK`` matches."""
-    index, is_norm = int(match[5]), match[7] == "bn"
-    if index == last:  # this convolution and its norm are in no list
-        return f"{index + is_norm}."
-    # The shift is around the convolution, in mmaction2 around convolution and norm.
-    return f"{index}.1." if is_norm else f"{index}.0.{match[6] or ''}"
+def _numbers(block: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", block)]
+
+
+def _with_layer_renamed(parts: _Parts, modules: Mapping[str, str]) -> _Parts:
+    """Renames the layer of a weight. Temporal modules stay around the same module."""
+    layer = join(parts[:-1])
+    if layer not in modules:
+        return parts
+    around: dict[str, _Parts] = {}
+    for i, (part, left_out) in enumerate(parts):
+        if left_out:
+            module = join(parts[:i])
+            around.setdefault(modules.get(module, module), []).append((part, True))
+    renamed: _Parts = []
+    for name in modules[layer].split("."):
+        renamed.append((name, False))
+        renamed += around.get(join(renamed), [])
+    return [*renamed, parts[-1]]
 
 
 # ---- Other spellings of the names of a network
@@ -237,9 +226,9 @@ def with_dots(names: dict[str, str], dotted: Iterable[str]) -> dict[str, str]:
 
     ``dotted`` are the names in the target. Of two that differ only in their dots neither is used.
     """
-    heads = [f"{head}.{last}" for head in _HEAD_NAMES for last in ("weight", "bias")]
+    last_layers = [f"{head}.{last}" for head in _head_names() for last in ("weight", "bias")]
     spelled: dict[str, set[str]] = {}
-    for name in [*dotted, *heads]:
+    for name in [*dotted, *last_layers]:
         for each in (name, join(_split(name))):
             spelled.setdefault(each.replace(".", ""), set()).add(each)
     unique = {name: next(iter(each)) for name, each in spelled.items() if len(each) == 1 and name not in each}
@@ -264,8 +253,8 @@ def own_prefix(names: _Names) -> str:
     """The prefix of the network of a known architecture with most names; else known words, such as ``backbone.``"""
     full = names.full.values()
     votes: Counter[str] = Counter()
-    for pattern in _BLOCKS:
-        votes |= _names_in_blocks(full, pattern)
+    for architecture in architectures.ARCHITECTURES:
+        votes |= _names_in_blocks(full, re.compile(rf"(?:{architecture.blocks})\."))
     siblings = Counter(_INDEX.sub("#", prefix) for prefix in votes)
     largest = max(votes.values(), default=0)
     networks = {
@@ -292,7 +281,6 @@ def _starts(prefix: str) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefix)
 
 
-_BLOCKS = tuple(re.compile(rf"(?:{each.blocks})\.") for each in ARCHITECTURES)
 _INDEX = re.compile(r"(?<![^.])\d+(?=\.)")
 
 
@@ -371,7 +359,7 @@ def parse(names: _Names, prefix: str, tensors: Mapping[str, Tensor], source: Lay
                 plain[key] = f"{HEAD}.{last}"
     backbone_head = None
     if in_backbone and head is not None:
-        backbone_head = "classifier.1" if names.is_flat else head.removeprefix(prefix)
+        backbone_head = names.architecture.head[0] if names.architecture else head.removeprefix(prefix)
     return Weights(names, layout, prefix, plain, _raw_names(names, prefix), backbone_head)
 
 
@@ -385,8 +373,12 @@ def _raw_names(names: _Names, prefix: str) -> dict[str, str]:
     return {key: ".".join(part for part, _ in parts) for key, parts in rest.items()}
 
 
-def _after(parts: list[tuple[str, bool]], above: str) -> list[tuple[str, bool]]:
+def _after(parts: _Parts, above: str) -> _Parts:
     return parts[parts.index((above, False)) + 1 :]
+
+
+def _head_names() -> list[str]:
+    return [*(style.head for style in LAYOUTS.values() if style.head), *heads()]
 
 
 def _layout_of(names: _Names, prefix: str) -> Layout:
@@ -398,11 +390,11 @@ def _layout_of(names: _Names, prefix: str) -> Layout:
     if below("tsm"):
         return "tsm"
     has_theirs = any(".cls_head.fc_cls." in f".{name}" for name in names.full.values())
-    if names.has_conv_modules or (has_theirs and below("mmaction2")):
+    if names.other_layout == "mmaction2" or (has_theirs and below("mmaction2")):
         return "mmaction2"
     if below("video_model"):
         return "video_model"
-    return "tsm" if names.is_flat else "torchvision"
+    return names.other_layout or "torchvision"
 
 
 def _find_head(matrices: Mapping[str, str], prefix: str, layout: Layout) -> tuple[str | None, bool]:
@@ -415,12 +407,12 @@ def _find_head(matrices: Mapping[str, str], prefix: str, layout: Layout) -> tupl
     for outer in above:
         if own is not None and f"{outer}{own}.weight" in matrices:
             return f"{outer}{own}", False
-    inside = [name for name in matrices if name.startswith(prefix)]
-    heads = [match[1] for name in inside if (match := _BACKBONE_HEAD.fullmatch(name.removeprefix(prefix)))]
-    if heads:
-        return f"{prefix}{heads[-1]}", True
+    last_layers = {f"{prefix}{head}.weight" for head in heads()}
+    inside = [name.removesuffix(".weight") for name in matrices if name in last_layers]
+    if inside:
+        return inside[-1], True
     for outer in (prefix, *above):
-        for name in _HEAD_NAMES:
+        for name in _head_names():
             if f"{outer}{name}.weight" in matrices:
                 return f"{outer}{name}", False
     return None, False

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from tsm_jit._checks import one_of
-from tsm_jit.convert.architectures import ARCHITECTURES, RESNET, Architecture
+from tsm_jit.convert.architectures import (
+    RESNET,
+    Architecture,
+    Layout,
+    architecture_of_weights,
+    resnet_layers_of_tsm,
+)
 from tsm_jit.convert.checkpoint_files import check_state_dict, with_versions
 from tsm_jit.convert.checkpoint_names import (
     ANY_NETWORK,
     HEAD,
     LAYOUTS,
     TEMPORAL_PARTS,
-    Layout,
     Weights,
     from_indices,
     join,
@@ -29,7 +33,6 @@ from tsm_jit.convert.checkpoint_names import (
     parse,
     split_names,
     with_dots,
-    with_parts_replaced,
 )
 
 
@@ -117,7 +120,7 @@ def convert(
     if isinstance(target, nn.Module):
         return _convert_for_network(state_dict, source, target)
     one_of("target", target, tuple(LAYOUTS))
-    names = split_names(own_names(state_dict), source)
+    names = split_names(own_names(state_dict))
     weights = parse(names, own_prefix(names), state_dict, source)
     keys = _keys_in_layout(weights, target)
     result, unplaced = _place(state_dict, keys, {}, weights)
@@ -134,7 +137,7 @@ def convert(
 
 def _keys_in_layout(weights: Weights, target: Layout) -> dict[str, str]:
     """Each key that the layout ``target`` has, with its name there."""
-    architecture = _architecture(weights.plain.values())
+    architecture = architecture_of_weights(weights.plain.values())
     if target not in ANY_NETWORK and architecture is not RESNET:
         raise ValueError(
             f"target must be a network for weights of other networks than torchvision's ResNets, got {target!r}"
@@ -148,25 +151,18 @@ def _keys_in_layout(weights: Weights, target: Layout) -> dict[str, str]:
     backbone = {key: name for key, name in weights.plain.items() if not name.startswith(HEAD)}
     if weights.layout in ANY_NETWORK and target in ANY_NETWORK:
         return renamed | {key: LAYOUTS[target].backbone + weights.raw[key] for key in backbone}
-    known = re.compile(architecture.checkpoint_names or "" if architecture else "")
+    known = re.compile(architecture.checkpoint_weights or "" if architecture else "")
     wrapped = _places(weights, TEMPORAL_PARTS)
     if target not in ANY_NETWORK and not wrapped:
         if target == "tsam":
             raise ValueError("target must be a network for weights without shifts, got 'tsam', which chooses places")
-        wrapped = _places_of_tsm(backbone.values())
+        wrapped = resnet_layers_of_tsm(backbone.values())
     non_local = _places(weights, ("block",))
     for key, name in backbone.items():
         # mmaction2 has other names inside of non-local blocks.
         if known.fullmatch(name) and not (target == "mmaction2" and ".nl." in name):
             renamed[key] = _name_in_layout(name, target, wrapped, non_local)
     return renamed
-
-
-def _architecture(names: Collection[str]) -> Architecture | None:
-    """The architecture of these weights, if TSM, TSAM or mmaction2 have it too."""
-    if any("downsample.2." in name for name in names):  # ResNet-D
-        return None
-    return next((each for each in ARCHITECTURES if each.checkpoint_names and each.first_layers(names)), None)
 
 
 def _head_in_layout(weights: Weights, target: Layout, architecture: Architecture | None) -> str | None:
@@ -188,14 +184,6 @@ def _places(weights: Weights, wrappers: tuple[str, ...]) -> set[str]:
     return places - {""}
 
 
-def _places_of_tsm(names: Iterable[str]) -> set[str]:
-    """The first layer of each block of a ResNet that TSM shifts."""
-    layers = RESNET.first_layers(names)
-    lengths = Counter(block.partition(".")[0] for block in layers)
-    every = RESNET.every([lengths[f"layer{stage}"] for stage in range(1, 5)])
-    return {layer for block, layer in layers.items() if int(block.rpartition(".")[2]) % every == 0}
-
-
 def _name_in_layout(name: str, layout: Layout, wrapped: set[str], non_local: set[str]) -> str:
     parts = name.split(".")
     written: list[str] = []
@@ -207,8 +195,8 @@ def _name_in_layout(name: str, layout: Layout, wrapped: set[str], non_local: set
         if above in non_local and parts[i + 1] != "nl":
             written.append("block")
     name = ".".join(written)
-    if layout == "mmaction2":
-        name = with_parts_replaced(name, RESNET.mmaction2_names)
+    if layout in RESNET.other_names:
+        name = RESNET.other_names[layout].in_layout(name)
     return LAYOUTS[layout].backbone + name
 
 
@@ -242,9 +230,9 @@ def _attempts(
     state_dict: Mapping[str, Tensor], source: Layout | None, network: nn.Module, there: Mapping[str, Tensor]
 ) -> Iterator[tuple[Conversion, Weights]]:
     """The conversion of each spelling of the source's names, and the names of the target. Ends if all are placed."""
-    target_names = split_names(own_names(there), None)
+    target_names = split_names(own_names(there))
     for spelled in _spellings(own_names(state_dict), network, there):
-        names = split_names(spelled, source)
+        names = split_names(spelled)
         prefix, target_prefix = matching_prefixes(names, state_dict, target_names, there)
         weights = parse(names, prefix, state_dict, source)
         target = parse(target_names, target_prefix, there, None)
