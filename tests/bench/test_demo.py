@@ -88,9 +88,7 @@ def test_default_clip_and_picture(tmp_path):
     frames = video_io.read_segments(path)
     demo.draw(frames, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(
-        video_io.UnusableVideoError, match=r"the picture cannot be saved as .*: No such file or directory"
-    ):
+    with pytest.raises(video_io.UnusableVideoError, match=r"the picture cannot be saved as .*folder\.png"):
         demo.draw(frames, tmp_path / "no" / "such" / "folder.png")
 
 

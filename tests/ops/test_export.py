@@ -78,22 +78,19 @@ for n in (1, 2, 5):
 
 
 def test_channels_are_no_variable_of_an_exported_program():
-    """The folds are counted in them: for another number a program refuses to run, or to be exported at all."""
+    """The folds are counted in them: for another number a program refuses to run."""
     dynamic = {"x": {1: 8 * torch.export.Dim("folds", min=1, max=64)}}
 
     class Shift(torch.nn.Module):
         def forward(self, x):
             return tsm_jit.temporal_shift(x, CLIP)
 
-    def use(strict):
-        x = torch.randn(8, 16, 3, 3)
-        program = torch.export.export(Shift(), (x,), dynamic_shapes=dynamic, strict=strict)
-        assert_same_bits(program.module()(x), tsm_jit.temporal_shift(x, CLIP))
-        program.module()(torch.randn(8, 24, 3, 3))
-
+    x = torch.randn(8, 16, 3, 3)
     for strict in (False, True):
-        with pytest.raises((RuntimeError, AssertionError), match=r"(?i)guard|constraint"):
-            use(strict)
+        program = torch.export.export(Shift(), (x,), dynamic_shapes=dynamic, strict=strict).module()
+        assert_same_bits(program(x), tsm_jit.temporal_shift(x, CLIP))
+        with pytest.raises((RuntimeError, AssertionError)):
+            program(torch.randn(8, 24, 3, 3))
 
 
 def test_a_trace_without_channels():

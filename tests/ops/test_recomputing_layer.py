@@ -146,7 +146,7 @@ def test_dtypes_are_not_mixed_without_autocast(device, kind):
     module = together(layer(kind, device))
     x = frames(kind, device, torch.float32).requires_grad_()
     for recording in (False, True):
-        with torch.set_grad_enabled(recording), pytest.raises(RuntimeError, match="type"):
+        with torch.set_grad_enabled(recording), pytest.raises(RuntimeError):
             module(x)
 
 

@@ -34,9 +34,10 @@ def ranks_that_hang_or_die(mesh):  # the last case
         time.sleep(7)
         return
     begin = time.monotonic()
-    with pytest.raises(RuntimeError, match="Timed out waiting 5000ms" if rank == 0 else "Connection|Read error|closed"):
+    with pytest.raises(RuntimeError):
         model(shard_frames(new_clips(), mesh))
-    assert time.monotonic() - begin < 60
+    seconds = time.monotonic() - begin
+    assert (4 if rank == 0 else 0) < seconds < 60, seconds  # the time limit of a pair is 5 s
     with pytest.raises(ValueError, match=r"clips must have the 4 frames .* got \[2, 5, 8, 3, 4\]"):
         model(new_clips(2, 5))
 
