@@ -1,4 +1,17 @@
-"""The names in checkpoints: their parts, prefixes and layouts. See :mod:`tsm_jit.checkpoints`."""
+"""The names in checkpoints: their parts, prefixes and layouts. See :mod:`tsm_jit.checkpoints`.
+
+=============  ==============================================  ==========================================
+name           contains                                        example
+=============  ==============================================  ==========================================
+key            all that is in the state dict                   ``module.model.layer1.0.conv1.net.weight``
+own name       no modules of PyTorch and Lightning             ``model.layer1.0.conv1.net.weight``
+full name      no temporal modules; layers as in the table     ``model.layer1.0.conv1.weight``
+plain name     no prefix either                                ``layer1.0.conv1.weight``
+raw name       a plain name and its temporal modules           ``layer1.0.conv1.net.weight``
+=============  ==============================================  ==========================================
+
+The table is ``architectures.py``.
+"""
 
 from __future__ import annotations
 
@@ -48,31 +61,32 @@ _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged|momentum|teacher)(?:[
 _NON_LOCAL = re.compile(rf"(?:.*\.)?{RESNET.blocks}")  # a block inside TSM's non-local wrapper, which calls it "block"
 
 
-# ---- _Names
+# ---- Parts of names
 
-_Parts = list[tuple[str, bool]]  # the parts of a name, and whether the plain name leaves them out
+_Parts = list[tuple[str, bool]]  # the parts of an own name, and whether the full name leaves them out
 
 
 @dataclass
 class _Names:
-    """The names of one state dict, split into parts, with the names that the network has for its layers."""
+    """The names of one state dict by their keys."""
 
-    parts: dict[str, _Parts]  # of each key
-    full: dict[str, str]  # of each key: the plain name, with the prefix
-    other_layout: Layout | None  # the layout, if it has other names for layers than the network
-    architecture: Architecture | None  # of the network with these names
+    parts: dict[str, _Parts]
+    full: dict[str, str]
+    # The layout and the architecture, if the layout has other names for layers.
+    other_layout: Layout | None
+    architecture: Architecture | None
 
 
 @dataclass
 class Weights:
-    """The names of one state dict relative to the prefix of its backbone."""
+    """The names of one state dict relative to the prefix of its backbone, by their keys."""
 
     names: _Names
     layout: Layout
-    prefix: str  # in plain names
-    plain: dict[str, str]  # of each key below the prefix, and of the last layer
-    raw: dict[str, str]  # of each key below the prefix: the name with temporal modules
-    head: str | None  # the name of the last layer, if it is inside the backbone
+    prefix: str  # of the full names
+    plain: dict[str, str]  # also of the last layer, which may be outside the backbone
+    raw: dict[str, str]
+    head: str | None  # the plain name of the last layer, if it is inside the backbone
 
 
 def own_names(keys: Iterable[str]) -> dict[str, str]:
@@ -80,9 +94,9 @@ def own_names(keys: Iterable[str]) -> dict[str, str]:
     return {key: _without_wrapper_parts(key) for key in keys}
 
 
-def split_names(visible: Mapping[str, str]) -> _Names:
+def split_names(names: Mapping[str, str]) -> _Names:
     """Splits the names of one state dict, from :func:`own_names`, into parts."""
-    parts, other_layout, architecture = _with_names_of_network({key: _split(name) for key, name in visible.items()})
+    parts, other_layout, architecture = _with_names_of_network({key: _split(name) for key, name in names.items()})
     _keep_real_submodules(parts)
     return _Names(parts, {key: join(each) for key, each in parts.items()}, other_layout, architecture)
 
@@ -123,7 +137,7 @@ def _keep_real_submodules(parts: dict[str, _Parts]) -> None:
 
 
 def join(parts: Iterable[tuple[str, bool]]) -> str:
-    """The plain name of the parts."""
+    """The full name of the parts."""
     return ".".join(part for part, left_out in parts if not left_out)
 
 
@@ -133,17 +147,18 @@ def join(parts: Iterable[tuple[str, bool]]) -> str:
 def _with_names_of_network(parts: dict[str, _Parts]) -> tuple[dict[str, _Parts], Layout | None, Architecture | None]:
     """Gives layers the names that the network has. Also returns the layout and the architecture of other names."""
     names = [join(each) for each in parts.values()]
-    found = [
+    candidates = [
         (_modules_of_network(names, other), layout, architecture)
         for architecture in architectures.ARCHITECTURES
         for layout, other in architecture.other_names.items()
     ]
-    found = sorted((each for each in found if each[0]), key=lambda each: len(each[0]))
-    if not found:
+    # A layer may match several architectures, depending on the prefix. The one with most matches comes last and wins.
+    candidates = sorted((each for each in candidates if each[0]), key=lambda each: len(each[0]))
+    if not candidates:
         return parts, None, None
-    # One prefix and layer may be a block of another architecture. The one with most modules overrides the others.
-    modules = {module: name for renamed, *_ in found for module, name in renamed.items()}
-    return {key: _with_layer_renamed(each, modules) for key, each in parts.items()}, *found[-1][1:]
+    modules = {module: name for renamed, *_ in candidates for module, name in renamed.items()}
+    _, layout, architecture = candidates[-1]
+    return {key: _with_layer_renamed(each, modules) for key, each in parts.items()}, layout, architecture
 
 
 def _modules_of_network(names: Iterable[str], other: OtherNames) -> dict[str, str]:
