@@ -174,7 +174,7 @@ def _head_in_layout(weights: Weights, target: Layout, architecture: Architecture
 
 
 def _places(weights: Weights, wrappers: tuple[str, ...]) -> set[str]:
-    """The plain names of the modules around which there are modules that call them so."""
+    """The plain names of modules inside a module that gives them one of the names ``wrappers``."""
     places = set()
     for key in weights.plain:
         parts = weights.names.parts[key]

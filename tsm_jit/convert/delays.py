@@ -258,7 +258,7 @@ def _free_name(net: nn.Module, name: str) -> str:
 
 
 class _GraphModule(fx.GraphModule):
-    """Also has what the graph does not read: attributes, modules, parameters and buffers, so the state-dict keys."""
+    """A graph with all attributes and state-dict keys of its network, also those that the graph does not read."""
 
     def __init__(self, net: nn.Module, graph: fx.Graph, class_name: str = "GraphModule"):
         super().__init__(net, graph, class_name)

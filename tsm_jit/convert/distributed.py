@@ -19,7 +19,7 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
     ``n_segment`` stays the length of the whole clip. Of ``R`` ranks each holds ``L = n_segment // R`` frames, the first
     ``n_segment % R`` ranks one more: see :func:`shard_frames`. ``net`` takes these frames ``[N*L, C, H, W]`` and
     returns their outputs. A :class:`tsm_jit.VideoModel` takes them in this shape or as ``[N, L, C, H, W]``. It returns
-    the mean over all frames of the clip: the same scores ``[N, K]`` on every rank. TSAM's sound segments are the last
+    the mean over all frames of the clip: the same scores ``[N, K]`` on every rank. TSAM's audio segments are the last
     frames.
 
     All ranks must call ``net`` and ``backward`` equally often and with equal shapes. ``backward`` computes gradients of

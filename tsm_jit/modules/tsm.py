@@ -43,8 +43,8 @@ class TemporalShift(ShiftedModule):
 
     On a GPU, ``nn.Linear`` and 1x1 convolutions read the shifted frames themselves, under the conditions of
     :func:`tsm_jit.shift_conv1x1`. Then there is no shifted copy, and ``inplace`` changes nothing. Results equal those
-    of a copy up to the order of sums. As for any layer, the backward reads the input, so it must not change before.
-    Modules with hooks, parametrizations or an unknown class get a copy. After
+    of a copy up to the order of sums. As for any layer, the input must not change before the
+    backward, which reads it. Modules with hooks, parametrizations or an unknown class get a copy. After
     ``torch.use_deterministic_algorithms(True)`` all modules get one, and outputs and gradients have the same bits as
     with :func:`tsm_jit.temporal_shift`.
 
