@@ -3,7 +3,8 @@
 With small batches, PyTorch's overhead per operation exceeds the time on the GPU. So a block is one operator in the
 forward, ``residual_block``, and two in the backward: ``norm_add_relu_backward``, then ``residual_block_backward`` for
 the layers. Tensors that only the first one needs are freed in between. To save memory, the backward of ``downsample``'s
-convolution comes last. Under autocast, one ``cast`` converts all weights and another one all their gradients.
+convolution comes last. Under autocast, one ``cast`` converts all weights and another one all their gradients. Compiled
+graphs hold the same operators, but the forward in parts: see ``ops/residual_block.py``.
 """
 
 from __future__ import annotations
