@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -81,6 +82,23 @@ def compiled(mesh):
         shift.compile(backend=graphs)
     shifts(shard_frames(new_clips(), mesh))
     assert graphs.frame_count == 1  # modules share it
+
+
+@case((2,), on=("gloo",))
+def compiled_in_a_checkpoint(mesh):
+    """Two clip lengths in one backward are an error."""
+    net = nn.Sequential(tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 8)).double()
+    parallelize_time(net, mesh)
+    net.compile(backend="aot_eager")
+    x = torch.randn(8, 8, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def loss(n_segment):
+        with tsm_jit.n_segment(net, n_segment):
+            return checkpoint(net, x, use_reentrant=False, determinism_check="none").sum()
+
+    losses = loss(8) + loss(4)
+    with tsm_jit.n_segment(net, 4), pytest.raises(RuntimeError, match="n_segment must be"):
+        losses.backward()
 
 
 @case((2,), on=("gloo", "NCCL"))

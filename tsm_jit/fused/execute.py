@@ -37,7 +37,6 @@ from tsm_jit.fused.match import (
     why_unsupported,
 )
 from tsm_jit.modules.base import has_global_hooks
-from tsm_jit.ops import recomputation
 from tsm_jit.ops.compat import is_exporting
 from tsm_jit.ops.conv_relu import conv_relu
 from tsm_jit.ops.residual import NO_SHIFT, Norm, acc_dtype, has_channel_sums, has_pixel_index
@@ -130,7 +129,7 @@ def _run(block: BlockLayers, following: BlockLayers | None, stream: Stream) -> S
             next_shift is not None,
             num_consumers,
         )
-        return Stream(x[-1], x[0], boundary, next_shift)
+        return Stream(x[-1], _marked(x[0], first_shift or stream.shift), boundary, next_shift)
 
     z, z_norm = _branch(modules, stream)
     inputs = (z, z_norm, identity, identity_norm, boundary, shift)
@@ -148,7 +147,15 @@ def _run(block: BlockLayers, following: BlockLayers | None, stream: Stream) -> S
         may_overwrite_z=z_norm is not None and is_convolution(modules[-2]),
         may_overwrite_identity=owns_identity,
     )
-    return Stream(x[-1], x[0], boundary, next_shift)
+    return Stream(x[-1], _marked(x[0], stream.shift), boundary, next_shift)
+
+
+def _marked(x: Tensor, shift: str | None) -> Tensor:
+    """Returns the output ``x`` of a block whose first convolution reads its input with ``shift``.
+
+    In compiled code in a checkpoint, it has a mark of the clip length. In eager mode, the first shift has saved one.
+    """
+    return ops.save_clip_length_mark(x, shift) if shift is not None and is_compiling() else x
 
 
 def is_folded(block: BlockLayers) -> bool:
@@ -296,11 +303,9 @@ def _first(conv1: nn.Module, stream: Stream) -> Tensor:
     if not is_shifted(conv1):
         return conv1(stream.first)
     shift = conv1.shift_of(stream.first)
-    if torch.is_grad_enabled() and is_compiling() and not recomputation.saves_marks:
-        # Without a checkpoint, compilers would save both the input and the shifted input. Within one they may, but not
-        # recompute the mark of the clip length.
+    if torch.is_grad_enabled() and is_compiling():  # compilers would save both the input and the shifted input
         first = checkpoint(ops.temporal_shift, stream.first, shift, use_reentrant=False, preserve_rng_state=False)
-        return conv1.shifted_module()(first)
+        return ops.save_clip_length_mark(conv1.shifted_module()(first), shift)
     inplace = True if torch.is_grad_enabled() else None  # saves no second activation
     return conv1.call_shifted(stream.first, shift, inplace=inplace)
 

@@ -153,7 +153,9 @@ class ShiftedModule(ClipModule):
                 z = net(copy)
         else:
             z = net(shifted(x))
-        return ops.save_clip_length_mark(z, x, shift) if eager else z
+        if x.requires_grad and (eager or shard is None):  # the shift has saved a mark
+            return z
+        return ops.save_clip_length_mark(z, shift)
 
 
 def _product(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> Callable[[], Tensor] | None:

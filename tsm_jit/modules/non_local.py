@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tsm_jit import ops
 from tsm_jit._checks import integer, one_of
 from tsm_jit.modules.base import ClipModule
 
@@ -126,7 +127,7 @@ class NL3DWrapper(ClipModule):
         if isinstance(x, Tensor) and x.shape[0] % length != 0:  # no check for a proxy of torch.fx
             raise ValueError(f"n_segment must divide the frames of x, got {length} for {list(x.shape)}")
         clips = x.unflatten(0, (-1, length)).transpose(1, 2)
-        return self.nl(clips).transpose(1, 2).flatten(0, 1)
+        return ops.save_clip_length_mark(self.nl(clips).transpose(1, 2).flatten(0, 1), length)
 
     def extra_repr(self) -> str:
         return f"n_segment={self.n_segment}"

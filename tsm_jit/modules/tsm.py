@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from tsm_jit import ops
 from tsm_jit._checks import integer
 from tsm_jit.functional import encode_temporal, temporal_shift
 from tsm_jit.modules.base import ClipModule, ShiftedModule
@@ -171,7 +172,8 @@ class TemporalPool(ClipModule):
         self.n_segment = n_segment
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(temporal_pool(x, self.checked_n_segment(x)))
+        length = self.checked_n_segment(x)
+        return ops.save_clip_length_mark(self.net(temporal_pool(x, length)), length)
 
     @staticmethod
     def temporal_pool(x: Tensor, n_segment: int) -> Tensor:

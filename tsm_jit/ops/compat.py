@@ -119,17 +119,6 @@ def non_reentrant_checkpoint() -> str:
     return "recomputation" if "_recomputation_hook" in hooks[0].__qualname__ else "forward"
 
 
-def compiled_code_saves_marks() -> bool:
-    """Whether code that is compiled now saves what its backward reads of each shift, or may compute it again."""
-    from torch._dynamo import config as dynamo  # loaded by now, but not when this package is imported
-    from torch._functorch import config as functorch
-
-    # The second setting allows checkpoints inside compiled code that is in another checkpoint. They save nothing.
-    return functorch.activation_memory_budget == 1 and not getattr(
-        dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint", False
-    )
-
-
 def is_batched_gradient(grad: Tensor) -> bool:
     """Whether ``grad`` is many gradients at once, from ``torch.autograd.grad(..., is_grads_batched=True)``."""
     return torch._C._functorch.is_legacy_batchedtensor(grad)

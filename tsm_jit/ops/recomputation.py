@@ -6,21 +6,26 @@ the code for each value, and each call runs the version for the value at that ti
 
 - ``saves_marks``: whether this forward is in a non-reentrant checkpoint. For each shift, its backward then reads a
   tensor that the recomputation has saved, whose shape tells the clip length.
+- ``mark_8_4__cpu``: this tensor, for a shift of 4 frames in clips of 8, on the device ``cpu``. What a module attribute
+  holds is an input of the compiled graph. Compilers save inputs, but may compute any other tensor again.
 - ``is_nested``: whether this forward is in such a checkpoint for the first time, but in another for the second time.
 - ``phase``: see :func:`current_phase`. It is ``"forward"`` in all non-reentrant checkpoints, and only there.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor, nn
 
 from tsm_jit.ops.compat import (
-    compiled_code_saves_marks,
+    has_dispatch_modes,
     has_saved_tensor_hooks,
     in_backward,
     in_reentrant_checkpoint,
+    is_exporting,
     non_reentrant_checkpoint,
 )
 
@@ -29,16 +34,26 @@ is_nested: bool
 phase: str
 
 
-def __getattr__(name: str) -> bool | str:
+def __getattr__(name: str) -> bool | str | Tensor:
     if name == "saves_marks":
-        return torch.is_grad_enabled() and non_reentrant_checkpoint() != "" and compiled_code_saves_marks()
+        return torch.is_grad_enabled() and non_reentrant_checkpoint() != "" and not is_exporting()
     if name == "is_nested":
         return in_backward() and non_reentrant_checkpoint() == "forward"
     if name == "phase":
         if in_backward() or not torch.is_grad_enabled():
             return current_phase()
         return "forward" if non_reentrant_checkpoint() else ""
+    if name.startswith("mark_"):
+        return _mark(name, has_dispatch_modes())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache  # guards need the same tensor each time, but not the one that a mode has made
+def _mark(name: str, has_modes: bool) -> Tensor:
+    _, n_segment, n_segment_shifted, index, kind = name.split("_", 4)
+    device = torch.device(kind, int(index)) if index else torch.device(kind)
+    # Of a parameter, compilers keep the sizes constant. Its gradient is what the comparison returns.
+    return nn.Parameter(torch.empty((0, int(n_segment), int(n_segment_shifted)), device=device))
 
 
 def current_phase() -> str:

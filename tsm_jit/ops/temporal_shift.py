@@ -8,8 +8,10 @@ Each operator takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
 - ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, without autograd.
 - The overload ``.kernel`` of the first two: without autograd. A Python autograd kernel costs 3 to 8 us per call, even
   under ``no_grad``. So eager mode calls this overload from an autograd function, and compiled graphs contain it.
-- ``clip_length_mark`` returns what the function of this name returns; ``marked_temporal_shift_backward`` takes it. So
-  the mark is among the tensors that code compiled in an activation checkpoint saves.
+- ``clip_length_mark`` returns what the function of this name returns.
+- ``check_clip_length(grad, mark, shift) -> Tensor``: :func:`check_marks` for code that is compiled in an activation
+  checkpoint. It returns the gradient of the mark, so compilers keep it. It takes ``grad``, so they keep it in the
+  backward.
 - The overload ``.exported`` of the first, in exported programs. ``run_decompositions`` and the exporters of ONNX and
   ExecuTorch decompose it into core ATen operators. Anywhere else, AOTInductor included, it calls the default overload.
 
@@ -47,7 +49,7 @@ from tsm_jit.ops.compat import (
     undifferentiable_view,
     unwrap_if_dead,
 )
-from tsm_jit.plans import decode
+from tsm_jit.plans import Shift, decode
 
 _library = torch.library.Library("tsm_jit", "DEF")
 
@@ -60,8 +62,8 @@ for _schema in (
     "temporal_shift_(Tensor(a!) x, str shift) -> ()",
     "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
     "temporal_shift_backward.kernel(Tensor grad, str shift) -> Tensor",
-    "marked_temporal_shift_backward(Tensor grad, str shift, Tensor mark) -> Tensor",
     "temporal_shift_backward_(Tensor(a!) grad, str shift) -> ()",
+    "check_clip_length(Tensor grad, Tensor mark, str shift) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -190,41 +192,43 @@ class _ShiftForSingleConsumer(Function):
         return grad, None
 
 
-class _MarkedShift(Function):
-    """A shift in code that is compiled in an activation checkpoint."""
-
-    @staticmethod
-    def forward(ctx, x, shift):
-        ctx.shift = shift
-        ctx.save_for_backward(_mark(x, shift))
-        return _schemas.temporal_shift.kernel(x, shift)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _marked_backward(grad, ctx.shift, *ctx.saved_tensors), None
-
-
 class _SaveMark(Function):
+    """Returns ``z``. The backward compares the clip length of ``shift`` with the length that ``mark`` tells."""
+
     @staticmethod
     def forward(ctx, z, mark, shift):
         ctx.shift = shift
         ctx.save_for_backward(mark)
-        return z.view_as(z)
+        return z.detach()  # autograd would forbid to change a view in place
 
     @staticmethod
     def backward(ctx, grad):
+        if is_compiling():
+            return grad, torch.ops.tsm_jit.check_clip_length(grad, *ctx.saved_tensors, ctx.shift), None
         check_marks(ctx.saved_tensors, ctx.shift)
         return grad, None, None
 
 
-def save_clip_length_mark(z: Any, x: Tensor, shift: str) -> Any:
-    """Returns ``z``, the output of a layer that reads the shifted ``x``, with a mark that its backward saves.
+def save_clip_length_mark(z: Any, shift: str | int) -> Any:
+    """Returns ``z``, which depends on the clip length. In a checkpoint, its backward also checks the length.
 
-    The shift saves the mark itself if ``x`` requires grad, and then ``z`` gets none.
+    Args:
+        z: the output of a layer.
+        shift: the encoded shift, or the clip length if the layer does not shift.
     """
-    if x.requires_grad or not isinstance(z, Tensor) or not z.requires_grad:
+    compiled = is_compiling()
+    if not isinstance(z, Tensor) or not z.requires_grad or not (compiled or eager()):
         return z
-    return _SaveMark.apply(z, clip_length_mark(x, shift), shift) if has_saved_tensor_hooks() else z
+    if not needs_clip_length_mark():
+        return z
+    if not isinstance(shift, str):
+        shift = Shift(shift, shift, 1, "zeros", ()).encode()
+    if not compiled:
+        return _SaveMark.apply(z, clip_length_mark(z, shift), shift)
+    n_segment, n_segment_shifted, *_ = decode(shift)
+    index = "" if z.device.index is None else z.device.index
+    mark = getattr(recomputation, f"mark_{n_segment}_{n_segment_shifted}_{index}_{z.device.type}")
+    return _SaveMark.apply(z, mark, shift)
 
 
 class _InPlace(Function):
@@ -274,7 +278,7 @@ def temporal_shift(x: Tensor, shift: str) -> Tensor:
             return reference.sliced(x, decode(shift), onnx_has_unflatten())
         if is_exporting():
             return _forward_exported(x, shift)
-        return _MarkedShift.apply(x, shift) if recomputation.saves_marks else _forward(x, shift)
+        return save_clip_length_mark(_forward(x, shift), shift)
     return _TransformableShift.apply(x, shift)
 
 
@@ -469,15 +473,14 @@ _register(
 )
 
 
-def _adjoint_of_marked(grad: Tensor, shift: str, mark: Tensor) -> Tensor:
+def _checked(grad: Tensor, mark: Tensor, shift: str) -> Tensor:
     check_marks([mark], shift)
-    return _adjoint_kernel(grad, shift)
+    return torch.empty_like(mark)
 
 
-_mark, _marked_backward = _schemas.clip_length_mark.default, _schemas.marked_temporal_shift_backward.default
-_library.impl(_mark, clip_length_mark, "CompositeExplicitAutograd")
-_library.impl(_marked_backward, _adjoint_of_marked, "CompositeExplicitAutograd")
-_library.impl(_marked_backward, lambda grad, shift, mark: empty_like_real(grad), "Meta")
+_library.impl(_schemas.clip_length_mark.default, clip_length_mark, "CompositeExplicitAutograd")
+_library.impl(_schemas.check_clip_length.default, _checked, "CompositeExplicitAutograd")
+_library.impl(_schemas.check_clip_length.default, lambda grad, mark, shift: torch.empty_like(mark), "Meta")
 
 
 def _compute_exported(x: Tensor, shift: str) -> Tensor:
