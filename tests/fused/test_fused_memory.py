@@ -49,9 +49,9 @@ def test_a_block_frees_its_activations_before_downsample_is_differentiated(devic
     saved, alive = [], []
     of_branch, of_convolution = block.block_backward, block.convolve_backward
 
-    def branch_backward(*args, mark):
+    def branch_backward(*args):
         saved[:] = [None]  # convolutions within are not meant
-        grads = of_branch(*args, mark=mark)
+        grads = of_branch(*args)
         saved[:] = [weakref.ref(each) for each in args[5]]
         return grads
 

@@ -228,6 +228,35 @@ def shifted_conv() -> nn.Module:
     return tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 8)
 
 
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+def test_two_lengths_of_a_frozen_shift_are_an_error(device, kind):
+    """It saves nothing for a backward, but a layer after it reads its output."""
+    net = nn.Sequential(module(), nn.Flatten(), nn.Linear(64, 3)).double().to(device)
+    net[0].requires_grad_(False)
+    plain = copy.deepcopy(net)
+    if kind == "compiled":
+        net[0].compile(backend="aot_eager")
+    x = torch.randn(8, 16, 4, 4, dtype=torch.float64, device=device)
+
+    def loss(net, n):
+        with tsm_jit.n_segment(net, n):
+            return checkpoint(net, x, use_reentrant=False).square().sum()
+
+    def gradient(net, n):
+        net.zero_grad()
+        with tsm_jit.n_segment(net, n):
+            loss(net, n).backward()
+        return net[2].weight.grad
+
+    for n in (4, 8, 4):
+        torch.testing.assert_close(gradient(net, n), gradient(plain, n), rtol=1e-9, atol=1e-9)
+    for n in (4, 8):
+        both = loss(net, 4) + loss(net, 8)
+        errors = (RuntimeError, torch._dynamo.exc.Unsupported)
+        with tsm_jit.n_segment(net, n), pytest.raises(errors, match=r"n_segment must be"):
+            both.backward()
+
+
 class CheckpointedShift(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,6 @@ from torch.compiler import is_compiling
 from tsm_jit.fused.autograd import distinct, for_consumers, once_differentiable
 from tsm_jit.ops.residual import Norm, NormedInput, norm_add_relu_backward
 from tsm_jit.ops.residual_block import ConvParams, block_backward, block_forward, cast_all, convolve_backward
-from tsm_jit.ops.temporal_shift import needs_clip_length_mark
 
 
 class Layer(NamedTuple):
@@ -56,7 +55,6 @@ class _Config(NamedTuple):
     shift: str  # the shift of the identity, the output or both
     shifted: bool  # whether the output is in the shifted layout
     num_consumers: int
-    is_marked: bool  # whether the backward compares the clip length with that of the forward
 
     @property
     def n_layers(self) -> int:
@@ -109,7 +107,6 @@ def residual_block(
         shift,
         shifted,
         num_consumers,
-        first_shift is not None and needs_clip_length_mark(),
     )
     tensors = [each for layer in all_layers for each in (layer.weight, *layer.norm_tensors[2:])]  # parameters
     tensors += [each for layer in all_layers for each in layer.running()]
@@ -171,8 +168,7 @@ class _Block(Function):
             x, identity if needs_input else None, out, boundary_out if config.shifted else None, weights, layers, relus
         )
         ctx.config, ctx.identity_is_shifted = config, boundary is not None
-        mark = torch.ops.tsm_jit.clip_length_mark(x, config.first_shift) if config.is_marked else None
-        ctx.save_for_backward(mark, *saved.flat())
+        ctx.save_for_backward(*saved.flat())
         ctx.set_materialize_grads(False)
         return boundary_out, *for_consumers(out, config.num_consumers)
 
@@ -182,9 +178,7 @@ class _Block(Function):
         config = ctx.config
         n_branch = config.n_branch
         n_layers = n_branch + ctx.has_downsample
-        mark, *tensors = ctx.saved_tensors
-        saved = _BlockSaved.of_flat(_in_channels_last(tensors), n_layers)
-        del tensors
+        saved = _BlockSaved.of_flat(_in_channels_last(ctx.saved_tensors), n_layers)
         if not is_compiling():
             ctx.maybe_clear_saved_tensors()
         n_parameters = 3 * config.n_layers
@@ -218,7 +212,7 @@ class _Block(Function):
         if grad_z is not None:
             grad_x, *grads = block_backward(
                 grad_z, x, config.first_shift, weights[:n_branch], config.conv_params[: 8 * n_branch], branch_saved,
-                config.norm_params[: 2 * n_branch : 2], [int(each) for each in needs_grad], mark=mark,
+                config.norm_params[: 2 * n_branch : 2], [int(each) for each in needs_grad],
             )  # fmt: skip
         grads = [*grads[:-2], *z_grads]
         del grad_z, x, branch_saved

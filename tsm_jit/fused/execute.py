@@ -151,11 +151,8 @@ def _run(block: BlockLayers, following: BlockLayers | None, stream: Stream) -> S
 
 
 def _marked(x: Tensor, shift: str | None) -> Tensor:
-    """Returns the output ``x`` of a block whose first convolution reads its input with ``shift``.
-
-    In compiled code in a checkpoint, it has a mark of the clip length. In eager mode, the first shift has saved one.
-    """
-    return ops.save_clip_length_mark(x, shift) if shift is not None and is_compiling() else x
+    """Returns the output ``x`` of a block whose first convolution reads its input with ``shift``."""
+    return x if shift is None else ops.save_clip_length_mark(x, shift)
 
 
 def is_folded(block: BlockLayers) -> bool:

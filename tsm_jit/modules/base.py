@@ -34,12 +34,12 @@ class ClipModule(nn.Module):
     time_shard: TimeShard | None = None  # set by parallelize_time: the part of each clip that this process holds
     name_in_network = ""  # set by parallelize_time
     _forward_length: int | None = None  # of the last forward that could be computed again
-    _reentrant_lengths: tuple[int, ...] = ()  # of forwards in reentrant checkpoints, until one is computed again
+    _unmarked_lengths: tuple[int, ...] = ()  # of forwards that save no mark, until one is computed again
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(self) -> None:
         super().__init__()
-        self._forward_length, self._reentrant_lengths = None, ()  # a new attribute would invalidate compiled code
+        self._forward_length, self._unmarked_lengths = None, ()  # a new attribute would invalidate compiled code
 
     def split_shard(self) -> TimeShard | None:
         """Returns the part of each clip that this process holds, or None if it holds all frames."""
@@ -63,24 +63,28 @@ class ClipModule(nn.Module):
         else:
             phase = recomputation.phase
         if phase:
-            self._compare_length(length, phase)
+            needs_grad = x.requires_grad or any(each.requires_grad for each in self.parameters())
+            self._compare_length(length, phase, needs_grad)
         return length
 
-    def _compare_length(self, length: int, phase: str) -> None:
+    def _compare_length(self, length: int, phase: str, needs_grad: bool) -> None:
         """Records the clip length of a forward, or raises RuntimeError if that of a recomputation differs.
 
-        Of several forwards in reentrant checkpoints, it is unknown which is computed again.
+        Of several forwards that save no mark, it is unknown which is computed again: forwards in reentrant checkpoints,
+        and forwards without a gradient.
         """
         if phase == "recomputation":
-            lengths = {each for each in (self._forward_length, *self._reentrant_lengths) if each not in (None, length)}
-            if self._reentrant_lengths:
-                self._reentrant_lengths = ()
+            lengths = {each for each in (self._forward_length, *self._unmarked_lengths) if each not in (None, length)}
+            if self._unmarked_lengths:
+                self._unmarked_lengths = ()
             if lengths:
                 raise recomputation.changed_length(length, lengths)
             return
         self._forward_length = length
-        if phase == "reentrant forward" and length not in self._reentrant_lengths:
-            self._reentrant_lengths = (*self._reentrant_lengths, length)
+        # Hooks for saved tensors that are no checkpoint's compute nothing again.
+        saves_mark = phase == "forward" and (needs_grad or not recomputation.saves_marks)
+        if not saves_mark and length not in self._unmarked_lengths:
+            self._unmarked_lengths = (*self._unmarked_lengths, length)
 
 
 class ShiftedModule(ClipModule):

@@ -20,8 +20,6 @@ batch mean and variance if the norm uses them, and the output of the ReLU if the
   ReLU outputs. The first ReLU output is optional, as the operator can recompute it.
 - ``needs_grad``: a flag for x, then two for each layer: weight and norm.
 
-The overload ``.marked`` also takes the mark of the clip length (``ops/temporal_shift.py``) that the forward has saved.
-
 It returns the gradient of x and, for each layer, the gradients of the weight and of the norm's weight and bias. The
 gradients of the last norm come from ``norm_add_relu_backward``.
 
@@ -41,20 +39,15 @@ from torch.compiler import is_compiling
 from tsm_jit import reference
 from tsm_jit.ops.compat import direct
 from tsm_jit.ops.residual import NO_SHIFT, Norm, batch_norm_stats_, norm_add_relu
-from tsm_jit.ops.temporal_shift import check_marks
 from tsm_jit.plans import decode
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
-_BACKWARD = (
-    "Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] conv_params, Tensor[] saved, float[] epsilons, "
-    "int[] needs_grad"
-)
 for _schema in (
     "residual_block(Tensor x, str first_shift, Tensor[] weights, int[] conv_params, Tensor[] affine, "
     "Tensor(a!)[] running, float[] norm_params, Tensor identity, bool downsample, Tensor? boundary, str shift, "
     "bool shifted) -> (Tensor, Tensor, Tensor[])",
-    f"residual_block_backward({_BACKWARD}) -> Tensor[]",
-    f"residual_block_backward.marked({_BACKWARD}, Tensor mark) -> Tensor[]",
+    "residual_block_backward(Tensor grad, Tensor x, str first_shift, Tensor[] weights, int[] conv_params, "
+    "Tensor[] saved, float[] epsilons, int[] needs_grad) -> Tensor[]",
     "cast(Tensor[] tensors, ScalarType dtype) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -104,13 +97,9 @@ def block_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     return _block_in_parts(*args) if is_compiling() else _eager(_eager_forward, *args)
 
 
-def block_backward(*args: Any, mark: Tensor | None = None) -> list[Tensor]:
-    """Calls ``residual_block_backward``, with the mark of the clip length if the forward has saved it."""
-    marks = [] if mark is None else [mark]
-    if is_compiling():
-        return getattr(_ops.residual_block_backward, "marked" if marks else "default")(*args, *marks)
-    check_marks(marks, args[2])
-    return _eager(_eager_backward, *args)
+def block_backward(*args: Any) -> list[Tensor]:
+    """Calls ``residual_block_backward``."""
+    return _ops.residual_block_backward.default(*args) if is_compiling() else _eager(_eager_backward, *args)
 
 
 def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -218,16 +207,7 @@ def reference_block_backward(
     return [x.new_empty(0) if each is None else _in_channels_last(each) for each in grads]
 
 
-def _marked_block_backward(*args):
-    *args, mark = args
-    check_marks([mark], args[2])
-    grads = _ops.residual_block_backward.default(*args)
-    return [mark.new_empty(0) if each is None else each for each in grads]
-
-
-def _fake_block_backward(
-    grad, x, first_shift, weights, conv_params, saved, epsilons, needs_grad, mark=None
-) -> list[Tensor]:
+def _fake_block_backward(grad, x, first_shift, weights, conv_params, saved, epsilons, needs_grad) -> list[Tensor]:
     """Allocates the outputs of ``residual_block_backward``."""
 
     def new(like: Tensor, needed: int) -> Tensor:
@@ -251,7 +231,6 @@ def reference_cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 _library.impl(_ops.residual_block.default, reference_block, "CompositeExplicitAutograd")
 for _operator, _compute, _fake in (
     (_ops.residual_block_backward.default, reference_block_backward, _fake_block_backward),
-    (_ops.residual_block_backward.marked, _marked_block_backward, _fake_block_backward),
     (_ops.cast.default, reference_cast, reference_cast),
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")

@@ -8,7 +8,6 @@ Each operator takes a tensor and an encoded :class:`tsm_jit.plans.Shift`:
 - ``temporal_shift_(x!, shift)`` and ``temporal_shift_backward_(grad!, shift)``: in place, without autograd.
 - The overload ``.kernel`` of the first two: without autograd. A Python autograd kernel costs 3 to 8 us per call, even
   under ``no_grad``. So eager mode calls this overload from an autograd function, and compiled graphs contain it.
-- ``clip_length_mark`` returns what the function of this name returns.
 - ``check_clip_length(grad, mark, shift) -> Tensor``: :func:`check_marks` for code that is compiled in an activation
   checkpoint. It returns the gradient of the mark, so compilers keep it. It takes ``grad``, so they keep it in the
   backward.
@@ -57,7 +56,6 @@ _library = torch.library.Library("tsm_jit", "DEF")
 for _schema in (
     "temporal_shift(Tensor x, str shift) -> Tensor",
     "temporal_shift.kernel(Tensor x, str shift) -> Tensor",
-    "clip_length_mark(Tensor x, str shift) -> Tensor",
     "temporal_shift.exported(Tensor x, str shift) -> Tensor",
     "temporal_shift_(Tensor(a!) x, str shift) -> ()",
     "temporal_shift_backward(Tensor grad, str shift) -> Tensor",
@@ -478,7 +476,6 @@ def _checked(grad: Tensor, mark: Tensor, shift: str) -> Tensor:
     return torch.empty_like(mark)
 
 
-_library.impl(_schemas.clip_length_mark.default, clip_length_mark, "CompositeExplicitAutograd")
 _library.impl(_schemas.check_clip_length.default, _checked, "CompositeExplicitAutograd")
 _library.impl(_schemas.check_clip_length.default, lambda grad, mark, shift: torch.empty_like(mark), "Meta")
 
