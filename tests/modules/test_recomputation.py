@@ -1,9 +1,11 @@
 """Activation checkpointing: a recomputation has the clip length of its forward, or an error is raised."""
 
+import contextlib
 import copy
 import functools
 import gc
 import itertools
+import re
 import weakref
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 import torchvision
 from torch import nn
 from torch._dynamo import compiled_autograd
-from torch.utils.checkpoint import checkpoint
+from torch._dynamo.exc import Unsupported
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import tsm_jit
@@ -28,6 +31,21 @@ def forget_compiled_code():
     torch.compiler.reset()
     if torch.__version__ < "2.14":
         gc.collect()  # an error leaves a checkpoint whose end removes hooks, at the latest in the next test
+
+
+@contextlib.contextmanager
+def changed_length(*lengths: int, in_compiled_code: bool = False):
+    """Expects our error, which names these lengths, or that of a checkpoint that saves other tensors than before.
+
+    Args:
+        in_compiled_code: whether Dynamo may say instead that its code raises an exception, without our message.
+    """
+    with pytest.raises(RuntimeError) as caught:
+        yield
+    if isinstance(caught.value, (CheckpointError, *([Unsupported] if in_compiled_code else []))):
+        return
+    for word in ("n_segment", *map(str, lengths)):
+        assert re.search(rf"\b{word}\b", str(caught.value)), str(caught.value)
 
 
 def module(inplace: bool = False) -> nn.Module:
@@ -64,7 +82,7 @@ def test_another_clip_length_in_the_backward_is_an_error(device, name, reentrant
     net(x)  # forwards with other lengths, before and without a backward, change nothing
     with tsm_jit.n_segment(net, 4):
         y = checkpoint(net, x, use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match=r"n_segment must be the clip length of the forward .* got 8 .* 4"):
+    with changed_length(8, 4):
         y.sum().backward()
 
 
@@ -99,7 +117,7 @@ def test_two_lengths_in_one_backward_are_an_error(device, inplace, needs_grad):
         first = checkpoint(net, x, use_reentrant=False)
     second = checkpoint(net, x, use_reentrant=False)
     for n in (4, 8):
-        with tsm_jit.n_segment(net, n), pytest.raises(RuntimeError, match=r"different metadata|n_segment must be"):
+        with tsm_jit.n_segment(net, n), changed_length():
             (first + second).sum().backward(retain_graph=True)
 
 
@@ -112,7 +130,7 @@ def test_two_lengths_in_one_backward_that_nothing_compares_are_an_error(device, 
     with tsm_jit.n_segment(net, 4):
         first = unchecked()
     second = unchecked()
-    with tsm_jit.n_segment(net, n), pytest.raises(RuntimeError, match="n_segment must be .* 8" if n == 4 else ".* 4"):
+    with tsm_jit.n_segment(net, n), changed_length(8, 4):
         (first + second).sum().backward()
 
 
@@ -162,10 +180,9 @@ def test_compiled_code_in_an_eager_checkpoint(device, parts, fused, reentrant, f
         torch.testing.assert_close(gradients(net, n), gradients(plain, n), rtol=1e-8, atol=1e-8)
     with torch.compiler.set_stance("fail_on_recompile"):
         gradients(net, 8)
-    match = r"(?s)n_segment must be the clip length of the forward .* got 8 .* 4|different metadata"
     for make in (lambda: forward(net, 4), lambda: forward(net, 4) + forward(net, 8)):
         loss = make()
-        with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=match):
+        with changed_length(8, 4):
             loss.backward()
 
 
@@ -200,7 +217,7 @@ def test_compiled_code_in_nested_checkpoints(device, kinds):
         x.grad = plain.net.weight.grad = None
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
     loss4 = loss(4)
-    with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"n_segment must be|different metadata"):
+    with changed_length():
         loss4.backward()
 
 
@@ -220,7 +237,7 @@ def test_compiled_code_of_frames_without_gradients_in_an_eager_checkpoint(device
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     with tsm_jit.n_segment(net, 4):
         loss = checkpoint(net, x, use_reentrant=False).square().sum()
-    with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"(?s)n_segment must be .* got 8 .* 4"):
+    with changed_length(8, 4):
         loss.backward()
 
 
@@ -252,8 +269,7 @@ def test_two_lengths_of_a_frozen_shift_are_an_error(device, kind):
         torch.testing.assert_close(gradient(net, n), gradient(plain, n), rtol=1e-9, atol=1e-9)
     for n in (4, 8):
         both = loss(net, 4) + loss(net, 8)
-        errors = (RuntimeError, torch._dynamo.exc.Unsupported)
-        with tsm_jit.n_segment(net, n), pytest.raises(errors, match=r"n_segment must be"):
+        with tsm_jit.n_segment(net, n), changed_length():
             both.backward()
 
 
@@ -319,7 +335,7 @@ def test_compiled_code_that_saves_less_than_its_backward_reads(device, name, bud
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         for determinism, (n, last) in itertools.product(("default", "none"), ((8, 4), (4, 8))):
             both = loss(net, n, determinism) + loss(net, last, determinism)
-            with pytest.raises(RuntimeError, match=r"n_segment must be|different metadata"):
+            with changed_length():
                 gradients(net, both, last)
 
 
@@ -337,8 +353,7 @@ def test_compiled_code_with_checkpoints_of_its_own_in_an_eager_checkpoint(device
         with tsm_jit.n_segment(net, 4):
             loss = checkpoint(net, x, use_reentrant=reentrant).square().sum()
         # Of an error in a reentrant checkpoint, Dynamo only says that the code raises an exception.
-        match = r"Observed except|n_segment must be" if reentrant else "different metadata"
-        with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=match):
+        with changed_length(8, 4, in_compiled_code=True):
             loss.backward()
 
 
@@ -361,7 +376,7 @@ def test_compiled_reentrant_forwards_of_one_length_before_their_backwards(device
     first.backward()
     with (
         tsm_jit.n_segment(net, 4),
-        pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"(?s)n_segment must be .* got 4 .* 8"),
+        changed_length(4, 8),
     ):
         second.backward()
 
@@ -381,7 +396,7 @@ def test_a_fused_layer_of_one_block_in_two_checkpoints(device, sums, compiled, n
     with tsm_jit.n_segment(net, 4):
         first = checkpoint(net, x, use_reentrant=False).sum()
     second = checkpoint(net, x, use_reentrant=False).sum()
-    with pytest.raises(RuntimeError, match="different metadata"):
+    with changed_length():
         (first + second).backward()
 
 
@@ -392,7 +407,7 @@ def test_reentrant_forwards_of_two_lengths_are_an_error(device, training):
     with tsm_jit.n_segment(net, 4):
         first = checkpoint(net, x, use_reentrant=True)
     second = checkpoint(net, x, use_reentrant=True)
-    with pytest.raises(RuntimeError, match="n_segment must be"):
+    with changed_length():
         (first + second).sum().backward()
 
 
@@ -479,8 +494,9 @@ def test_a_weight_that_changed_before_the_backward_is_an_error(device, inplace):
     scores = module(torch.randn(8, 16, 6, 5, device=device, requires_grad=True))
     with torch.no_grad():
         module.net.weight.mul_(2)
-    with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
+    with pytest.raises(RuntimeError):
         scores.sum().backward()
+    assert module.net.weight.grad is None
 
 
 def test_forwards_without_backward_keep_no_tensors(device):
