@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
 
 import tsm_jit
+from tsm_jit.fused import execute
 
 
 def short_resnet() -> nn.Module:
@@ -272,9 +273,11 @@ def test_batched_gradients(device, inplace):
         torch.testing.assert_close(ours, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
 
 
-def test_batched_gradients_of_fused_networks_raise():
-    net = fused().train()
-    x = torch.randn(8, 3, 32, 32, requires_grad=True)
+@pytest.mark.parametrize("sums", [False, True], ids=["as on the CPU", "as on a GPU"])
+def test_batched_gradients_of_fused_networks_raise(sums, monkeypatch):
+    monkeypatch.setattr(execute, "has_channel_sums", lambda x: sums and x.shape[1] > 1)
+    net = fused().train().to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
     y = net(x)
     with pytest.raises(RuntimeError, match="is_grads_batched must be False"):
         torch.autograd.grad(y, x, torch.randn(2, *y.shape), is_grads_batched=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from tsm_jit.fused.autograd import distinct, for_consumers, once_differentiable
+from tsm_jit.fused.autograd import check_gradient, distinct, for_consumers, once_differentiable
 from tsm_jit.ops.residual import Norm, NormedInput, norm_add_relu_backward
 from tsm_jit.ops.residual_block import ConvParams, block_backward, block_forward, cast_all, convolve_backward
 
@@ -159,11 +159,10 @@ class _Block(Function):
         if config.first_shift:
             del relus[:1]  # the backward recomputes it
         _, needs_identity, _, _, *needs_parameters = ctx.needs_input_grad[: 4 + n_parameters]
-        # Whether a gradient flows through downsample.
-        ctx.has_downsample = config.has_downsample and (needs_identity or any(needs_parameters[-3:]))
-        if config.has_downsample and not ctx.has_downsample:
+        ctx.downsample_needs_grad = config.has_downsample and (needs_identity or any(needs_parameters[-3:]))
+        if config.has_downsample and not ctx.downsample_needs_grad:
             weights, layers = weights[:-1], layers[:-5]
-        needs_input = ctx.has_downsample and (needs_identity or needs_parameters[-3])
+        needs_input = ctx.downsample_needs_grad and (needs_identity or needs_parameters[-3])
         saved = _BlockSaved(
             x, identity if needs_input else None, out, boundary_out if config.shifted else None, weights, layers, relus
         )
@@ -175,9 +174,10 @@ class _Block(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_boundary, grad_a, grad_b=None):
+        check_gradient(grad_a)
         config = ctx.config
         n_branch = config.n_branch
-        n_layers = n_branch + ctx.has_downsample
+        n_layers = n_branch + ctx.downsample_needs_grad
         saved = _BlockSaved.of_flat(_in_channels_last(ctx.saved_tensors), n_layers)
         if not is_compiling():
             ctx.maybe_clear_saved_tensors()
@@ -190,7 +190,7 @@ class _Block(Function):
         # norm_add_relu. The tensors that only this part needs are freed after it.
         z = _normed_input(config, saved, n_branch - 1, any(needs_grad[:-1]), needs_grad[-1])
         identity = NormedInput(needs_grad=needs_identity)
-        if ctx.has_downsample:
+        if ctx.downsample_needs_grad:
             needs_conv, needs_norm = needs_identity or needs_parameters[-3], any(needs_parameters[-2:])
             identity = _normed_input(config, saved, n_branch, needs_conv, needs_norm)
         (grad_z, *z_grads), (grad_identity, *identity_grads), grad_boundary = norm_add_relu_backward(
@@ -216,7 +216,7 @@ class _Block(Function):
             )  # fmt: skip
         grads = [*grads[:-2], *z_grads]
         del grad_z, x, branch_saved
-        if ctx.has_downsample:
+        if ctx.downsample_needs_grad:
             grad_weight = None
             if grad_identity is not None:
                 params = ConvParams.of_flat(config.conv_params[-8:])
