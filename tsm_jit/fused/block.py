@@ -148,13 +148,13 @@ class _Block(Function):
         ctx.autocast = any(weight.dtype is not x.dtype for weight in weights)  # whether it casts the weights
         if ctx.autocast:
             weights = cast_all(weights, x.dtype)
-        statistics = _running_statistics(config, running)
-        if statistics and not is_compiling():  # they may change before the backward
-            statistics = cast_all(statistics, statistics[0].dtype)
         out, boundary_out, outputs = block_forward(
             x, config.first_shift, weights, config.conv_params, affine, running, config.norm_params, identity,
             config.has_downsample, boundary, config.shift, config.shifted,
         )  # fmt: skip
+        statistics = _running_statistics(config, running)
+        if statistics and not is_compiling():  # they may change before the backward
+            statistics = cast_all(statistics, statistics[0].dtype)
         layers, relus = _saved_by_layer(config, outputs, affine, statistics)
         if config.first_shift:
             del relus[:1]  # the backward recomputes it

@@ -78,7 +78,7 @@ def convolve(x: Tensor, weight: Tensor, params: ConvParams) -> Tensor:
     return F.conv2d(x, weight, None, *params)
 
 
-def _in_channels_last(x: Tensor) -> Tensor:
+def _to_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
@@ -129,7 +129,7 @@ def _block_in_parts(
     outputs, each = [], iter(running)
 
     def layer(k: int, x: Tensor) -> tuple[Tensor, Norm]:
-        z = _in_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
+        z = _to_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
         outputs.append(z)
         mean, variance = next(each), next(each)
         if conv_params[8 * k + 7]:
@@ -154,18 +154,18 @@ def reference_block(
     x, first_shift, weights, conv_params, affine, running, norm_params, identity, downsample, boundary, shift, shifted
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """``residual_block`` by the convolutions and norms of PyTorch."""
-    saved, each = [], iter(running)
+    outputs, each = [], iter(running)
 
     def layer(k: int, x: Tensor) -> tuple[Tensor, Norm]:
         mean, variance = next(each), next(each)
         epsilon, momentum = norm_params[2 * k : 2 * k + 2]
-        z = _in_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
-        saved.append(z)
+        z = _to_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
+        outputs.append(z)
         if conv_params[8 * k + 7]:
             F.batch_norm(z, mean, variance, training=True, momentum=momentum)  # updates the running statistics
             next(each).add_(1)
             variance, mean = torch.var_mean(z.to(mean.dtype), (0, 2, 3), unbiased=False)
-            saved.extend([mean, variance])
+            outputs.extend([mean, variance])
         return z, Norm(mean, variance, affine[2 * k], affine[2 * k + 1], epsilon)
 
     last = len(weights) - 1 - downsample
@@ -173,10 +173,10 @@ def reference_block(
     for k in range(last):
         z, norm = layer(k, x)
         x = F.batch_norm(z, *norm[:4], eps=norm.epsilon).relu()
-        saved.append(x)
+        outputs.append(x)
     z, norm = layer(last, x)
     identity, identity_norm = layer(last + 1, identity) if downsample else (identity, None)
-    return *norm_add_relu(z, norm, identity, identity_norm, boundary, shift, shifted), saved
+    return *norm_add_relu(z, norm, identity, identity_norm, boundary, shift, shifted), outputs
 
 
 def reference_block_backward(
@@ -204,7 +204,7 @@ def reference_block_backward(
     grads = [grad_x]
     for k in range(last + 1):
         grads += [rest[k], *(rest[last + 1 + 2 * k : last + 3 + 2 * k] if k < last else (None, None))]
-    return [x.new_empty(0) if each is None else _in_channels_last(each) for each in grads]
+    return [x.new_empty(0) if each is None else _to_channels_last(each) for each in grads]
 
 
 def _fake_block_backward(grad, x, first_shift, weights, conv_params, saved, epsilons, needs_grad) -> list[Tensor]:
