@@ -189,7 +189,8 @@ def test_pooled_networks_before_their_first_call():
 
 def small() -> tuple[nn.Module, torch.Tensor]:
     shift = tsm_jit.TemporalShift(nn.Conv2d(16, 8, 3, padding=1), 4, inplace=True)
-    return nn.Sequential(shift, nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval(), torch.randn(8, 16, 5, 7)
+    pool = tsm_jit.TemporalPool(nn.ReLU(), 4)
+    return nn.Sequential(shift, pool, nn.AdaptiveAvgPool2d(1)).eval(), torch.randn(8, 16, 5, 7)
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
@@ -220,9 +221,10 @@ def test_executorch_runs_exported_programs():
 
 
 @pytest.mark.parametrize("opset", [11, 13, 17])
-def test_onnx_by_tracing(opset):
+@pytest.mark.parametrize("pool", [False, True])
+def test_onnx_by_tracing(opset, pool):
     onnxruntime = pytest.importorskip("onnxruntime")
-    net, file = resnet(inplace=True), io.BytesIO()
+    net, file = pooled() if pool else resnet(inplace=True), io.BytesIO()
     x = torch.randn(8, 3, 32, 32)
     axes = {"x": {0: "frames"}}
     torch.onnx.export(net, (x,), file, opset_version=opset, dynamo=False, input_names=["x"], dynamic_axes=axes)

@@ -191,9 +191,11 @@ def temporal_pool(x: Tensor, n_segment: int) -> Tensor:
     halved(n_segment)
     if x.dim() != 4 or x.shape[0] % n_segment != 0:
         raise ValueError(f"n_segment must divide the frames of x [N*T, C, H, W], got {n_segment} for {list(x.shape)}")
-    clips = x.unflatten(0, (-1, n_segment)).transpose(1, 2)
-    pooled = F.max_pool3d(clips, kernel_size=(3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0))
-    return pooled.transpose(1, 2).flatten(0, 1)
+    # It pools over time and pixels, two dimensions: ExecuTorch has no pooling over three.
+    _, channels, height, width = x.shape
+    clips = x.reshape(-1, n_segment, channels, height * width).transpose(1, 2)
+    pooled = F.max_pool2d(clips, kernel_size=(3, 1), stride=(2, 1), padding=(1, 0))
+    return pooled.transpose(1, 2).reshape(-1, channels, height, width)
 
 
 def halved(n_segment: Any) -> int:
