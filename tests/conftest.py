@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         device = getattr(item, "callspec", None) and item.callspec.params.get("device")
         column = "CUDA" if device == "cuda" or "cuda" in item.fixturenames else "CPU"
+        if column == "CUDA":
+            item.add_marker("gpu")
         for mark in item.iter_markers("feature"):
             cell = mark.args[0], mark.kwargs.get("column", column)
             config.features.setdefault(cell, set()).add(mark.kwargs.get("text", "yes"))

@@ -4,6 +4,8 @@ import collections
 import copy
 import itertools
 import random
+import re
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -149,41 +151,48 @@ def compiled_and_profiled(function):
     return torch.compile(function, fullgraph=True, options={"cpp.enable_kernel_profile": True})
 
 
-def operator_calls(compiled, *inputs: Tensor, backward: bool = False) -> collections.Counter:
+def operator_calls(compiled, *inputs: Tensor, parameters: Sequence[Tensor] = ()) -> collections.Counter:
     """How often each operator is called by ``compiled(*inputs)``. Of kernels of Inductor, the sum is at "generated".
 
-    They are the events that are no operators, less those of a compiled convolution, which needs no such kernel.
+    With ``parameters``, it also computes their gradients.
     """
 
-    def count(function, *inputs) -> collections.Counter:
+    def profiled(function, *inputs) -> list:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             out = function(*inputs)
-            if backward:
-                out.sum().backward()
-        return collections.Counter({event.key: event.count for event in profile.key_averages()})
+            if parameters:
+                torch.autograd.grad(out.sum(), parameters)
+        return [each for each in profile.events() if not re.match("cu(da)?[A-Z]", each.name)]  # CUDA's interface
 
-    def others(calls: collections.Counter) -> int:
-        return sum(count for name, count in calls.items() if "::" not in name)
+    def generated(events: list) -> int:
+        """Counts events that are no operators, contain none, and are in none."""
+        containers = {event.cpu_parent.id for event in events if event.cpu_parent is not None}
+        outside = [event for event in events if event.cpu_parent is None or "::" not in event.cpu_parent.name]
+        return sum("::" not in event.name and event.id not in containers for event in outside)
 
-    calls = count(compiled, *inputs)
+    events = profiled(compiled, *inputs)
+    calls = collections.Counter(event.name for event in events)
+    parameters = ()
     convolution = nn.Conv2d(inputs[0].shape[1], 4, 3, bias=False).to(inputs[0])
     control = compiled_and_profiled(convolution.to(memory_format=torch.channels_last))
-    count(control, inputs[0])  # compiles
-    calls["generated"] = others(calls) - others(count(control, inputs[0]))
+    control(inputs[0])  # compiles
+    calls["generated"] = generated(events) - generated(profiled(control, inputs[0]))  # compilers have events, too
     return calls
 
 
-def test_inductor_trains_in_place(cuda, monkeypatch):
+@pytest.mark.slow
+def test_inductor_trains_in_place(device, monkeypatch):
     """Compiled code copies nothing that our operators write: neither norm statistics nor gradients of shifts."""
+    as_on_a_gpu(monkeypatch, device)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    net, fused, x = pair(lambda: tsm(small(layers=(2, 3, 2, 2))), cuda, dtype=torch.float32)
+    net, fused, x = pair(lambda: tsm(small(layers=(2, 3, 2, 2))), device, dtype=torch.float32)
     x = F.interpolate(x, scale_factor=3)
     compiled = compiled_and_profiled(fused)
     assert_same_gradients_to_rounding(net, compiled, x)
     for (name, ours), theirs in zip(fused.named_buffers(), net.buffers(), strict=True):
         assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name
     blocks = sum(isinstance(module, Bottleneck) for module in fused.modules())
-    calls = operator_calls(compiled, x, backward=True)
+    calls = operator_calls(compiled, x, parameters=list(fused.parameters()))
     assert 0 < calls["generated"] < 3 * blocks  # the stem and the head; a copy per norm would add 3 per block
     assert calls["tsm_jit::batch_norm_stats_"] == 3 * blocks + 4
     assert calls["tsm_jit::residual_block_backward"] == blocks  # with the adjoint of the shift, in place

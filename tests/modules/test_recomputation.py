@@ -27,6 +27,8 @@ KINDS = pytest.mark.parametrize("reentrant", [False, True])
 def forget_compiled_code():
     """PyTorch no longer compiles functions that have raised an error, or too often, in other tests either."""
     torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.init()  # compilers do so, and a checkpoint refuses to be where it happens
     yield
     torch.compiler.reset()
     if torch.__version__ < "2.14":
