@@ -152,12 +152,12 @@ def _keys_in_layout(weights: Weights, target: Layout) -> dict[str, str]:
     if weights.layout in ANY_NETWORK and target in ANY_NETWORK:
         return renamed | {key: LAYOUTS[target].backbone + weights.raw[key] for key in backbone}
     known = re.compile(architecture.checkpoint_weights or "" if architecture else "")
-    wrapped = _places(weights, TEMPORAL_PARTS)
+    wrapped = _inner_modules(weights, TEMPORAL_PARTS)
     if target not in ANY_NETWORK and not wrapped:
         if target == "tsam":
             raise ValueError("target must be a network for weights without shifts, got 'tsam', which chooses places")
         wrapped = resnet_layers_of_tsm(backbone.values())
-    non_local = _places(weights, ("block",))
+    non_local = _inner_modules(weights, ("block",))
     for key, name in backbone.items():
         # mmaction2 has other names inside of non-local blocks.
         if known.fullmatch(name) and not (target == "mmaction2" and ".nl." in name):
@@ -173,26 +173,26 @@ def _head_in_layout(weights: Weights, target: Layout, architecture: Architecture
     return architecture.head[0] if architecture else None
 
 
-def _places(weights: Weights, wrappers: tuple[str, ...]) -> set[str]:
+def _inner_modules(weights: Weights, wrappers: tuple[str, ...]) -> set[str]:
     """The plain names of modules inside a module that gives them one of the names ``wrappers``."""
-    places = set()
+    modules = set()
     for key in weights.plain:
         parts = weights.names.parts[key]
         for i, (part, left_out) in enumerate(parts):
-            if left_out and part in wrappers and (above := f"{join(parts[:i])}.").startswith(weights.prefix):
-                places.add(above[len(weights.prefix) : -1])
-    return places - {""}
+            if left_out and part in wrappers and (outer := f"{join(parts[:i])}.").startswith(weights.prefix):
+                modules.add(outer[len(weights.prefix) : -1])
+    return modules - {""}
 
 
 def _name_in_layout(name: str, layout: Layout, wrapped: set[str], non_local: set[str]) -> str:
     parts = name.split(".")
     written: list[str] = []
     for i, part in enumerate(parts):
-        above = ".".join(parts[: i + 1])
+        module = ".".join(parts[: i + 1])
         written.append(part)
-        if above in wrapped:
+        if module in wrapped:
             written.append(LAYOUTS[layout].wrapper)
-        if above in non_local and parts[i + 1] != "nl":
+        if module in non_local and parts[i + 1] != "nl":
             written.append("block")
     name = ".".join(written)
     if layout in RESNET.other_names:
@@ -204,11 +204,11 @@ def _name_in_layout(name: str, layout: Layout, wrapped: set[str], non_local: set
 
 
 def _convert_for_network(state_dict: Mapping[str, Tensor], source: Layout | None, network: nn.Module) -> Conversion:
-    there = {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
-    attempts = _attempts(state_dict, source, network, there)
+    target_state = {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
+    attempts = _attempts(state_dict, source, network, target_state)
     conversion, target = max(attempts, key=lambda attempt: len(attempt[0].state_dict))  # the first of equal ones
     buffers = dict(network.named_buffers(remove_duplicate=False))
-    needed = [key for key in there if key not in buffers and not target.plain.get(key, "").startswith(HEAD)]
+    needed = [key for key in target_state if key not in buffers and not target.plain.get(key, "").startswith(HEAD)]
     # Part of a layer is worth nothing: a network with folded norms would get weights without the biases they need.
     partly = {_layer(key) for key in needed if key not in conversion.state_dict}
     placed = sum(_layer(key) not in partly for key in needed)
@@ -216,7 +216,7 @@ def _convert_for_network(state_dict: Mapping[str, Tensor], source: Layout | None
         raise ValueError(
             f"state_dict must hold at least half of the target's {len(needed)} parameters apart from the last layer, "
             f"got {placed} in complete layers (source layout: {conversion.source!r}). Unplaced: "
-            f"{_first(conversion.unplaced, there)}. "
+            f"{_first(conversion.unplaced, target_state)}. "
             f"Missing: {_first(dict.fromkeys(conversion.missing), state_dict)}"
         )
     return conversion
@@ -227,32 +227,34 @@ def _layer(key: str) -> str:
 
 
 def _attempts(
-    state_dict: Mapping[str, Tensor], source: Layout | None, network: nn.Module, there: Mapping[str, Tensor]
+    state_dict: Mapping[str, Tensor], source: Layout | None, network: nn.Module, target_state: Mapping[str, Tensor]
 ) -> Iterator[tuple[Conversion, Weights]]:
     """The conversion of each spelling of the source's names, and the names of the target. Ends if all are placed."""
-    target_names = split_names(own_names(there))
-    for spelled in _spellings(own_names(state_dict), network, there):
+    target_names = split_names(own_names(target_state))
+    for spelled in _spellings(own_names(state_dict), network, target_state):
         names = split_names(spelled)
-        prefix, target_prefix = matching_prefixes(names, state_dict, target_names, there)
+        prefix, target_prefix = matching_prefixes(names, state_dict, target_names, target_state)
         weights = parse(names, prefix, state_dict, source)
-        target = parse(target_names, target_prefix, there, None)
+        target = parse(target_names, target_prefix, target_state, None)
         keys = _keys_in_network(weights, target)
-        result, unplaced = _place(state_dict, keys, there, weights)
-        missing = [key for key in there if key not in result]
+        result, unplaced = _place(state_dict, keys, target_state, weights)
+        missing = [key for key in target_state if key not in result]
         versions = _renamed_versions(state_dict, keys)
         yield Conversion(with_versions(result, versions), weights.layout, unplaced, missing), target
         if not unplaced:
             return
 
 
-def _spellings(names: dict[str, str], network: nn.Module, there: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+def _spellings(
+    names: dict[str, str], network: nn.Module, target_state: Mapping[str, Tensor]
+) -> Iterator[dict[str, str]]:
     """The names of the source: as they are, then with the names of children for their indices, then with dots."""
     yield names
     for path, module in network.named_modules():
-        above = f"{path}." if path else ""
-        below = [key.removeprefix(above) for key in there if key.startswith(above)]
-        if 2 * len(below) > len(there):  # the network, or what a wrapper contains
-            known = own_names(below).values()
+        prefix = f"{path}." if path else ""
+        inside = [key.removeprefix(prefix) for key in target_state if key.startswith(prefix)]
+        if 2 * len(inside) > len(target_state):  # the network, or what a wrapper contains
+            known = own_names(inside).values()
             yield from_indices(names, [name for name, _ in module.named_children()], known)
             yield with_dots(names, known)
 
@@ -263,8 +265,8 @@ def _renamed_versions(state_dict: Mapping[str, Tensor], keys: Mapping[str, str])
     if versions is None:
         return None
     renamed: dict[str, Any] = {}
-    for key, place in keys.items():
-        old, new = key.split("."), place.split(".")
+    for key, new_key in keys.items():
+        old, new = key.split("."), new_key.split(".")
         while old and new and old[-1] == new[-1]:  # the module, and modules around both
             old, new = old[:-1], new[:-1]
             version = versions.get(".".join(old))
@@ -283,39 +285,39 @@ def _keys_in_network(weights: Weights, target: Weights) -> dict[str, str]:
     outer, target_outer = weights.prefix.split("."), target.prefix.split(".")
     while outer and target_outer and outer[-1] == target_outer[-1]:
         outer, target_outer = outer[:-1], target_outer[:-1]
-    above, target_above = ("".join(f"{part}." for part in each) for each in (outer, target_outer))
+    prefix, target_prefix = ("".join(f"{part}." for part in each) for each in (outer, target_outer))
     keys = {}
     for key, name in weights.names.full.items():
         plain = weights.plain.get(key, "")
-        place = by_plain.get(plain)
+        new_key = by_plain.get(plain)
         if not plain.startswith(HEAD):  # a real submodule may be called "net": equal names come first
-            place = by_raw.get(weights.raw.get(key, ""), place)
-        if place is None and name.startswith(above):
-            place = by_full.get(target_above + name.removeprefix(above))
-        if place is not None:
-            keys[key] = place
+            new_key = by_raw.get(weights.raw.get(key, ""), new_key)
+        if new_key is None and name.startswith(prefix):
+            new_key = by_full.get(target_prefix + name.removeprefix(prefix))
+        if new_key is not None:
+            keys[key] = new_key
     return keys
 
 
 def _place(
-    state_dict: Mapping[str, Tensor], keys: Mapping[str, str], there: Mapping[str, Tensor], weights: Weights
+    state_dict: Mapping[str, Tensor], keys: Mapping[str, str], target_state: Mapping[str, Tensor], weights: Weights
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors under their new keys, and the reason for each key that is not among them."""
     result: dict[str, Tensor] = {}
     unplaced: dict[str, str] = {}
     for key, tensor in state_dict.items():
-        place = keys.get(key)
-        if place is None:
+        new_key = keys.get(key)
+        if new_key is None:
             beside = key not in weights.plain
             unplaced[key] = (
                 f"outside the prefix {weights.prefix!r} of the matched network" if beside else "not in the target"
             )
-        elif place in result:
-            unplaced[key] = f"{place} is taken by another key"
-        elif place in there and there[place].shape != tensor.shape:
-            unplaced[key] = f"shape {list(tensor.shape)}, but {place} has shape {list(there[place].shape)}"
+        elif new_key in result:
+            unplaced[key] = f"{new_key} is taken by another key"
+        elif new_key in target_state and target_state[new_key].shape != tensor.shape:
+            unplaced[key] = f"shape {list(tensor.shape)}, but {new_key} has shape {list(target_state[new_key].shape)}"
         else:
-            result[place] = tensor
+            result[new_key] = tensor
     return result, unplaced
 
 

@@ -57,28 +57,28 @@ def insert_delays(net: nn.Module, frame: FrameState) -> fx.GraphModule:
         if (value, by) not in delays:
             previous = delayed(value, by - 1, user)
             name = _free_name(net, f"delay_{len(delays)}")
-            net.add_module(name, Delay(_place(value), frame))
+            net.add_module(name, Delay(_name_of(value), frame))
             with graph.inserting_before(user):
                 delays[value, by] = graph.call_module(name, (previous,))
         return delays[value, by]
 
-    for node, start in schedule.start.items():
-        for value in [each for each in node.all_input_nodes if each in schedule.start]:
+    for node, age in schedule.age.items():
+        for value in [each for each in node.all_input_nodes if each in schedule.age]:
             if node in shifts:
                 node.args = tuple(delayed(value, by, node) for by in range(shifts[node].ahead + 1))
             else:
-                node.replace_input_with(value, delayed(value, start - schedule.start[value], node))
+                node.replace_input_with(value, delayed(value, age - schedule.age[value], node))
     for node, shift in shifts.items():
-        shift.delay = schedule.start[node]
+        shift.delay = schedule.age[node]
     frame.latency = schedule.latency
     frame.reach = max(schedule.latency + 1, *(shift.delay + shift.behind for shift in shifts.values()))
     return _GraphModule(net, graph, type(net).__name__)
 
 
 class _Schedule:
-    """When each node runs: ``start[node]`` is the age, in frames, of the frame that its output belongs to.
+    """When each node runs: ``age[node]`` is how many frames have arrived after the frame that it computes.
 
-    Nodes that do not depend on the frames are not in ``start``.
+    Nodes that do not depend on the frames are not in ``age``.
     """
 
     def __init__(self, graph: fx.Graph, shifts: dict[fx.Node, FrameShift]):
@@ -91,26 +91,27 @@ class _Schedule:
         for node in reversed(earliest):
             users = [latest[user] - _ahead(user, shifts) for user in node.users if user in earliest]
             latest[node] = min(users, default=earliest[node])
-        # A node waits if its inputs are stored anyway: the skip branch of a block runs on the input that waits for
-        # the shift. Otherwise its output waits.
-        stored: dict[fx.Node, int] = {}
+        # Either a node waits, and its inputs are stored until then, or it runs at once, and its output is stored. A
+        # shift stores its input in any case. So the skip branch of a block, which reads this input too, waits.
+        stored_by_shifts: dict[fx.Node, int] = {}  # for how many frames
         for node, shift in shifts.items():
             for value in node.all_input_nodes:
-                stored[value] = max(stored.get(value, 0), shift.ahead)
+                stored_by_shifts[value] = max(stored_by_shifts.get(value, 0), shift.ahead)
         self.latency = earliest[next(node for node in graph.nodes if node.op == "output")]
-        self.start: dict[fx.Node, int] = {}
+        self.age: dict[fx.Node, int] = {}
         for node in earliest:
             inputs = [each for each in node.all_input_nodes if each in earliest]
-            begin = max((self.start[each] for each in inputs), default=0) + _ahead(node, shifts)
-            wait = min((self.start[each] + stored.get(each, 0) for each in inputs), default=0)
-            self.start[node] = begin if node in shifts else max(begin, min(latest[node], wait))
+            begin = max((self.age[each] for each in inputs), default=0) + _ahead(node, shifts)
+            wait = min((self.age[each] + stored_by_shifts.get(each, 0) for each in inputs), default=0)
+            self.age[node] = begin if node in shifts else max(begin, min(latest[node], wait))
 
 
 def _ahead(node: fx.Node, shifts: dict[fx.Node, FrameShift]) -> int:
+    """Returns how many later frames a node reads."""
     return shifts[node].ahead if node in shifts else 0
 
 
-def _place(node: fx.Node) -> str:
+def _name_of(node: fx.Node) -> str:
     return str(node.target) if node.op in ("call_module", "get_attr") else node.name
 
 
@@ -131,12 +132,12 @@ def _check_mode(net: nn.Module) -> None:
 
 def _check_writes(schedule: _Schedule) -> None:
     """Raises ValueError if frames are written into a tensor without an age: its other consumers would not wait."""
-    for node in schedule.start:
+    for node in schedule.age:
         target = _written(node)
-        if target is not None and target not in schedule.start:
+        if target is not None and target not in schedule.age:
             raise ValueError(
                 "model must not write frames into a tensor that does not depend on frames, got "
-                f"{getattr(node.target, '__name__', node.target)} into {_place(target)!r}"
+                f"{getattr(node.target, '__name__', node.target)} into {_name_of(target)!r}"
             )
 
 

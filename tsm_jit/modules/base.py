@@ -59,7 +59,7 @@ class ClipModule(nn.Module):
         elif is_exporting():
             return length
         elif recomputation.saves_marks and x.requires_grad and not recomputation.is_nested:
-            phase = "forward"  # in the recomputation, too: what the backward reads of it tells the length
+            phase = "forward"  # of a recomputation, too, since its backward compares marks of the length
         else:
             phase = recomputation.phase
         if phase:
@@ -90,7 +90,7 @@ class ClipModule(nn.Module):
 class ShiftedModule(ClipModule):
     """A wrapper that shifts the input of its module. With ``inplace``, it stores no second activation."""
 
-    inplace: bool = False  # also of modules that were made by other code
+    inplace: bool = False  # of modules from an older version or another constructor
 
     def shifted_module(self) -> nn.Module:
         """Returns the wrapped module. Not a property: compiled code would look that up in the class on each call."""
@@ -134,7 +134,7 @@ class ShiftedModule(ClipModule):
         eager = ops.eager()
         only_reads = eager and only_reads_input(net)
         shard = self.split_shard()
-        if only_reads and shard is None and (product := _product(net, x, shift, num_prefix_tokens)) is not None:
+        if only_reads and shard is None and (product := _fused_product(net, x, shift, num_prefix_tokens)) is not None:
             return product()
         temporal_shift: Callable[[Tensor, str], Tensor]
         if shard is not None:
@@ -162,7 +162,7 @@ class ShiftedModule(ClipModule):
         return ops.save_clip_length_mark(z, shift)
 
 
-def _product(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> Callable[[], Tensor] | None:
+def _fused_product(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> Callable[[], Tensor] | None:
     """Returns what computes ``net(shifted x)`` without a shifted copy, or None if no kernel serves."""
     if type(net) is nn.Linear:
         return ops.served_linear(x, _parameter(net, "weight"), _parameter(net, "bias"), shift, num_prefix_tokens)

@@ -106,8 +106,8 @@ class Ranks:
         try:
             # The memory in use stays: CUDA graphs may have captured it. Doubling bounds their sum.
             memory = _PeerMemory(self, max(2**20, 1 << (message_bytes - 1).bit_length()))
-        except RuntimeError as refused:  # a container may forbid processes to share memory
-            error = str(refused)
+        except RuntimeError as failure:  # a container may forbid processes to share memory
+            error = str(failure)
         self._shares_memory = not any(self._gather(error))
         self._memory = memory if self._shares_memory else None
 
@@ -175,8 +175,8 @@ class _PeerMemory:
     **When may a slot be written again?** Two ranks that exchange messages also exchange signals, even if only one has a
     message. For exchange ``k`` a rank writes its message, signals, waits for the signal of the other, and reads. So the
     signal ``k`` of a rank also says that it has read the message ``k-1``: its stream runs in order, and :meth:`follow`
-    orders streams. A rank that has received signal ``k`` knows that only its message ``k`` may be unread. The next
-    message therefore needs another slot than message ``k``: two slots take turns. Gradients and recomputations are
+    orders streams. A rank that has received signal ``k`` knows that the other has read all but its message ``k``. The
+    next message therefore needs another slot than message ``k``: two slots take turns. Gradients and recomputations are
     exchanges like others. The order of the ranks' calls decides, not what the calls are.
 
     **CUDA graphs.** A replay writes the slots of the capture, whatever was written last. So graphs have two slots of

@@ -177,7 +177,7 @@ def _local_shift(shift: Shift, held: range) -> Shift:
 # --- communication ---------------------------------------------------------------------------------------------------
 
 
-PREPARED_CALLS = 4096  # the most that are kept: about 2 KB each, for 128 clip lengths of a ResNet-50
+PREPARED_CALLS = 4096  # the most that are saved: about 2 KB each, for 128 clip lengths of a ResNet-50
 
 
 def _ranks(shard: TimeShard, x: Tensor) -> Ranks:
