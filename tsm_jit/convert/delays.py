@@ -35,8 +35,8 @@ def insert_delays(net: nn.Module, frame: FrameState) -> fx.GraphModule:
     """Returns a graph of ``net`` whose joins wait for shifts that read later frames. Sets the latency of ``frame``.
 
     Raises:
-        ValueError: the modules around the shifts are in training mode, torch.fx cannot trace them, they do not call
-            each shift exactly once, or they write frames into a tensor that does not depend on frames.
+        ValueError: the modules around the shifts are in training mode, or torch.fx cannot trace them. They do not call
+            each shift exactly once. They write frames into a tensor that does not depend on frames.
     """
     _check_mode(net)
     graph = _trace(net)

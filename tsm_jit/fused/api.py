@@ -29,7 +29,8 @@ def fuse(net: nn.Module, *, fold_norms: bool = False) -> None:
 
     Double backward raises ``RuntimeError``. Under ``torch.export``, tracing and ``torch.func`` the network runs
     unfused. When training on a GPU, a block is one operator for dispatch modes such as selective checkpointing. The
-    cast of its weights is another operator. Compiled networks have separate operators for the layers.
+    cast of its weights is another operator. Compiled networks have an operator for each layer of a forward, and one for
+    the layers of a block in the backward.
 
     Args:
         net: a ResNet, ResNeXt, Wide ResNet or ResNet-D of torchvision, timm or mmaction2, converted by

@@ -1,8 +1,8 @@
 """Tells compiled code whether activation checkpointing computes, or will compute, a forward again.
 
 Compiled code holds what was true when ``torch.compile`` traced it. But before each call, its guards read again what
-the traced code has read. So reading an attribute of this module, which :func:`__getattr__` computes, gives a version of
-the code for each value, and each call runs the version for the value at that time.
+the traced code has read. So code that reads an attribute of this module, which :func:`__getattr__` computes, has a
+version for each value. A call runs the version for the value at that time.
 
 - ``saves_marks``: whether this forward is in a non-reentrant checkpoint. For each shift, its backward then reads a
   tensor that the recomputation has saved, whose shape tells the clip length.
