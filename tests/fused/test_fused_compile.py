@@ -157,7 +157,7 @@ def operator_calls(compiled, *inputs: Tensor, parameters: Sequence[Tensor] = ())
     With ``parameters``, it also computes their gradients.
     """
 
-    def profiled(function, *inputs) -> list:
+    def profiled(function, inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()) -> list:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             out = function(*inputs)
             if parameters:
@@ -170,13 +170,12 @@ def operator_calls(compiled, *inputs: Tensor, parameters: Sequence[Tensor] = ())
         outside = [event for event in events if event.cpu_parent is None or "::" not in event.cpu_parent.name]
         return sum("::" not in event.name and event.id not in containers for event in outside)
 
-    events = profiled(compiled, *inputs)
+    events = profiled(compiled, inputs, parameters)
     calls = collections.Counter(event.name for event in events)
-    parameters = ()
     convolution = nn.Conv2d(inputs[0].shape[1], 4, 3, bias=False).to(inputs[0])
     control = compiled_and_profiled(convolution.to(memory_format=torch.channels_last))
     control(inputs[0])  # compiles
-    calls["generated"] = generated(events) - generated(profiled(control, inputs[0]))  # compilers have events, too
+    calls["generated"] = generated(events) - generated(profiled(control, inputs[:1]))  # compilers have events, too
     return calls
 
 

@@ -19,7 +19,14 @@ from torch.compiler import is_compiling
 
 from tsm_jit.fused.autograd import check_gradient, distinct, for_consumers, once_differentiable
 from tsm_jit.ops.residual import Norm, NormedInput, norm_add_relu_backward
-from tsm_jit.ops.residual_block import ConvParams, block_backward, block_forward, cast_all, convolve_backward
+from tsm_jit.ops.residual_block import (
+    ConvParams,
+    block_backward,
+    block_forward,
+    cast_all,
+    convolve_backward,
+    to_channels_last,
+)
 
 
 class Layer(NamedTuple):
@@ -277,7 +284,4 @@ def _in_channels_last(saved: Sequence[Any]) -> Sequence[Any]:
     """
     if is_compiling() or saved[0].is_contiguous(memory_format=torch.channels_last):
         return saved
-    return [
-        each.contiguous(memory_format=torch.channels_last) if each is not None and each.dim() == 4 else each
-        for each in saved
-    ]
+    return [each if each is None else to_channels_last(each) for each in saved]

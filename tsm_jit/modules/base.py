@@ -63,12 +63,11 @@ class ClipModule(nn.Module):
         else:
             phase = recomputation.phase
         if phase:
-            needs_grad = x.requires_grad or any(each.requires_grad for each in self.parameters())
-            self._compare_length(length, phase, needs_grad)
+            self._compare_length(length, phase, x)
         return length
 
-    def _compare_length(self, length: int, phase: str, needs_grad: bool) -> None:
-        """Records the clip length of a forward, or raises RuntimeError if that of a recomputation differs.
+    def _compare_length(self, length: int, phase: str, x: Tensor) -> None:
+        """Records the clip length of a forward of ``x``, or raises RuntimeError if that of a recomputation differs.
 
         Of several forwards that save no mark, it is unknown which is computed again: forwards in reentrant checkpoints,
         and forwards without a gradient.
@@ -81,7 +80,8 @@ class ClipModule(nn.Module):
                 raise recomputation.changed_length(length, lengths)
             return
         self._forward_length = length
-        # Hooks for saved tensors that are no checkpoint's compute nothing again.
+        needs_grad = x.requires_grad or any(each.requires_grad for each in self.parameters())
+        # Only hooks of checkpoints compute a forward again. Others need no mark.
         saves_mark = phase == "forward" and (needs_grad or not recomputation.saves_marks)
         if not saves_mark and length not in self._unmarked_lengths:
             self._unmarked_lengths = (*self._unmarked_lengths, length)

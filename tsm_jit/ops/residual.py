@@ -127,7 +127,7 @@ def has_pixel_index(x: Tensor) -> bool:
 # --- calls of the operators ------------------------------------------------------------------------------------------
 
 
-def _caller(name: str) -> Any:
+def caller(name: str) -> Any:
     """Returns a function that calls the operator, in eager mode without the Python frame of an ``OpOverload``."""
     overload = getattr(torch.ops.tsm_jit, name).default
     eager_op = direct(overload)
@@ -138,13 +138,13 @@ def _caller(name: str) -> Any:
     return call
 
 
-norm_add_relu_ = _caller("norm_add_relu_")
-add_relu_backward = _caller("add_relu_backward")
-_norm_add_relu = _caller("norm_add_relu")
-_norm_add_relu_backward = _caller("norm_add_relu_backward")
-_norm_relu_backward = _caller("norm_relu_backward")
-norm_relu_max_pool = _caller("norm_relu_max_pool")
-batch_norm_stats_ = _caller("batch_norm_stats_")
+norm_add_relu_ = caller("norm_add_relu_")
+add_relu_backward = caller("add_relu_backward")
+_norm_add_relu = caller("norm_add_relu")
+_norm_add_relu_backward = caller("norm_add_relu_backward")
+_norm_relu_backward = caller("norm_relu_backward")
+norm_relu_max_pool = caller("norm_relu_max_pool")
+batch_norm_stats_ = caller("batch_norm_stats_")
 
 
 def norm_add_relu(

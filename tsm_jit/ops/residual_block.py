@@ -37,8 +37,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from tsm_jit import reference
-from tsm_jit.ops.compat import direct
-from tsm_jit.ops.residual import NO_SHIFT, Norm, batch_norm_stats_, norm_add_relu
+from tsm_jit.ops.residual import NO_SHIFT, Norm, batch_norm_stats_, caller, norm_add_relu
 from tsm_jit.plans import decode
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
@@ -78,7 +77,8 @@ def convolve(x: Tensor, weight: Tensor, params: ConvParams) -> Tensor:
     return F.conv2d(x, weight, None, *params)
 
 
-def _to_channels_last(x: Tensor) -> Tensor:
+def to_channels_last(x: Tensor) -> Tensor:
+    """Returns frames or weights in channels_last, and other tensors as they are."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
@@ -94,25 +94,18 @@ def convolve_backward(
 
 def block_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Calls ``residual_block``."""
-    return _block_in_parts(*args) if is_compiling() else _eager(_eager_forward, *args)
+    return _block_in_parts(*args) if is_compiling() else _translating_out_of_memory(_forward, *args)
 
 
 def block_backward(*args: Any) -> list[Tensor]:
     """Calls ``residual_block_backward``."""
-    return _ops.residual_block_backward.default(*args) if is_compiling() else _eager(_eager_backward, *args)
+    return _backward(*args) if is_compiling() else _translating_out_of_memory(_backward, *args)
 
 
-def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Calls ``cast``."""
-    return _ops.cast.default(tensors, dtype) if is_compiling() else _eager_cast(tensors, dtype)
+_forward, _backward, cast_all = caller("residual_block"), caller("residual_block_backward"), caller("cast")
 
 
-_eager_forward, _eager_backward, _eager_cast = (
-    direct(op.default) for op in (_ops.residual_block, _ops.residual_block_backward, _ops.cast)
-)
-
-
-def _eager(operator: Callable, *args: Any) -> Any:
+def _translating_out_of_memory(operator: Callable, *args: Any) -> Any:
     """Calls ``operator`` and raises OutOfMemoryError instead of the RuntimeError of PyTorch's stable C interface."""
     try:
         return operator(*args)
@@ -129,7 +122,7 @@ def _block_in_parts(
     outputs, each = [], iter(running)
 
     def layer(k: int, x: Tensor) -> tuple[Tensor, Norm]:
-        z = _to_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
+        z = to_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
         outputs.append(z)
         mean, variance = next(each), next(each)
         if conv_params[8 * k + 7]:
@@ -159,7 +152,7 @@ def reference_block(
     def layer(k: int, x: Tensor) -> tuple[Tensor, Norm]:
         mean, variance = next(each), next(each)
         epsilon, momentum = norm_params[2 * k : 2 * k + 2]
-        z = _to_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
+        z = to_channels_last(convolve(x, weights[k], ConvParams.of_flat(conv_params[8 * k :])))
         outputs.append(z)
         if conv_params[8 * k + 7]:
             F.batch_norm(z, mean, variance, training=True, momentum=momentum)  # updates the running statistics
@@ -204,7 +197,7 @@ def reference_block_backward(
     grads = [grad_x]
     for k in range(last + 1):
         grads += [rest[k], *(rest[last + 1 + 2 * k : last + 3 + 2 * k] if k < last else (None, None))]
-    return [x.new_empty(0) if each is None else _to_channels_last(each) for each in grads]
+    return [x.new_empty(0) if each is None else to_channels_last(each) for each in grads]
 
 
 def _fake_block_backward(grad, x, first_shift, weights, conv_params, saved, epsilons, needs_grad) -> list[Tensor]:
@@ -228,10 +221,10 @@ def reference_cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [each.to(dtype, copy=True) for each in tensors]
 
 
-_library.impl(_ops.residual_block.default, reference_block, "CompositeExplicitAutograd")
-for _operator, _compute, _fake in (
-    (_ops.residual_block_backward.default, reference_block_backward, _fake_block_backward),
-    (_ops.cast.default, reference_cast, reference_cast),
+for _operator, _compute in (
+    (_ops.residual_block.default, reference_block),
+    (_ops.residual_block_backward.default, reference_block_backward),
+    (_ops.cast.default, reference_cast),
 ):
     _library.impl(_operator, _compute, "CompositeExplicitAutograd")
-    _library.impl(_operator, _fake, "Meta")
+_library.impl(_ops.residual_block_backward.default, _fake_block_backward, "Meta")

@@ -128,8 +128,12 @@ def clip_length_mark(x: Tensor, shift: str) -> Tensor:
     Its shape tells the clip length. Activation checkpointing gives the backward the tensors that its recomputation has
     saved. If that has another clip length, gradients would be wrong: see :func:`check_marks`.
     """
+    return x.new_empty(_mark_shape(shift))
+
+
+def _mark_shape(shift: str) -> tuple[int, int, int]:
     decoded = decode(shift)
-    return x.new_empty((0, decoded.n_segment, decoded.n_segment_shifted))
+    return 0, decoded.n_segment, decoded.n_segment_shifted
 
 
 def clip_length_marks(x: Tensor, shift: str) -> tuple[Tensor, ...]:
@@ -137,17 +141,12 @@ def clip_length_marks(x: Tensor, shift: str) -> tuple[Tensor, ...]:
     return (clip_length_mark(x, shift),) if has_saved_tensor_hooks() else ()
 
 
-def needs_clip_length_mark() -> bool:
-    """Whether to save the mark, in eager mode and in code that is compiled. Callers are not in a function's forward."""
-    return recomputation.saves_marks if is_compiling() else has_saved_tensor_hooks()
-
-
 def check_marks(marks: Sequence[Tensor], shift: str) -> None:
     """Raises RuntimeError in a backward unless its marks are those of its forward."""
     for mark in marks:
-        plan = decode(shift)
-        if mark.shape != (0, plan.n_segment, plan.n_segment_shifted):
-            raise recomputation.changed_length(mark.shape[1], [plan.n_segment])
+        expected = _mark_shape(shift)
+        if mark.shape != expected:
+            raise recomputation.changed_length(mark.shape[1], [expected[1]])
 
 
 def _vmapped(function, info, in_dims, x: Tensor, shift: str) -> tuple[Tensor, int]:
@@ -217,13 +216,13 @@ def save_clip_length_mark(z: Any, shift: str | int) -> Any:
     compiled = is_compiling()
     if not isinstance(z, Tensor) or not z.requires_grad or not (compiled or eager()):
         return z
-    if not needs_clip_length_mark():
+    if not (recomputation.saves_marks if compiled else has_saved_tensor_hooks()):
         return z
     if not isinstance(shift, str):
         shift = Shift(shift, shift, 1, "zeros", ()).encode()
     if not compiled:
         return _SaveMark.apply(z, clip_length_mark(z, shift), shift)
-    n_segment, n_segment_shifted, *_ = decode(shift)
+    _, n_segment, n_segment_shifted = _mark_shape(shift)
     index = "" if z.device.index is None else z.device.index
     mark = getattr(recomputation, f"mark_{n_segment}_{n_segment_shifted}_{index}_{z.device.type}")
     return _SaveMark.apply(z, mark, shift)
