@@ -77,7 +77,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> residual_block(
     const Tensor z = convolution(x, weights[k], params);
     saved.push_back(z);
     const auto next = [&] {
-      if (next_running == running.end()) fail("running must have 2 or 3 tensors for each norm, got too few");
+      if (next_running == running.end()) {
+        fail("running must have 2 tensors for each norm, and 3 if it uses the statistics of the batch, got " +
+             std::to_string(running.size()) + " for " + std::to_string(layers) + " norms");
+      }
       return *next_running++;
     };
     std::vector<Tensor> norm{next(), next(), affine[2 * k], affine[2 * k + 1]};
