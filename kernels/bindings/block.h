@@ -159,8 +159,10 @@ std::vector<Tensor> residual_block_backward(const Tensor& grad, const Tensor& in
     const Operand z{saved[kSavedPerLayer * (k - 1)],        norm_of(k - 1),        epsilons[k - 1],
                     uses_batch_stats(params - kConvParams), any_needs_grad(2 * k), needs_grad[2 * k] != 0};
     const OperandGrads z_grads = norm_relu_grads(grad_x, z, true);
-    grads[3 * k - 1] = z_grads.weight;
-    grads[3 * k] = z_grads.bias;
+    if (z.norm_needs_grad) {  // kernels compute them for statistics of the batch, too
+      grads[3 * k - 1] = z_grads.weight;
+      grads[3 * k] = z_grads.bias;
+    }
     if (!z.needs_grad) break;
     grad_z = z_grads.values;
   }
