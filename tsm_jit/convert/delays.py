@@ -243,6 +243,7 @@ def _trace(net: nn.Module) -> fx.Graph:
             f"{type(error).__name__}: {error}"
         ) from error
     for node in graph.nodes:
+        node.type = None  # annotations as strings could not be pickled before PyTorch 2.13
         if node.op in ("call_module", "get_attr"):
             if not node.target.startswith("net."):  # a tensor that the forward creates
                 name = _free_name(net, node.target)
