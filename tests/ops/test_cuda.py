@@ -116,6 +116,23 @@ def test_memory(cuda):
         assert one <= peak_of(lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)) <= one + few, name
 
 
+def test_out_of_memory(cuda):
+    """PyTorch's own error, forward and backward, each time."""
+    x = torch.zeros(8, 16, 1024, 1024, device=cuda, requires_grad=True)
+    out, grad = tsm_jit.temporal_shift(x, 8), torch.ones_like(x)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(cuda).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + x.nbytes // 2) / total)
+    try:
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+                tsm_jit.temporal_shift(x, 8)
+            with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+                torch.autograd.grad(out, x, grad, retain_graph=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def test_a_failed_launch_is_an_error(cuda):
     """After a device-side assertion no launch can succeed. Then the shift raises an error."""
     code = """

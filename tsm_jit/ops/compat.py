@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -34,9 +35,40 @@ except (ImportError, AttributeError) as error:
     raise ImportError(f"tsm_jit does not support PyTorch {torch.__version__}, which lacks a private name: {error}")
 
 
-def direct(overload: Any) -> Any:
-    """Returns the C++ operator of an ``OpOverload``, whose Python frame costs a microsecond per call."""
-    return overload._op
+def direct(overload: Any) -> Callable[..., Any]:
+    """Returns the C++ operator of an ``OpOverload``, whose Python frame costs a microsecond per call.
+
+    Operators of this library cannot raise OutOfMemoryError: PyTorch's stable C interface has no such error.
+    """
+    operator = overload._op
+
+    def call(*args: Any) -> Any:
+        try:
+            return operator(*args)
+        except RuntimeError as error:
+            _raise_if_out_of_memory(str(error))
+            raise
+
+    return call
+
+
+_seen_ooms = 0  # how often GPU memory had run out at the last error without a reason
+
+
+def _raise_if_out_of_memory(message: str) -> None:
+    """Raises OutOfMemoryError if a kernel stopped for that reason. PyTorch before 2.13 gives no reason."""
+    global _seen_ooms
+    error = re.match("tsm_jit: PyTorch could not [a-z ]*(.*)", message, re.DOTALL)
+    if error is None or not torch.cuda.is_initialized():
+        return
+    if error[1]:
+        if "out of memory" in error[1]:
+            raise torch.OutOfMemoryError(message)
+        return
+    before, devices = _seen_ooms, range(torch.cuda.device_count())
+    _seen_ooms = sum(torch.cuda.memory_stats(device).get("num_ooms", 0) for device in devices)
+    if _seen_ooms > before:
+        raise torch.OutOfMemoryError(f"{message}: CUDA out of memory.")
 
 
 def direct_apply(function: type[Function]) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ gradients of the last norm come from ``norm_add_relu_backward``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,25 +94,10 @@ def convolve_backward(
 
 def block_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Calls ``residual_block``."""
-    return _block_in_parts(*args) if is_compiling() else _translating_out_of_memory(_forward, *args)
+    return _block_in_parts(*args) if is_compiling() else _forward(*args)
 
 
-def block_backward(*args: Any) -> list[Tensor]:
-    """Calls ``residual_block_backward``."""
-    return _backward(*args) if is_compiling() else _translating_out_of_memory(_backward, *args)
-
-
-_forward, _backward, cast_all = caller("residual_block"), caller("residual_block_backward"), caller("cast")
-
-
-def _translating_out_of_memory(operator: Callable, *args: Any) -> Any:
-    """Calls ``operator`` and raises OutOfMemoryError instead of the RuntimeError of PyTorch's stable C interface."""
-    try:
-        return operator(*args)
-    except RuntimeError as error:
-        if "out of memory" in str(error):
-            raise torch.OutOfMemoryError(str(error)) from error
-        raise
+_forward, block_backward, cast_all = caller("residual_block"), caller("residual_block_backward"), caller("cast")
 
 
 def _block_in_parts(
