@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import conv2d
 
 import tsm_jit
-from tsm_jit import plans
+from tsm_jit import ops, plans
 from tsm_jit.ops import shift_conv
 
 
@@ -36,9 +36,8 @@ def check(seed: int) -> None:
     if tokens:
         rows = [each.flatten(1, 2) for each in rows]
     shape = rows[0].shape if tokens else x.shape
-    product = shift_conv.Product(
-        shape, outputs, plan, plan.encode(), stride, prefix, torch.float32, torch.device("cpu"), processors=5
-    )
+    layer = ops.Layer(plan.encode(), prefix, None if tokens else ((stride, stride), (0, 0), (1, 1), 1))
+    product = shift_conv.Product(shape, outputs, layer, torch.float32, torch.device("cpu"), processors=5)
     inputs = [each if tokens else each.permute(0, 3, 1, 2) for each in rows]
     w = weight.detach().float().flatten(1)
     relu = random.random() < 0.3

@@ -81,11 +81,12 @@ class Case:
         return [z, *torch.autograd.grad(z, needed, self.dz.to(z.dtype))]
 
     def kernels_serve(self) -> bool:
-        shift = plans.Shift(self.length, self.shifted, 1, self.padding, tuple(self.groups)).canonical()
+        convolution, channel_dim = None, 2
         if self.x.dim() == 4:
-            return ops.served_conv1x1(self.x, self.weight, self.bias, shift.encode(), self.stride) is not None
-        shift = shift._replace(channel_dim=2)
-        return ops.served_linear(self.x, self.weight, self.bias, shift.encode(), self.prefix) is not None
+            convolution, channel_dim = ((self.stride, self.stride), (0, 0), (1, 1), 1), 1
+        shift = plans.Shift(self.length, self.shifted, channel_dim, self.padding, tuple(self.groups)).canonical()
+        layer = ops.Layer(shift.encode(), self.prefix, convolution)
+        return ops.shifted_layer(self.x, self.weight, self.bias, layer) is not None
 
 
 def random_groups(channels: int, unit: int, length: int) -> list[tuple[int, int]]:
@@ -289,8 +290,11 @@ def test_unusual_gradients(cuda, tokens):
     with torch.autograd.graph.save_on_cpu(pin_memory=True):
         z = case(x, weight, None)
     offloaded = torch.autograd.grad(z, [x, weight], case.dz)
-    for a, b in zip((dx, dw, *at_odd_address, *offloaded), 3 * expected, strict=True):
+    for a, b in zip((dx, dw), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+    # PyTorch's own products may sum in another order at another address or in another layout.
+    for a, b in zip((*at_odd_address, *offloaded), 2 * expected, strict=True):
+        assert error(a, b.double()) < 0.01  # rounding in bfloat16 has a relative error of 2^-9
 
 
 def test_a_frozen_weight_keeps_no_activation(cuda):

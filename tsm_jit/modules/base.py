@@ -133,9 +133,12 @@ class ShiftedModule(ClipModule):
         net = self.shifted_module()
         eager = ops.eager()
         only_reads = eager and only_reads_input(net)
+        recomputes = eager and (self.inplace if inplace is None else inplace) and torch.is_grad_enabled()
         shard = self.split_shard()
-        if only_reads and shard is None and (product := _fused_product(net, x, shift, num_prefix_tokens)) is not None:
-            return product()
+        if only_reads and shard is None:
+            z = _shifted_layer(net, x, shift, num_prefix_tokens, recomputes)
+            if z is not None:
+                return z
         temporal_shift: Callable[[Tensor, str], Tensor]
         if shard is not None:
             from tsm_jit.ops.sharded_shift import sharded_shift  # keeps `import tsm_jit` fast
@@ -150,9 +153,7 @@ class ShiftedModule(ClipModule):
         def shifted(x: Tensor) -> Tensor:
             return ops.shift_tokens(x, shift, num_prefix_tokens, temporal_shift)
 
-        if eager and (self.inplace if inplace is None else inplace) and torch.is_grad_enabled():
-            if only_reads and shard is None and (z := _recomputing(net, x, shift, num_prefix_tokens)) is not None:
-                return z
+        if recomputes:
             with ops.recomputing_shift(x, shifted) as copy:
                 z = net(copy)
         else:
@@ -162,30 +163,20 @@ class ShiftedModule(ClipModule):
         return ops.save_clip_length_mark(z, shift)
 
 
-def _fused_product(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> Callable[[], Tensor] | None:
-    """Returns what computes ``net(shifted x)`` without a shifted copy, or None if no kernel serves."""
-    if type(net) is nn.Linear:
-        return ops.served_linear(x, _parameter(net, "weight"), _parameter(net, "bias"), shift, num_prefix_tokens)
-    if num_prefix_tokens or not is_conv2d(net):
-        return None
-    conv: Any = net
-    if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.padding != (0, 0) or conv.stride not in ((1, 1), (2, 2)):
-        return None
-    return ops.served_conv1x1(x, _parameter(conv, "weight"), _parameter(conv, "bias"), shift, conv.stride[0])
+def _shifted_layer(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int, recomputes: bool) -> Tensor | None:
+    """Returns ``net(shifted x)`` as one operation, or None where a separate shift is faster or the only way.
 
-
-def _recomputing(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int) -> Tensor | None:
-    """Returns ``net(shifted x)`` as one autograd function, or None where separate ones are needed."""
+    With ``recomputes``, the backward keeps no shifted copy.
+    """
     convolution = None
-    if type(net) is not nn.Linear:
-        conv: Any = net
-        if not is_conv2d(net) or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or x.dim() != 4:
+    if isinstance(net, nn.Conv2d):
+        if net.padding_mode != "zeros" or isinstance(net.padding, str) or x.dim() != 4:
             return None
-        convolution = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    weight, bias = _parameter(net, "weight"), _parameter(net, "bias")
-    if not (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        convolution = (net.stride, net.padding, net.dilation, net.groups)
+    elif type(net) is not nn.Linear:
         return None
-    return ops.recomputing_layer(x, weight, bias, ops.Layer(shift, num_prefix_tokens, convolution))
+    layer = ops.Layer(shift, num_prefix_tokens, convolution)
+    return ops.shifted_layer(x, _parameter(net, "weight"), _parameter(net, "bias"), layer, recomputes)
 
 
 def _parameter(module: nn.Module, name: str) -> Any:

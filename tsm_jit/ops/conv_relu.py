@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsm_jit.ops.compat import eager
-from tsm_jit.ops.shift_conv import served_conv1x1
+from tsm_jit.ops.recomputing_layer import Layer
+from tsm_jit.ops.shift_conv import shifted_layer
 from tsm_jit.ops.temporal_shift import temporal_shift
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
@@ -45,11 +46,11 @@ def _compute(
     groups: int,
 ) -> Tensor:
     if shift is not None:
-        is_product = weight.shape[2:] == (1, 1) and groups == 1 and not any(padding) and stride[0] == stride[1] <= 2
-        if is_product and add is None and eager():
-            product = served_conv1x1(x, weight, bias, shift, stride[0], relu=True)
-            if product is not None:
-                return product().contiguous(memory_format=_layout(x))
+        if add is None and eager():
+            layer = Layer(shift, 0, (tuple(stride), tuple(padding), tuple(dilation), groups))
+            z = shifted_layer(x, weight, bias, layer, relu=True)
+            if z is not None:
+                return z.contiguous(memory_format=_layout(x))
         x = temporal_shift(x, shift)
     if x.is_cuda and groups == 1 and x.dtype in _FUSED_BY_CUDNN and torch.backends.cudnn.is_available():
         if add is None:

@@ -97,32 +97,50 @@ def is_plain_gradient(dz: Tensor) -> bool:
     return type(dz) is Tensor and not is_batched_gradient(dz) and eager() and not has_dispatch_modes()
 
 
-def recomputing_layer(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> Tensor | None:
-    """Returns ``layer`` of the shifted ``x`` as one autograd function, or None where separate ones are needed."""
-    x = unwrap_if_dead(x)
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    dtypes = {each.dtype for each in tensors}
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):  # "meta", for example
+def compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """Returns the dtype in which PyTorch computes a layer, or None where only PyTorch's own operators are right.
+
+    They are where a dispatch mode must see them, and for tensors without memory of their own. They also promote dtypes
+    or raise errors if the dtypes differ and autocast does not cast them.
+    """
+    if type(x) is not Tensor or type(weight) not in DENSE or has_dispatch_modes():
         return None
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    if dtypes != {dtype} and not (autocast and dtypes.issubset(AUTOCAST_DTYPES)):
-        return None  # PyTorch raises an error, or promotes
-    if x.dtype is not dtype and decode(layer.shift).needs_sum:  # separate layers add gradients in the dtype of x
+    if bias is not None and type(bias) not in DENSE:
+        return None
+    device = "cuda" if x.is_cuda else x.device.type  # which takes 3 us
+    if not x.is_cuda and not torch.amp.is_autocast_available(device):  # "meta", for example
+        return None
+    if torch.is_autocast_enabled(device):
+        dtype, dtypes = torch.get_autocast_dtype(device), AUTOCAST_DTYPES
+        plain = x.dtype in dtypes and weight.dtype in dtypes and (bias is None or bias.dtype in dtypes)
+    else:
+        dtype = x.dtype
+        plain = weight.dtype is dtype and (bias is None or bias.dtype is dtype)
+    return dtype if plain else None
+
+
+def recomputing_layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, dtype: torch.dtype
+) -> Tensor | None:
+    """Returns ``layer`` of the shifted ``x`` as one autograd function, or None where separate ones are needed.
+
+    ``dtype`` is the :func:`compute_dtype`.
+    """
+    if not (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return None
     if dtype not in SUMMABLE_DTYPES or dtype.is_complex:  # PyTorch computes several convolutions of real numbers
         return None
-    if type(x) is not Tensor or type(weight) not in DENSE or x.is_inference() or has_dispatch_modes():
-        return None
     if layer.convolution is None and not x.is_contiguous():  # PyTorch may compute batches of products instead of one
         return None
-    if x.untyped_storage().nbytes() > x.nbytes:  # the backward would keep the whole storage
+    if x.is_inference() or x.untyped_storage().nbytes() > x.nbytes:  # the backward would keep the whole storage
         return None
-    if dtypes != {dtype}:
-        x, weight, *rest = (each.to(dtype) for each in tensors)
-        bias = rest[0] if rest else None
-    bias = None if bias is None else unwrap_if_dead(bias)
+    if x.dtype is not dtype:
+        if decode(layer.shift).needs_sum:  # separate layers add gradients in the dtype of x
+            return None
+        x = x.to(dtype)
+    weight = weight if weight.dtype is dtype else weight.to(dtype)
+    if bias is not None:
+        bias = unwrap_if_dead(bias if bias.dtype is dtype else bias.to(dtype))
     return _apply(x, unwrap_if_dead(weight), bias, layer)
 
 

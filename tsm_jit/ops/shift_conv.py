@@ -9,7 +9,6 @@ tensors and the CPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,87 +21,80 @@ from tsm_jit.ops.compat import (
     current_stream_handle,
     direct_apply,
     eager,
-    has_dispatch_modes,
     unwrap_if_dead,
 )
-from tsm_jit.ops.recomputing_layer import AUTOCAST_DTYPES, DENSE, Layer, is_plain_gradient, save_inputs, saved_inputs
+from tsm_jit.ops.recomputing_layer import (
+    Layer,
+    compute_dtype,
+    is_plain_gradient,
+    recomputing_layer,
+    save_inputs,
+    saved_inputs,
+)
 from tsm_jit.ops.temporal_shift import shift_tokens, temporal_shift, temporal_shift_backward_
-from tsm_jit.plans import Shift, decode
+from tsm_jit.plans import decode
 
 
 def shift_conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int = 1) -> Tensor:
     """``conv2d(temporal_shift(x), weight, bias, stride)`` for frames ``[N*T, C, H, W]`` and a 1x1 convolution."""
-    product = served_conv1x1(x, weight, bias, shift, stride) if eager() else None
-    return product() if product is not None else F.conv2d(temporal_shift(x, shift), weight, bias, stride)
+    layer = Layer(shift, 0, ((stride, stride), (0, 0), (1, 1), 1))
+    z = shifted_layer(x, weight, bias, layer) if eager() else None
+    return F.conv2d(temporal_shift(x, shift), weight, bias, stride) if z is None else z
 
 
 def shift_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, num_prefix_tokens: int = 0) -> Tensor:
     """``linear(temporal_shift(x), weight, bias)`` for tokens ``[N*T, L, C]``. The first tokens do not move."""
-    product = served_linear(x, weight, bias, shift, num_prefix_tokens) if eager() else None
-    return product() if product is not None else F.linear(shift_tokens(x, shift, num_prefix_tokens), weight, bias)
+    z = shifted_layer(x, weight, bias, Layer(shift, num_prefix_tokens)) if eager() else None
+    return F.linear(shift_tokens(x, shift, num_prefix_tokens), weight, bias) if z is None else z
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def served_conv1x1(
-    x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int, relu: bool = False
-) -> Callable[[], Tensor] | None:
-    """In eager mode, returns what computes :func:`shift_conv1x1` without a shifted copy, or None if no kernel serves.
+def shifted_layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, recomputes: bool = False, relu: bool = False
+) -> Tensor | None:
+    """In eager mode, returns ``layer`` of the shifted ``x``, or None where a separate shift is faster or the only way.
 
-    ``relu`` applies a ReLU to the result, without gradients.
+    A product makes no shifted copy. Without a product, ``recomputes`` makes one that the backward does not keep.
+
+    Args:
+        recomputes: whether to compute the copy again in the backward, see :func:`recomputing_layer`.
+        relu: apply a ReLU to the result of a product, without gradients.
     """
-    if not x.is_cuda or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+    may_be_product = x.is_cuda and layer.convolution in _PRODUCTS
+    if not (may_be_product or recomputes):
         return None
-    return _served(x, weight, bias, shift, stride, 0, relu)
-
-
-def served_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, num_prefix_tokens: int
-) -> Callable[[], Tensor] | None:
-    """In eager mode, returns what computes :func:`shift_linear` without a shifted copy, or None if no kernel serves."""
-    if not x.is_cuda or x.dim() != 3 or not x.is_contiguous():
-        return None
-    return _served(x, weight, bias, shift, 1, num_prefix_tokens)
-
-
-def _served(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: str,
-    stride: int,
-    num_prefix_tokens: int,
-    relu: bool = False,
-) -> Callable[[], Tensor] | None:
     x = unwrap_if_dead(x)
-    autocast = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
-    dtypes = AUTOCAST_DTYPES if autocast else (dtype,)
-    channels = x.shape[1] if x.dim() == 4 else x.shape[2]
+    dtype = compute_dtype(x, weight, bias)
+    if dtype is None:
+        return None
+    if may_be_product and (product := _served(x, weight, bias, layer, dtype)) is not None:
+        return product(x if x.dtype is dtype else x.to(dtype), weight, bias, relu)
+    return recomputing_layer(x, weight, bias, layer, dtype) if recomputes else None
+
+
+def _served(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, dtype: torch.dtype) -> Product | None:
+    """Returns the product if the kernels serve these tensors, else None."""
+    is_linear = layer.convolution is None
+    if dtype not in _HALF and not (dtype is torch.float32 and _tf32_is_allowed(is_linear)):
+        return None
+    if not x.is_contiguous(memory_format=torch.contiguous_format if is_linear else torch.channels_last):
+        return None
+    product = _product(x.shape, weight.shape, layer, dtype, x.device)
+    if product is None:
+        return None
     serves = (
-        (dtype in _HALF or (dtype is torch.float32 and _tf32_is_allowed(x.dim() == 4)))
-        and x.dtype in dtypes
-        and type(x) is Tensor  # not a fake or distributed tensor
-        and _is_aligned(x)
-        and type(weight) in DENSE
-        and weight.dtype in dtypes
+        _is_aligned(x)
         and weight.device == x.device
-        and weight.shape[1] == channels
-        and weight.stride()[:2] == (channels, 1)
+        and weight.stride()[:2] == (product.k, 1)
         and _is_aligned(weight)
-        and (bias is None or _is_bias(bias, weight, dtypes))
-        and not has_dispatch_modes()
+        and (bias is None or _is_bias(bias, weight))
         and not torch.are_deterministic_algorithms_enabled()
         # The backward reads x. Of a slice it would keep the whole storage, of which a shifted copy is a part.
         and not (torch.is_grad_enabled() and weight.requires_grad and x.untyped_storage().nbytes() > x.nbytes)
     )
-    if not serves:
-        return None
-    product = _product(x.shape, weight.shape[0], shift, stride, num_prefix_tokens, dtype, x.device)
-    if product is None:
-        return None
-    return lambda: product(x if x.dtype is dtype else x.to(dtype), weight, bias, relu)
+    return product if serves else None
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -110,49 +102,46 @@ def _is_aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0
 
 
-def _is_bias(bias: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+def _is_bias(bias: Tensor, weight: Tensor) -> bool:
     return (
-        type(bias) in DENSE
-        and bias.dtype in dtypes
-        and bias.device == weight.device
-        and bias.shape == weight.shape[:1]
-        and bias.is_contiguous()
-        and _is_aligned(bias)
+        bias.device == weight.device and bias.shape == weight.shape[:1] and bias.is_contiguous() and _is_aligned(bias)
     )
 
 
 _HALF = (torch.float16, torch.bfloat16)
 
+# The Layer.convolution of layers that are products, if their kernels are 1x1.
+_PRODUCTS = (None, ((1, 1), (0, 0), (1, 1), 1), ((2, 2), (0, 0), (1, 1), 1))
 
-def _tf32_is_allowed(convolution: bool) -> bool:
+
+def _tf32_is_allowed(is_linear: bool) -> bool:
     backends: Any = torch.backends
-    return (backends.cudnn.conv if convolution else backends.cuda.matmul).fp32_precision == "tf32"
+    return (backends.cuda.matmul if is_linear else backends.cudnn.conv).fp32_precision == "tf32"
 
 
 @functools.lru_cache(maxsize=4096)
 def _product(
-    shape: torch.Size,
-    out_channels: int,
-    shift: str,
-    stride: int,
-    num_prefix_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    shape: torch.Size, weight_shape: torch.Size, layer: Layer, dtype: torch.dtype, device: torch.device
 ) -> Product | None:
-    """Returns the product for such an ``x``, or None where a separate shift is faster or the only way.
+    """Returns the product for such an ``x`` and weight, or None where a separate shift is faster or the only way.
 
     The columns must move in groups of 8, which a thread loads at once. A long sum in few tiles leaves processors idle:
     PyTorch's own product splits the sum.
     """
-    plan = decode(shift)
-    channel_dim = 1 if len(shape) == 4 else 2
-    widths = [shape[channel_dim], out_channels, *(width for width, _ in plan.plan)]
-    if plan.channel_dim != channel_dim or any(width % 8 for width in widths) or 0 in (*shape, out_channels):
+    plan = decode(layer.shift)
+    is_linear = layer.convolution is None
+    channel_dim = 2 if is_linear else 1
+    if len(shape) != (3 if is_linear else 4) or plan.channel_dim != channel_dim or 0 in shape or not plan.plan:
         return None
-    if not plan.plan or not _has_triton(device):
+    channels = shape[channel_dim]
+    if weight_shape[1:] != ((channels,) if is_linear else (channels, 1, 1)):
+        return None
+    if any(width % 8 for width in (channels, weight_shape[0], *(width for width, _ in plan.plan))):
+        return None
+    if weight_shape[0] == 0 or not _has_triton(device):
         return None
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    product = Product(shape, out_channels, plan, shift, stride, num_prefix_tokens, dtype, device, processors)
+    product = Product(shape, weight_shape[0], layer, dtype, device, processors)
     return product if not product.is_small or product.k <= 1024 else None
 
 
@@ -220,20 +209,19 @@ class Product:
         self,
         shape: torch.Size,
         out_channels: int,
-        shift: Shift,
-        encoded: str,
-        stride: int,
-        num_prefix_tokens: int,
+        layer: Layer,
         dtype: torch.dtype,
         device: torch.device,
         processors: int,
     ):
+        shift = decode(layer.shift)
         frames, self.k, self.n = shape[0], shape[shift.channel_dim], out_channels
+        stride = 1 if layer.convolution is None else layer.convolution[0][0]
         height, width = (shape[2], shape[3]) if len(shape) == 4 else (shape[1], 1)
         out_height, out_width = [(size - 1) // stride + 1 for size in (height, width)]
         positions = out_height * out_width
-        self.shift, self.encoded, self.num_prefix_tokens = shift, encoded, num_prefix_tokens
-        self.layer = Layer(encoded, num_prefix_tokens, ((stride,) * 2, (0, 0), (1, 1), 1) if len(shape) == 4 else None)
+        self.shift, self.layer = shift, layer
+        self.encoded, self.num_prefix_tokens = layer.shift, layer.num_prefix_tokens
         self.shape, self.stride, self.dtype, self.device = shape, stride, dtype, device
         if len(shape) == 4:  # in channels_last
             self.out_shape: tuple[int, ...] = (frames, out_channels, out_height, out_width)
@@ -257,7 +245,7 @@ class Product:
             plan += [ends // 8, offset]
         self.sizes = (
             *(tuple(plan), self.rows, self.n // 8, self.k // 8, height * width, shift.n_segment),
-            *(shift.n_segment_shifted, num_prefix_tokens, width, positions, out_width),
+            *(shift.n_segment_shifted, self.num_prefix_tokens, width, positions, out_width),
         )
         self.forward_kernels: dict[tuple[torch.dtype | None, bool], _Kernel] = {}
 
