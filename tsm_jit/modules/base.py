@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from tsm_jit.ops.sharded_shift import TimeShard
 
 # These modules neither change nor return their input. So they may share it with the backward, which computes it again.
-# So do modules that compute what nn.Conv2d computes: see is_conv2d.
-_READ_ONLY_MODULES = (nn.Conv1d, nn.Conv3d, nn.Linear)
+# So do other modules that compute what nn.Conv2d computes: see is_conv2d.
+_READ_ONLY_MODULES = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 
 # Subclasses of nn.Conv2d that compute the same. mmcv's also takes empty tensors, for PyTorch 1.4.
 _SAME_AS_CONV2D = ("mmcv.cnn.bricks.wrappers.Conv2d",)
@@ -170,6 +170,8 @@ def _shifted_layer(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int
     """
     convolution = None
     if isinstance(net, nn.Conv2d):
+        if not recomputes and net.kernel_size != (1, 1):  # no product
+            return None
         if net.padding_mode != "zeros" or isinstance(net.padding, str) or x.dim() != 4:
             return None
         convolution = (net.stride, net.padding, net.dilation, net.groups)

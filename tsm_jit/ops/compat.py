@@ -22,14 +22,16 @@ try:
 
     _hooks_are_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # of a tensor that a transform has left behind: its value
-    _needed: tuple = (forward_ad._current_level, torch.compiler._is_exporting_flag)
-    _needed = (torch._C._current_graph_task_id, torch._C._functorch.is_legacy_batchedtensor, Tensor._version)
-    from torch._C import _len_torch_dispatch_stack
-
+    count_dispatch_modes = torch._C._len_torch_dispatch_stack  # tracers and others that must see all operators
+    is_batched_gradient = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(..., is_grads_batched=True)
     _needed = (
+        forward_ad._current_level,
+        torch.compiler._is_exporting_flag,
+        torch._C._current_graph_task_id,
         torch._C._is_fwd_grad_enabled,
         torch._C.DispatchKey.CompositeImplicitAutograd,
         torch.ops.aten.clone.default.py_kernels,
+        Tensor._version,
     )
 except (ImportError, AttributeError) as error:
     raise ImportError(f"tsm_jit does not support PyTorch {torch.__version__}, which lacks a private name: {error}")
@@ -41,6 +43,8 @@ def direct(overload: Any) -> Callable[..., Any]:
     Operators of this library cannot raise OutOfMemoryError: PyTorch's stable C interface has no such error.
     """
     operator = overload._op
+    if overload.namespace != "tsm_jit":
+        return operator
 
     def call(*args: Any) -> Any:
         try:
@@ -105,11 +109,6 @@ def transforms_are_active() -> bool:
     return functorch_is_active() or forward_ad._current_level >= 0
 
 
-def has_dispatch_modes() -> bool:
-    """Whether a dispatch mode is active, such as a tracer or a counter of operations, which must see all operators."""
-    return _len_torch_dispatch_stack() > 0
-
-
 def is_exporting() -> bool:
     """Whether ``torch.export`` is active. PyTorch 2.11's own ``is_exporting`` is also true under ``torch.compile``."""
     return torch.compiler._is_exporting_flag
@@ -149,11 +148,6 @@ def non_reentrant_checkpoint() -> str:
     if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
         return ""
     return "recomputation" if "_recomputation_hook" in hooks[0].__qualname__ else "forward"
-
-
-def is_batched_gradient(grad: Tensor) -> bool:
-    """Whether ``grad`` is many gradients at once, from ``torch.autograd.grad(..., is_grads_batched=True)``."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def undifferentiable_view(x: Tensor) -> str | None:

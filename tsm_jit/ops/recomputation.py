@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tsm_jit.ops.compat import (
-    has_dispatch_modes,
+    count_dispatch_modes,
     has_saved_tensor_hooks,
     in_backward,
     in_reentrant_checkpoint,
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> bool | str | Tensor:
             return current_phase()
         return "forward" if non_reentrant_checkpoint() else ""
     if name.startswith("mark_"):
-        return _mark(name, has_dispatch_modes())
+        return _mark(name, count_dispatch_modes() > 0)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

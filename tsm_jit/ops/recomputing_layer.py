@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from tsm_jit.ops.compat import direct, direct_apply, eager, has_dispatch_modes, is_batched_gradient, unwrap_if_dead
+from tsm_jit.ops.compat import count_dispatch_modes, direct, direct_apply, eager, is_batched_gradient, unwrap_if_dead
 from tsm_jit.ops.temporal_shift import (
     SUMMABLE_DTYPES,
     check_marks,
@@ -94,7 +94,7 @@ def _rows(z: Tensor) -> Tensor:
 
 def is_plain_gradient(dz: Tensor) -> bool:
     """Whether ``dz`` is one gradient in memory, and no compiler, transform or dispatch mode must see all operators."""
-    return type(dz) is Tensor and not is_batched_gradient(dz) and eager() and not has_dispatch_modes()
+    return type(dz) is Tensor and not is_batched_gradient(dz) and eager() and count_dispatch_modes() == 0
 
 
 def compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
@@ -103,7 +103,7 @@ def compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype
     They are where a dispatch mode must see them, and for tensors without memory of their own. They also promote dtypes
     or raise errors if the dtypes differ and autocast does not cast them.
     """
-    if type(x) is not Tensor or type(weight) not in DENSE or has_dispatch_modes():
+    if type(x) is not Tensor or type(weight) not in DENSE or count_dispatch_modes():
         return None
     if bias is not None and type(bias) not in DENSE:
         return None
