@@ -106,11 +106,6 @@ def test_out_of_memory_raises_as_before_fusing(cuda, in_backward):
             fused.layer1(x) if out is None else out.backward()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    conv = fused.layer1[0].conv1.net
-    conv.weight = torch.nn.Parameter(conv.weight[:, 1:])
-    with pytest.raises(RuntimeError) as caught:  # another error after it keeps its type
-        fused.layer1(x[..., :9, :9])
-    assert caught.type is RuntimeError
 
 
 def test_checkpointing(device, merged):

@@ -117,7 +117,7 @@ def test_memory(cuda):
 
 
 def test_out_of_memory(cuda):
-    """PyTorch's own error, forward and backward, each time."""
+    """``torch.OutOfMemoryError`` in forward and backward, also the second time."""
     x = torch.zeros(8, 16, 1024, 1024, device=cuda, requires_grad=True)
     out, grad = tsm_jit.temporal_shift(x, 8), torch.ones_like(x)
     torch.cuda.empty_cache()

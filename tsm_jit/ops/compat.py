@@ -38,9 +38,9 @@ except (ImportError, AttributeError) as error:
 
 
 def direct(overload: Any) -> Callable[..., Any]:
-    """Returns the C++ operator of an ``OpOverload``, whose Python frame costs a microsecond per call.
+    """Returns a function that calls the C++ operator of an ``OpOverload``, whose Python frame takes a microsecond.
 
-    Operators of this library cannot raise OutOfMemoryError: PyTorch's stable C interface has no such error.
+    Kernels of this library cannot raise OutOfMemoryError, which PyTorch's stable C interface lacks. The function does.
     """
     operator = overload._op
     if overload.namespace != "tsm_jit":
@@ -56,23 +56,28 @@ def direct(overload: Any) -> Callable[..., Any]:
     return call
 
 
-_seen_ooms = 0  # how often GPU memory had run out at the last error without a reason
+_seen_ooms = 0  # failed allocations of GPU memory, counted by PyTorch, at the last error without a reason
 
 
 def _raise_if_out_of_memory(message: str) -> None:
-    """Raises OutOfMemoryError if a kernel stopped for that reason. PyTorch before 2.13 gives no reason."""
+    """Raises OutOfMemoryError if this error of a kernel means it, also where PyTorch before 2.13 gives no reason."""
     global _seen_ooms
-    error = re.match("tsm_jit: PyTorch could not [a-z ]*(.*)", message, re.DOTALL)
-    if error is None or not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():
         return
-    if error[1]:
-        if "out of memory" in error[1]:
-            raise torch.OutOfMemoryError(message)
+    if "CUDA out of memory" in message:
+        raise torch.OutOfMemoryError(message)
+    if not re.search("PyTorch could not [a-z ]*$|API call failed at", message):
+        return  # another error, or another reason
+    devices = range(torch.cuda.device_count())
+    try:
+        ooms = sum(torch.cuda.memory_stats(device).get("num_ooms", 0) for device in devices)
+    except RuntimeError:  # an allocator that counts nothing
         return
-    before, devices = _seen_ooms, range(torch.cuda.device_count())
-    _seen_ooms = sum(torch.cuda.memory_stats(device).get("num_ooms", 0) for device in devices)
-    if _seen_ooms > before:
-        raise torch.OutOfMemoryError(f"{message}: CUDA out of memory.")
+    before, _seen_ooms = _seen_ooms, ooms
+    if ooms not in (0, before):
+        raise torch.OutOfMemoryError(
+            f"{message}. PyTorch gave no reason, but allocations of GPU memory have failed: CUDA out of memory."
+        )
 
 
 def direct_apply(function: type[Function]) -> Callable[..., Any]:

@@ -128,7 +128,7 @@ def has_pixel_index(x: Tensor) -> bool:
 
 
 def caller(name: str) -> Any:
-    """Returns a function that calls the operator, in eager mode without the Python frame of an ``OpOverload``."""
+    """Returns a function that calls the operator, in eager mode by :func:`direct`."""
     overload = getattr(torch.ops.tsm_jit, name).default
     eager_op = direct(overload)
 
