@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tsm_jit.ops.sharded_shift import TimeShard
 
 # These modules neither change nor return their input. So they may share it with the backward, which computes it again.
-# So do other modules that compute what nn.Conv2d computes: see is_conv2d.
+# Subclasses that compute the same as nn.Conv2d may, too: see is_conv2d.
 _READ_ONLY_MODULES = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 
 # Subclasses of nn.Conv2d that compute the same. mmcv's also takes empty tensors, for PyTorch 1.4.
@@ -164,13 +164,13 @@ class ShiftedModule(ClipModule):
 
 
 def _shifted_layer(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int, recomputes: bool) -> Tensor | None:
-    """Returns ``net(shifted x)`` as one operation, or None where a separate shift is faster or the only way.
+    """Returns ``net(shifted x)`` as one operation, or None where a separate shift is faster or required.
 
-    With ``recomputes``, the backward keeps no shifted copy.
+    ``net`` must satisfy :func:`only_reads_input`. With ``recomputes``, no shifted copy is kept for the backward.
     """
     convolution = None
     if isinstance(net, nn.Conv2d):
-        if not recomputes and net.kernel_size != (1, 1):  # no product
+        if not recomputes and net.kernel_size != (1, 1):  # it is no product
             return None
         if net.padding_mode != "zeros" or isinstance(net.padding, str) or x.dim() != 4:
             return None

@@ -98,16 +98,15 @@ def is_plain_gradient(dz: Tensor) -> bool:
 
 
 def compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
-    """Returns the dtype in which PyTorch computes a layer, or None where only PyTorch's own operators are right.
+    """Returns the dtype in which PyTorch computes a layer, or None if the layer must run as PyTorch's own operators.
 
-    They are where a dispatch mode must see them, and for tensors without memory of their own. They also promote dtypes
-    or raise errors if the dtypes differ and autocast does not cast them.
+    It must under a dispatch mode, for subclasses of ``Tensor``, and if autocast does not cast dtypes that differ.
     """
     if type(x) is not Tensor or type(weight) not in DENSE or count_dispatch_modes():
         return None
     if bias is not None and type(bias) not in DENSE:
         return None
-    device = "cuda" if x.is_cuda else x.device.type  # which takes 3 us
+    device = "cuda" if x.is_cuda else x.device.type  # the latter takes 3 us
     if not x.is_cuda and not torch.amp.is_autocast_available(device):  # "meta", for example
         return None
     if torch.is_autocast_enabled(device):
@@ -132,7 +131,9 @@ def recomputing_layer(
         return None
     if layer.convolution is None and not x.is_contiguous():  # PyTorch may compute batches of products instead of one
         return None
-    if x.is_inference() or x.untyped_storage().nbytes() > x.nbytes:  # the backward would keep the whole storage
+    if x.untyped_storage().nbytes() > x.nbytes:  # the backward would keep the whole storage
+        return None
+    if x.is_inference():  # autograd cannot save it
         return None
     if x.dtype is not dtype:
         if decode(layer.shift).needs_sum:  # separate layers add gradients in the dtype of x

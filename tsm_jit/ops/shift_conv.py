@@ -1,9 +1,9 @@
 """A 1x1 convolution or a linear layer of shifted frames, without a shifted copy.
 
 Both are one matrix product, whose loads can read shifted rows: see :mod:`tsm_jit.ops.shift_gemm`. This module decides
-where its kernels serve, chooses their tiles, and gives the product a backward. Elsewhere the product is what it stands
-for: the shift, then PyTorch's own convolution or linear layer. So it is for compilers, exporters, ``torch.func``, fake
-tensors and the CPU.
+where its kernels serve, chooses their tiles, and gives the product a backward. Where they do not serve, a layer of
+shifted frames is the shift, then PyTorch's own convolution or linear layer: for compilers, exporters, ``torch.func``,
+fake tensors and the CPU. :func:`shifted_layer` chooses for all convolutions and linear layers.
 """
 
 from __future__ import annotations
@@ -54,13 +54,10 @@ def shift_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, num
 def shifted_layer(
     x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, recomputes: bool = False, relu: bool = False
 ) -> Tensor | None:
-    """In eager mode, returns ``layer`` of the shifted ``x``, or None where a separate shift is faster or the only way.
+    """In eager mode, returns ``layer`` of the shifted ``x``, or None where a separate shift is faster or required.
 
-    A product makes no shifted copy. Without a product, ``recomputes`` makes one that the backward does not keep.
-
-    Args:
-        recomputes: whether to compute the copy again in the backward, see :func:`recomputing_layer`.
-        relu: apply a ReLU to the result of a product, without gradients.
+    A product makes no shifted copy. If no product serves and ``recomputes`` is true, the copy is computed again in the
+    backward: see :func:`recomputing_layer`. ``relu`` applies a ReLU to a product, without gradients.
     """
     may_be_product = x.is_cuda and layer.convolution in _PRODUCTS
     if not (may_be_product or recomputes):
@@ -110,7 +107,7 @@ def _is_bias(bias: Tensor, weight: Tensor) -> bool:
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# The Layer.convolution of layers that are products, if their kernels are 1x1.
+# What Layer.convolution is for a product: None for a linear layer, or stride 1 or 2 without padding for a 1x1 kernel.
 _PRODUCTS = (None, ((1, 1), (0, 0), (1, 1), 1), ((2, 2), (0, 0), (1, 1), 1))
 
 
@@ -123,7 +120,7 @@ def _tf32_is_allowed(is_linear: bool) -> bool:
 def _product(
     shape: torch.Size, weight_shape: torch.Size, layer: Layer, dtype: torch.dtype, device: torch.device
 ) -> Product | None:
-    """Returns the product for such an ``x`` and weight, or None where a separate shift is faster or the only way.
+    """Returns the product for such an ``x`` and weight, or None where a separate shift is faster or required.
 
     The columns must move in groups of 8, which a thread loads at once. A long sum in few tiles leaves processors idle:
     PyTorch's own product splits the sum.
