@@ -30,6 +30,18 @@ DTYPES = FLOATING + OTHERS
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+@contextlib.contextmanager
+def limited_gpu_memory(device: torch.device, free_bytes: int) -> Iterator[None]:
+    """Lets PyTorch allocate only ``free_bytes`` more on ``device``."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + free_bytes) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def rotated_video(folder: Path, frames: int) -> Path:
     """Writes a video of 48x64 with a white top left corner, which asks to be turned clockwise by 90 degrees."""
     from tsm_jit import video_io

@@ -18,7 +18,7 @@ from fused_networks import (
     step,
     without_shift_and_fused,
 )
-from support import separate_shifts
+from support import limited_gpu_memory, separate_shifts
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -98,14 +98,8 @@ def test_out_of_memory_raises_as_before_fusing(cuda, in_backward):
     channels = fused.layer1[0].conv1.net.in_channels
     x = torch.zeros(4, channels, 1024, 1024, device=cuda).contiguous(memory_format=torch.channels_last)
     out = fused.layer1(x).sum() if in_backward else None
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(cuda).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + x.nbytes // 2) / total)
-    try:
-        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
-            fused.layer1(x) if out is None else out.backward()
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    with limited_gpu_memory(cuda, x.nbytes // 2), pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        fused.layer1(x) if out is None else out.backward()
 
 
 def test_checkpointing(device, merged):

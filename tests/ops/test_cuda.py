@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from support import assert_same_bits, layouts, random_values
+from support import assert_same_bits, layouts, limited_gpu_memory, random_values
 
 import tsm_jit
 from tsm_jit import reference
@@ -120,17 +120,12 @@ def test_out_of_memory(cuda):
     """``torch.OutOfMemoryError`` in forward and backward, also the second time."""
     x = torch.zeros(8, 16, 1024, 1024, device=cuda, requires_grad=True)
     out, grad = tsm_jit.temporal_shift(x, 8), torch.ones_like(x)
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(cuda).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + x.nbytes // 2) / total)
-    try:
+    with limited_gpu_memory(cuda, x.nbytes // 2):
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
                 tsm_jit.temporal_shift(x, 8)
             with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
                 torch.autograd.grad(out, x, grad, retain_graph=True)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_a_failed_launch_is_an_error(cuda):
