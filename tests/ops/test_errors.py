@@ -1,14 +1,18 @@
 """Every way to call wrongly: the exact type and message, on every device; and nothing half-written."""
 
+import random
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import assert_same_bits
 
 import tsm_jit
+from tsm_jit.ops.compat import direct
 
 FRAMES = (8, 16, 3, 3)
 PADDING = "padding must be one of 'zeros', 'keep', 'replicate', 'circular', got "
@@ -239,6 +243,44 @@ def test_float8_sums_go_through_plain_torch():
     y = tsm_jit.shift_groups(x, 4, [(1, 1)], padding="keep")
     y.backward(grad)
     assert x.grad.float().flatten().tolist() == [0, 1, 2, 12]
+
+
+def test_which_errors_of_kernels_mean_out_of_memory(monkeypatch):
+    """A stand-in for a GPU fails as kernels do on the versions of PyTorch. ``test_cuda.py`` fills a real one."""
+    no_reason = "tsm_jit: PyTorch could not make a tensor"
+    no_reason_of_pytorch = 'torch_call_dispatcher( "aten::empty_like", ...) API call failed at ops.h, line 97'
+    failed = [random.randint(2, 1000)]  # allocations, as PyTorch counts them
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_ooms": failed[0]})
+
+    def error_of(message: str) -> type[BaseException]:
+        def kernel(*_):
+            raise RuntimeError(message)
+
+        with pytest.raises(RuntimeError, match=re.escape(message)) as caught:
+            direct(SimpleNamespace(namespace="tsm_jit", _op=kernel))()
+        return caught.type
+
+    error_of(no_reason)  # the count until now is known after it
+    assert error_of(no_reason) is RuntimeError
+    for message in (no_reason, no_reason_of_pytorch):
+        failed[0] += 1
+        assert error_of("tsm_jit: grad must be of a floating point type") is RuntimeError
+        assert error_of("tsm_jit: PyTorch could not convolve: weight of size [8, 3]") is RuntimeError
+        assert error_of(message) is torch.OutOfMemoryError
+        assert error_of(message) is RuntimeError  # no other allocation has failed
+    failed[0] = 1  # the count was reset
+    assert error_of(no_reason) is torch.OutOfMemoryError
+    assert error_of(f"{no_reason}: CUDA out of memory. Tried to allocate 1 GiB") is torch.OutOfMemoryError
+    failed[0] = 0
+    assert error_of(no_reason) is RuntimeError
+
+    def without_statistics(device):
+        raise RuntimeError("this allocator counts nothing")
+
+    monkeypatch.setattr(torch.cuda, "memory_stats", without_statistics)
+    assert error_of(no_reason) is RuntimeError
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")

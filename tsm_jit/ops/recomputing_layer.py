@@ -131,9 +131,8 @@ def recomputing_layer(
         return None
     if layer.convolution is None and not x.is_contiguous():  # PyTorch may compute batches of products instead of one
         return None
-    if x.untyped_storage().nbytes() > x.nbytes:  # the backward would keep the whole storage
-        return None
-    if x.is_inference():  # autograd cannot save it
+    # Autograd cannot save a tensor of inference_mode. Of a slice the backward would keep the whole storage.
+    if x.is_inference() or x.untyped_storage().nbytes() > x.nbytes:
         return None
     if x.dtype is not dtype:
         if decode(layer.shift).needs_sum:  # separate layers add gradients in the dtype of x
