@@ -5,6 +5,9 @@
 #include <cstring>
 #include <limits>
 
+#ifdef TSM_JIT_CUDA
+#include "shift/edges.h"
+#endif
 #include "shift/temporal_shift.h"
 
 namespace tsm_jit {
@@ -310,7 +313,42 @@ void temporal_shift_backward_(const Tensor& grad, const std::string& shift) {
 
 }  // namespace tsm_jit
 
+// --- edges of split clips --------------------------------------------------------------------------------------------
+
+#ifdef TSM_JIT_CUDA
+namespace tsm_jit {
+namespace {
+
+void move_edges(const Tensor& x, void* data, bool sends, const Tensor& parts, int64_t slot_bytes,
+                int64_t milliseconds) {
+  constexpr auto kFields = static_cast<int64_t>(sizeof(EdgePart) / sizeof(int64_t));
+  if (!parts.is_cpu() || !parts.is_contiguous() || parts.scalar_type() != ScalarType::Long || parts.dim() != 2 ||
+      parts.size(1) != kFields) {
+    fail("parts must be contiguous int64 [n, " + std::to_string(kFields) + "] on the CPU");
+  }
+  const auto* rows = static_cast<const EdgePart*>(parts.const_data_ptr());
+  run_on_cuda(x, [&](void* stream) {
+    return move_edges_cuda(rows, parts.size(0), data, sends, slot_bytes, milliseconds, stream);
+  });
+}
+
+void send_edges(const Tensor& x, const Tensor& parts, int64_t slot_bytes, int64_t milliseconds) {
+  move_edges(x, const_cast<void*>(x.const_data_ptr()), true, parts, slot_bytes, milliseconds);
+}
+
+void receive_edges(const Tensor& out, const Tensor& parts, int64_t slot_bytes, int64_t milliseconds) {
+  move_edges(out, out.mutable_data_ptr(), false, parts, slot_bytes, milliseconds);
+}
+
+}  // namespace
+}  // namespace tsm_jit
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CPU, m) { tsm_jit::register_operators(m); }
 #ifdef TSM_JIT_CUDA
-STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CUDA, m) { tsm_jit::register_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(tsm_jit, CUDA, m) {
+  tsm_jit::register_operators(m);
+  m.impl("send_edges", TORCH_BOX(&tsm_jit::send_edges));
+  m.impl("receive_edges", TORCH_BOX(&tsm_jit::receive_edges));
+}
 #endif

@@ -1,8 +1,11 @@
 // Temporal shift on CUDA, host side: chooses the width of a Vec, the kernel, the block and the grid.
+//
+// edges.cuh is included here because a separate translation unit would add 2 s to the first import.
 #include <algorithm>
 #include <cstdlib>
 
 #include "core/launch.h"
+#include "shift/edges.cuh"
 #include "shift/temporal_shift.cuh"
 
 namespace tsm_jit {

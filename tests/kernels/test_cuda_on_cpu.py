@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CPU_SOURCES = {
     "temporal_shift": ["shift/temporal_shift.cpp"],
+    "edges": ["shift/temporal_shift.cpp"],
     "residual": [f"residual/{name}.cpp" for name in ("add_relu_backward", "norm_add_relu", "norm_relu_max_pool")],
 }
 
@@ -45,6 +46,12 @@ def compare(folder: Path, name: str, cuda_source: str, cases: int, **constants: 
 def test_the_shift_kernels_agree(tmp_path, max_bytes, max_grid):
     source = "shift/temporal_shift.cu"
     compare(tmp_path, "temporal_shift", source, 800, kMaxBytes=max_bytes, kMaxGrid=max_grid)
+
+
+# The second case needs several launches.
+@pytest.mark.parametrize(("parts", "blocks"), [(16, 32), (2, 3)])
+def test_edges_arrive(tmp_path, parts, blocks):
+    compare(tmp_path, "edges", "shift/temporal_shift.cu", 150, kMaxEdgeParts=parts, kMaxEdgeBlocks=blocks)
 
 
 def test_the_residual_kernels_agree(tmp_path):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import tsm_jit
 from time_parallel.cases import MESHES, average, case, close, compare, loss_of, model_of, new_clips, resnet, share
 from tsm_jit.distributed import parallelize_time, shard_frames
-from tsm_jit.ops import sharded_shift
+from tsm_jit.ops import exchange
 from tsm_jit.ops.exchange import ranks_of
 
 
@@ -31,10 +31,10 @@ def networks(mesh, kind, inplace):
 @case((2,), on=("gloo",))
 def bounded_memory(mesh):
     """Networks are exact if the ranks prepare more exchanges than they keep."""
-    before, sharded_shift.PREPARED_CALLS = sharded_shift.PREPARED_CALLS, 3
+    before, exchange.CALLS = exchange.CALLS, 3
     compare(model_of(), mesh, new_clips(5))  # no other test has so many
     assert len(ranks_of(mesh.get_group().group_name, torch.device("cpu")).prepared) <= 3
-    sharded_shift.PREPARED_CALLS = before
+    exchange.CALLS = before
 
 
 class Checkpointed(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 from tsm_jit._jit.architectures import capabilities
 
 # NVRTC has no standard headers; kernels/core/nvrtc_std.h stands for each of them.
-_HEADERS = [b"algorithm", b"cstdint", b"cstdlib", b"cstring", b"type_traits"]
+_HEADERS = [b"algorithm", b"cstdint", b"cstdio", b"cstdlib", b"cstring", b"type_traits"]
 
 
 def version() -> str:

@@ -123,7 +123,8 @@ class ShiftedModule(ClipModule):
                 f"n_segment={length}, got the shape {list(x.shape)}",
                 x,
             )
-        return x.new_empty([*x.shape[:dim], x.shape[dim] // held * length, *x.shape[dim + 1 :]], device="meta")
+        like = _without_data if ops.eager() else _without_data.__wrapped__
+        return like((*x.shape[:dim], x.shape[dim] // held * length, *x.shape[dim + 1 :]), x.dtype)
 
     def call_shifted(self, x: Tensor, shift: str, num_prefix_tokens: int = 0, *, inplace: bool | None = None) -> Tensor:
         """Calls the wrapped module with the shifted ``x``, which is never written.
@@ -141,12 +142,13 @@ class ShiftedModule(ClipModule):
                 return z
         temporal_shift: Callable[[Tensor, str], Tensor]
         if shard is not None:
-            from tsm_jit.ops.sharded_shift import sharded_shift  # keeps `import tsm_jit` fast
+            from tsm_jit.ops import sharded_shift as split  # keeps `import tsm_jit` fast
 
             if eager:
-                shard = shard._replace(layer=self.name_in_network)
+                shard = split.in_layer(shard, self.name_in_network)
             # A recomputation in the backward takes the edges that have arrived in the forward.
-            temporal_shift = functools.partial(sharded_shift, shard=shard, transfers=[])
+            edges = split.Edges() if recomputes else None
+            temporal_shift = functools.partial(split.sharded_shift, shard=shard, edges=edges)
         else:
             temporal_shift = ops.temporal_shift_for_single_consumer if only_reads else ops.temporal_shift
 
@@ -161,6 +163,11 @@ class ShiftedModule(ClipModule):
         if x.requires_grad and (eager or shard is None):  # the shift has saved a mark
             return z
         return ops.save_clip_length_mark(z, shift)
+
+
+@functools.lru_cache(maxsize=4096)
+def _without_data(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _shifted_layer(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int, recomputes: bool) -> Tensor | None:

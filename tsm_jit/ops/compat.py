@@ -205,6 +205,11 @@ def current_stream_handle(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether an operator such as ``"tsm_jit::send_edges"`` has a kernel for a dispatch key such as ``"CUDA"``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
 def symmetric_memory() -> Any:
     """Returns the module for GPU memory that the processes of a group share."""
     import torch.distributed._symmetric_memory as module  # not in every build of PyTorch

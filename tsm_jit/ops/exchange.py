@@ -3,8 +3,8 @@
 - :func:`ranks_of` returns the :class:`Ranks` of a group. Their :meth:`Ranks.compare` compares the calls of all ranks.
 - :meth:`Ranks.courier` returns an object that carries messages of one shape. There are two kinds:
 
-  - :class:`_PeerMemory`, if each GPU reaches the memory of all others with atomic operations, as over NVLink. A rank
-    writes into memory of the receiver and signals. A message takes four small kernels of the two ranks.
+  - :class:`_Mailboxes`, if each GPU reaches the memory of all others with atomic operations, as over NVLink. One kernel
+    writes into memory of the receivers and signals. Another one waits and reads.
   - :class:`_Collective`, otherwise: one ``all_to_all_single`` of NCCL or gloo.
 
 On a GPU the host waits for the device only when :meth:`Ranks.compare` sees a call for the first time.
@@ -19,23 +19,55 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tsm_jit.ops.compat import collectives, current_stream_handle, process_group, symmetric_memory, time_out
+from tsm_jit.ops.compat import (
+    collectives,
+    current_stream_handle,
+    direct,
+    has_kernel,
+    process_group,
+    symmetric_memory,
+    time_out,
+)
 
 Strided = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset, the arguments of as_strided
+
+
+CALLS = 4096  # the most that a rank remembers: about 2 KB each, for 128 clip lengths of a ResNet-50
+
+
+class Places:
+    """Where the parts of all messages lie in tensors of one size and layout."""
+
+    def __init__(self, parts: Sequence[Strided]):
+        self.parts = parts
+        self.table: Tensor | None = None  # for the kernel of _Mailboxes
+
+    def views(self, x: Tensor) -> list[Tensor]:
+        begin = x.storage_offset()
+        return [x.as_strided(size, stride, begin + offset) for size, stride, offset in self.parts]
 
 
 class Messages(NamedTuple):
     """The messages to and from each rank. A message consists of parts, which lie one after another."""
 
     dtype: torch.dtype
+    dim: int  # of each part
     sent: tuple[tuple[Strided, ...], ...]
     received: tuple[tuple[Strided, ...], ...]
+
+
+def one_after_another(messages: Sequence[tuple[Strided, ...]]) -> tuple[Places, int]:
+    """Returns the places of the parts in a tensor that holds all messages, and the number of its elements."""
+    parts, begin = [], 0
+    for message in messages:
+        parts += [(size, stride, begin + offset) for size, stride, offset in message]
+        begin += _numel(message)
+    return Places(parts), begin
 
 
 def _numel(message: tuple[Strided, ...]) -> int:
@@ -54,7 +86,7 @@ class Ranks:
         self.rank, self.size = group.rank(), group.size()
         self.prepared: dict[Any, Any] = {}  # by callers, for each call
         self._memory_of_calls: dict[str, _PeerMemory | None] = {}
-        self._memory: _PeerMemory | None = None
+        self._memories: list[_PeerMemory] = []  # the last one is in use; CUDA graphs may have captured the others
         self._shares_memory: bool | None = None  # unknown before the first message
 
     def compare(self, call: str, layer: str = "", message_bytes: int = 0) -> None:
@@ -87,29 +119,41 @@ class Ranks:
             )
         if not is_cpu and message_bytes > 0:
             self._reserve(message_bytes)
-        self._memory_of_calls[call] = self._memory if message_bytes > 0 else None
+        if len(self._memory_of_calls) >= CALLS:  # on all ranks at once, since they have seen the same calls
+            self._memory_of_calls.clear()
+            self.prepared.clear()
+        uses_memory = self._shares_memory and message_bytes > 0
+        self._memory_of_calls[call] = self._memories[-1] if uses_memory else None
+
+    def remember(self, key: Any, prepared: Any) -> None:
+        if len(self.prepared) >= CALLS:
+            self.prepared.clear()
+        self.prepared[key] = prepared
 
     def courier(self, call: str, messages: Messages) -> _Mailboxes | _Collective:
         """Returns what carries the ``messages`` of a call that :meth:`compare` has seen."""
         # The memory in use when the call was new: all ranks find the same one, even if it has grown since.
         memory = self._memory_of_calls[call]
-        return _Collective(self, messages) if memory is None else _Mailboxes(memory, messages)
+        if memory is None or messages.dim >= _DIMS:
+            return _Collective(self, messages)
+        return _Mailboxes(memory, messages)
 
     def _reserve(self, message_bytes: int) -> None:
         """Makes sure that the ranks share enough memory, if they can. All ranks call it."""
         if self._shares_memory is None:
             devices = self._gather(str(torch.cuda.get_device_properties(self.device).uuid))
             self._shares_memory = all(self._gather(_reaches_all(self.device, devices)))
-        if not self._shares_memory or (self._memory is not None and self._memory.capacity >= message_bytes):
+        if not self._shares_memory or (self._memories and self._memories[-1].capacity >= message_bytes):
             return
         memory = error = None
         try:
-            # The memory in use stays: CUDA graphs may have captured it. Doubling bounds their sum.
+            # Doubling bounds the sum of all memories.
             memory = _PeerMemory(self, max(2**20, 1 << (message_bytes - 1).bit_length()))
         except RuntimeError as failure:  # a container may forbid processes to share memory
             error = str(failure)
         self._shares_memory = not any(self._gather(error))
-        self._memory = memory if self._shares_memory else None
+        if self._shares_memory and memory is not None:
+            self._memories.append(memory)
 
     def _gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
@@ -139,162 +183,160 @@ class _Collective:
         self._group, self._device, self._dtype = ranks.name, ranks.device, messages.dtype
         size = torch.empty(0, dtype=messages.dtype).element_size()
         self._sizes = [[size * _numel(each) for each in part] for part in (messages.received, messages.sent)]
-        self._sent, self._numel = self._in_one_buffer(messages.sent)
-        self._received, _ = self._in_one_buffer(messages.received)
+        self._sent, self._numel = one_after_another(messages.sent)
+        self._received, _ = one_after_another(messages.received)
 
-    @staticmethod
-    def _in_one_buffer(messages: tuple[tuple[Strided, ...], ...]) -> tuple[list[Strided], int]:
-        parts, begin = [], 0
-        for message in messages:
-            parts += [(size, stride, begin + offset) for size, stride, offset in message]
-            begin += _numel(message)
-        return parts, begin
-
-    def start(self, values: Sequence[Tensor]) -> Tensor:
-        """Sends ``values``, the parts of all messages. Returns what :meth:`finish` takes."""
+    def start(self, x: Tensor, places: Places) -> Tensor:
+        """Sends the parts of ``x`` at these places. Returns what :meth:`finish` takes."""
         buffer = torch.empty(self._numel, dtype=self._dtype, device=self._device)
-        for value, part in zip(values, self._sent, strict=True):
-            buffer.as_strided(*part).copy_(value)
+        for part, value in zip(self._sent.views(buffer), places.views(x), strict=True):
+            part.copy_(value)
         # Not every backend transfers every dtype.
         return collectives().all_to_all_single(buffer.view(torch.uint8), *self._sizes, self._group)
 
-    def finish(self, pending: Tensor, keep: bool) -> list[Tensor]:
-        """Waits, and returns the parts of the messages that arrived."""
+    def finish(self, pending: Tensor, out: Tensor, places: Places) -> None:
+        """Waits, and writes the parts that arrived to these places of ``out``."""
         arrived = collectives().wait_tensor(pending).view(self._dtype)
-        return [arrived.as_strided(*part) for part in self._received]
+        for target, part in zip(places.views(out), self._received.views(arrived), strict=True):
+            target.copy_(part)
+
+    def abandon(self, pending: Tensor) -> None:
+        """Waits, after an error between :meth:`start` and :meth:`finish`."""
+        collectives().wait_tensor(pending)
 
 
 # --- through the memory of the receiver ------------------------------------------------------------------------------
 
-_SLOTS = 4  # two for eager calls and two for CUDA graphs
+_SLOTS = 2
+_SIGNAL_BYTES = 16
+_COUNTERS = 4  # int32 for each rank: messages and blocks of the kernel, of both directions
+_DIMS = 8  # kEdgeDims of kernels/shift/edges.h: the dimensions of a part, and its run of bytes
+
+_library = torch.library.Library("tsm_jit", "FRAGMENT")
+_library.define("send_edges(Tensor x, Tensor parts, int slot_bytes, int milliseconds) -> ()")
+_library.define("receive_edges(Tensor(a!) out, Tensor parts, int slot_bytes, int milliseconds) -> ()")
+_send = direct(torch.ops.tsm_jit.send_edges.default)
+_receive = direct(torch.ops.tsm_jit.receive_edges.default)
 
 
 class _PeerMemory:
-    """Memory of each GPU into which the other ranks of a group write: a mailbox with four slots for each sender.
+    """Memory of each GPU into which the other ranks of a group write: a mailbox with two slots for each sender.
 
     **When may a slot be written again?** Two ranks that exchange messages also exchange signals, even if only one has a
-    message. For exchange ``k`` a rank writes its message, signals, waits for the signal of the other, and reads. So the
-    signal ``k`` of a rank also says that it has read the message ``k-1``: its stream runs in order, and :meth:`follow`
-    orders streams. A rank that has received signal ``k`` knows that the other has read all but its message ``k``. The
-    next message therefore needs another slot than message ``k``: two slots take turns. Gradients and recomputations are
-    exchanges like others. The order of the ranks' calls decides, not what the calls are.
+    message. For exchange ``k`` a rank writes its message, signals ``k``, waits for the signal ``k`` of the other, and
+    reads. So the signal ``k`` of a rank also says that it has read the message ``k-1``: its stream runs in order, and
+    :meth:`follow` orders streams. A rank that has received signal ``k`` knows that the other has read all but its
+    message ``k``. The next message therefore needs another slot than message ``k``: two slots take turns. Gradients and
+    recomputations are exchanges like others. The order of the ranks' calls decides, not what the calls are.
 
-    **CUDA graphs.** A replay writes the slots of the capture, whatever was written last. So graphs have two slots of
-    their own: after an eager call, and before one, the slot is another. Between graphs it may not be: the last message
-    of a replay and the first of the next may have the same slot. The first exchange of a pair in each graph therefore
-    begins with a signal in both directions, without a message. After it all earlier messages are read.
+    **CUDA graphs.** The kernels count the messages in memory of the GPU. So a replay takes the next slot, whatever was
+    sent since the capture.
 
-    **Signals.** A signal sets a word to 1 after it was 0, and waiting sets it to 0 after it was 1. So signals are
-    neither lost nor overtaken. An exchange that started always ends, also after an exception, else the next one would
-    take its signal. If a signal does not come within the time-out of the group, the kernel stops with an error: the
-    caller's next operation raises it, and no result of the kernel is used.
+    An exchange that started always ends, also after an exception, else a rank would lose count. If a signal does not
+    come within the time-out of the group, the kernel stops with an error: the caller's next operation raises it, and
+    no result of the kernel is used.
     """
 
     def __init__(self, ranks: Ranks, capacity: int):
         self.device, self.rank, self.capacity = ranks.device, ranks.rank, capacity
-        self._milliseconds = int(time_out(process_group(ranks.name), ranks.device).total_seconds() * 1000)
+        self.milliseconds = int(time_out(process_group(ranks.name), ranks.device).total_seconds() * 1000)
+        self._signals = ranks.size * _SLOTS * capacity  # where they begin, one for each sender
         shared = symmetric_memory()
         with torch.inference_mode(False), torch.cuda.device(self.device), _without_multicast():
-            own = shared.empty(ranks.size * _SLOTS * capacity, dtype=torch.uint8, device=self.device)
+            own = shared.empty(self._signals + ranks.size * _SIGNAL_BYTES, dtype=torch.uint8, device=self.device)
+            own[self._signals :].zero_()
+            self.counters = torch.zeros(ranks.size, _COUNTERS, dtype=torch.int32, device=self.device)
+            torch.cuda.current_stream().synchronize()  # before the others can signal
             self._handle = shared.rendezvous(own, ranks.name)
             self._buffers = [
                 own if rank == ranks.rank else self._handle.get_remote_tensor(rank, own.shape, own.dtype)
                 for rank in range(ranks.size)
             ]
-        self.side = torch.cuda.Stream(self.device, priority=-1)
-        self._turns = [[0] * ranks.size, [0] * ranks.size]  # of eager calls and of CUDA graphs, with each rank
-        self._captures = [0] * ranks.size  # the last capture of an exchange with each rank
-        self._streams: dict[int, torch.cuda.Stream] = {}  # the last one of eager calls, and of each capture
+        self._stream: torch.cuda.Stream | None = None  # of the last exchange
+        self._stream_handle = -1
 
-    def slots(self, receiver: int, sender: int) -> list[Tensor]:
-        """The mailbox of ``receiver`` for messages of ``sender``."""
-        box = self._buffers[receiver].narrow(0, sender * _SLOTS * self.capacity, _SLOTS * self.capacity)
-        return list(box.split(self.capacity))
+    def addresses(self, peer: int, sends: bool) -> tuple[int, int, int]:
+        """The addresses of the mailbox, the signal and the counter for messages to or from ``peer``."""
+        receiver, sender = (peer, self.rank) if sends else (self.rank, peer)
+        buffer = self._buffers[receiver].data_ptr()
+        counter = self.counters[peer].data_ptr() + (0 if sends else self.counters.element_size() * _COUNTERS // 2)
+        return buffer + sender * _SLOTS * self.capacity, buffer + self._signals + sender * _SIGNAL_BYTES, counter
 
-    def follow(self, capture: int) -> None:
+    def follow(self) -> None:
         """Lets the current stream wait for the last exchange, if that ran on another stream."""
-        last = self._streams.get(capture)
-        if last is None or last.cuda_stream != current_stream_handle(self.device):
-            stream = torch.cuda.current_stream(self.device)
-            if last is not None:
-                stream.wait_stream(last)
-            self._streams[capture] = stream
+        handle = current_stream_handle(self.device)
+        if handle == self._stream_handle:
+            return
+        stream, last = torch.cuda.current_stream(self.device), self._stream
+        # A stream outside of a capture cannot be waited for within, and a replay follows what its stream follows.
+        if last is not None and _is_capturing(last) == _is_capturing(stream):
+            stream.wait_stream(last)
+        self._stream, self._stream_handle = stream, handle
 
-    def take_turns(self, peers: Sequence[int], capture: int) -> list[int]:
-        """Returns the slot of the next message, for each peer. ``capture`` is 0 outside of CUDA graphs."""
-        if capture:
-            new = [peer for peer in peers if self._captures[peer] != capture]
-            self.signal(new)
-            self.wait(new)
-            for peer in new:
-                self._captures[peer] = capture
-        turns = self._turns[capture != 0]
-        for peer in peers:
-            turns[peer] ^= 1
-        return [turns[peer] + (2 if capture else 0) for peer in peers]
 
-    def signal(self, peers: Sequence[int]) -> None:
-        for peer in peers:
-            self._handle.put_signal(peer, 0, self._milliseconds)
-
-    def wait(self, peers: Sequence[int]) -> None:
-        for peer in peers:
-            self._handle.wait_signal(peer, 0, self._milliseconds)
+def _is_capturing(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class _Mailboxes:
     """Carries messages of one shape through the memory of the receiver."""
 
     def __init__(self, memory: _PeerMemory, messages: Messages):
-        self._memory = memory
+        self._memory, self._messages = memory, messages
         ranks = range(len(messages.sent))
         self._peers = [peer for peer in ranks if messages.sent[peer] or messages.received[peer]]
-        with torch.inference_mode(False):
-            self._sent = [
-                [_parts(slot, messages.dtype, messages.sent[peer]) for slot in memory.slots(peer, memory.rank)]
-                for peer in self._peers
-            ]
-            self._received = [
-                [_parts(slot, messages.dtype, messages.received[peer]) for slot in memory.slots(memory.rank, peer)]
-                for peer in self._peers
-            ]
+        self._element_size = torch.empty(0, dtype=messages.dtype).element_size()
+        self._nothing = self._table([[] for _ in self._peers], sends=False)
 
-    def start(self, values: Sequence[Tensor]) -> tuple[list[int], bool]:
-        """Sends ``values``, the parts of all messages. Returns what :meth:`finish` takes."""
-        memory = self._memory
-        capture = _capture(memory.device)
-        memory.follow(capture)
-        if not capture:
-            return self._send(values, capture), False
-        # Branches of a graph cost the host nothing, so the whole exchange runs in parallel with the work of the caller.
-        memory.side.wait_stream(torch.cuda.current_stream(memory.device))
-        with torch.cuda.stream(memory.side):
-            slots = self._send(values, capture)
-            memory.wait(self._peers)
-        return slots, True
+    def start(self, x: Tensor, places: Places) -> None:
+        """Sends the parts of ``x`` at these places."""
+        if places.table is None:
+            places.table = self._table(self._boxes(self._messages.sent, places), sends=True)
+        self._memory.follow()
+        _send(x, places.table, self._memory.capacity, self._memory.milliseconds)
 
-    def _send(self, values: Sequence[Tensor], capture: int) -> list[int]:
-        slots = self._memory.take_turns(self._peers, capture)
-        targets = chain.from_iterable([parts[slot] for parts, slot in zip(self._sent, slots, strict=True)])
-        for value, target in zip(values, targets, strict=True):
-            target.copy_(value)
-        self._memory.signal(self._peers)
-        return slots
+    def finish(self, _: None, out: Tensor, places: Places) -> None:
+        """Waits, and writes the parts that arrived to these places of ``out``."""
+        if places.table is None:
+            places.table = self._table(self._boxes(self._messages.received, places), sends=False)
+        _receive(out, places.table, self._memory.capacity, self._memory.milliseconds)
 
-    def finish(self, pending: tuple[list[int], bool], keep: bool) -> list[Tensor]:
-        """Waits, and returns the parts of the messages that arrived. The next call overwrites them, unless ``keep``."""
-        slots, captured = pending
-        if captured:
-            torch.cuda.current_stream(self._memory.device).wait_stream(self._memory.side)
+    def abandon(self, _: None) -> None:
+        """Waits, after an error between :meth:`start` and :meth:`finish`."""
+        _receive(self._memory.counters, self._nothing, self._memory.capacity, self._memory.milliseconds)
+
+    def _boxes(self, messages: tuple[tuple[Strided, ...], ...], places: Places) -> list[list[list[int]]]:
+        """For each peer, and each part of its message, the last fields of a row of the table."""
+        parts = iter(places.parts)
+        boxes = [[_box(next(parts), in_message, self._element_size) for in_message in message] for message in messages]
+        return [boxes[peer] for peer in self._peers]
+
+    def _table(self, boxes: list[list[list[int]]], sends: bool) -> Tensor:
+        """The rows ``EdgePart`` of kernels/shift/edges.h, in memory of the host."""
+        rows = []
+        for peer, message in zip(self._peers, boxes, strict=True):
+            addresses = self._memory.addresses(peer, sends)
+            rows += [[*addresses, max(1, len(message)), *box] for box in message or [[0] * (3 + 2 * _DIMS)]]
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), 7 + 2 * _DIMS)
+
+
+def _box(in_tensor: Strided, in_message: Strided, element_size: int) -> list[int]:
+    """The fields of ``EdgePart`` from ``message_begin`` on, in bytes, with as few dimensions as possible."""
+    size, strides, begin = in_tensor
+    _, message_strides, message_begin = in_message
+    dimensions = [(element_size, 1)]  # the innermost first
+    for _, length, stride in sorted(zip(message_strides, size, strides, strict=True)):
+        inner_length, inner_stride = dimensions[-1]
+        if length == 1:
+            continue
+        if stride * element_size == inner_length * inner_stride:
+            dimensions[-1] = (inner_length * length, inner_stride)
         else:
-            self._memory.wait(self._peers)
-        parts = list(chain.from_iterable([parts[slot] for parts, slot in zip(self._received, slots, strict=True)]))
-        return [part.clone() for part in parts] if keep else parts
-
-
-def _parts(slot: Tensor, dtype: torch.dtype, message: tuple[Strided, ...]) -> list[Tensor]:
-    values = slot.view(dtype)
-    return [values.as_strided(size, stride, values.storage_offset() + offset) for size, stride, offset in message]
+            dimensions.append((length, stride * element_size))
+    dimensions += [(1, 0)] * (_DIMS - len(dimensions))
+    lengths, distances = zip(*reversed(dimensions), strict=True)
+    return [message_begin * element_size, begin * element_size, torch.Size(lengths).numel(), *lengths, *distances]
 
 
 @contextlib.contextmanager
@@ -320,25 +362,14 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _capture(device: torch.device) -> int:
-    """The number of the capture of a CUDA graph that the current stream takes part in, otherwise 0."""
-    if not torch.cuda.is_current_stream_capturing():
-        return 0
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    handle = ctypes.c_void_p(current_stream_handle(device))
-    _checked(
-        _driver().cuStreamGetCaptureInfo_v2(handle, ctypes.byref(status), ctypes.byref(number), None, None, None),
-        "cuStreamGetCaptureInfo",
-    )
-    return number.value
-
-
 def _reaches_all(device: torch.device, others: list[str]) -> bool:
     """Whether ``device`` reaches the memory of the GPUs with these UUIDs, each another, with atomic operations."""
     count = torch.cuda.device_count()
     visible = {str(torch.cuda.get_device_properties(index).uuid): index for index in range(count)}
     indices = [visible.get(uuid) for uuid in others]
     if len(set(others)) < len(others) or symmetric_memory().get_backend(device) != "CUDA":
+        return False
+    if not has_kernel("tsm_jit::send_edges", "CUDA"):
         return False
     return all(
         index is not None

@@ -35,13 +35,15 @@ from torch.compiler import is_compiling
 
 from tsm_jit.ops.compat import (
     collectives,
+    direct_apply,
     eager,
     empty_like_real,
     has_saved_tensor_hooks,
     is_exporting,
     transforms_are_active,
+    unwrap_if_dead,
 )
-from tsm_jit.ops.exchange import Messages, Ranks, Strided, ranks_of
+from tsm_jit.ops.exchange import Messages, Places, Ranks, Strided, one_after_another, ranks_of
 from tsm_jit.ops.temporal_shift import (
     check_marks,
     clip_length_mark,
@@ -88,6 +90,12 @@ class TimeShard(NamedTuple):
             with contextlib.suppress(RuntimeError):  # the others died, or do not call
                 ranks_of(self.group, x.device).compare(message)
         raise ValueError(message)
+
+
+@functools.lru_cache(maxsize=4096)
+def in_layer(shard: TimeShard, layer: str) -> TimeShard:
+    """Returns ``shard`` with the name of a layer."""
+    return shard._replace(layer=layer)
 
 
 # --- which frames travel ---------------------------------------------------------------------------------------------
@@ -177,9 +185,6 @@ def _local_shift(shift: Shift, held: range) -> Shift:
 # --- communication ---------------------------------------------------------------------------------------------------
 
 
-PREPARED_CALLS = 4096  # the most that are saved: about 2 KB each, for 128 clip lengths of a ResNet-50
-
-
 def _ranks(shard: TimeShard, x: Tensor) -> Ranks:
     """The ranks that share the frames. Raises ValueError if another process than this one split the network."""
     ranks = ranks_of(shard.group, x.device)
@@ -208,7 +213,7 @@ class _Call:
         if is_gradient:
             self._sent, self._received = self._received, self._sent
         self._is_gradient = is_gradient
-        self._targets: dict[tuple[int, ...], list[Strided]] = {}
+        self._targets: dict[tuple[int, ...], Places] = {}
         if not exchange.is_needed:
             return
         clips, frame = x.shape[0] // exchange.length, list(x.shape[1:])
@@ -224,28 +229,25 @@ class _Call:
             tuple([_parts(edges, clips, frame, dim) for edges in direction])
             for direction in (self._sent, self._received)
         ]
-        self.courier = ranks.courier(self.text, Messages(x.dtype, sent, received))
-        self._sources = self._places(x, self._sent, at_source=not is_gradient)
+        self.courier = ranks.courier(self.text, Messages(x.dtype, 2 + len(frame), sent, received))
+        self.sources = self._places(x, self._sent, at_source=not is_gradient)  # the frames that this rank sends
+        self.arrived, self.numel_arrived = one_after_another(received)
 
-    def values(self, x: Tensor) -> list[Tensor]:
-        """The frames ``[N, length, ...]`` of ``x`` that this rank sends."""
-        return _views(x, self._sources)
-
-    def targets(self, out: Tensor) -> list[Tensor]:
-        """The frames ``[N, length, ...]`` of the result that receive what arrives."""
+    def targets(self, out: Tensor) -> Places:
+        """The frames of the result that receive what arrives."""
         places = self._targets.get(out.stride())
         if places is None:
             places = self._places(out, self._received, at_source=self._is_gradient)
             self._targets[out.stride()] = places
-        return _views(out, places)
+        return places
 
-    def _places(self, x: Tensor, edges_of_ranks: tuple[tuple[_Edge, ...], ...], *, at_source: bool) -> list[Strided]:
+    def _places(self, x: Tensor, edges_of_ranks: tuple[tuple[_Edge, ...], ...], *, at_source: bool) -> Places:
         x = torch.empty_strided(x.shape, x.stride(), device="meta")
         if not self._has_clip_dim:
             x = x.unflatten(0, (-1, self.exchange.length))
         frames = [(edge.source if at_source else edge.target, edge) for edge in chain(*edges_of_ranks)]
         views = [x.narrow(1, at, edge.length).narrow(self._dim, edge.channel, edge.width) for at, edge in frames]
-        return [(view.shape, view.stride(), int(view.storage_offset())) for view in views]
+        return Places([(view.shape, view.stride(), int(view.storage_offset())) for view in views])
 
 
 def _parts(edges: tuple[_Edge, ...], clips: int, frame: list[int], dim: int) -> tuple[Strided, ...]:
@@ -259,74 +261,76 @@ def _parts(edges: tuple[_Edge, ...], clips: int, frame: list[int], dim: int) -> 
     return tuple(parts)
 
 
-def _views(x: Tensor, places: list[Strided]) -> list[Tensor]:
-    begin = x.storage_offset()
-    return [x.as_strided(size, stride, begin + offset) for size, stride, offset in places]
-
-
-class _Transfer:
-    """The edges of ``x`` on their way to the frames that read them, or the gradients of edges on their way back.
-
-    They travel while the code in its context runs, and have arrived at its end. The next transfer overwrites them,
-    unless ``keep``.
-    """
-
-    def __init__(self, x: Tensor, encoded: str, shard: TimeShard, *, is_gradient: bool = False, keep: bool = False):
-        ranks = _ranks(shard, x)
-        key = x.shape, x.stride(), x.dtype, encoded, is_gradient
-        call = ranks.prepared.get(key)
-        if call is None:
-            if len(ranks.prepared) >= PREPARED_CALLS:
-                ranks.prepared.clear()
-            call = ranks.prepared[key] = _Call(x, encoded, shard, ranks, is_gradient)
-        elif call.exchange.is_needed and x.device.type == "cpu":
-            ranks.compare(call.text, shard.layer)
-        self._call, self._x, self._keep = call, x, keep
-        self.local, self.sum_dtype = call.exchange.local, call.sum_dtype
-
-    _pending: Any
-
-    def __enter__(self) -> _Transfer:
-        if self._call.exchange.is_needed:
-            self._pending = self._call.courier.start(self._call.values(self._x))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._call.exchange.is_needed:
-            self._arrived = self._call.courier.finish(self._pending, self._keep)
-        del self._x
-
-    def write(self, out: Tensor) -> None:
-        """Writes the edges into ``out``, or adds gradients that meet. ``out`` has the shape of the tensor sent."""
-        if self._call.exchange.is_needed:
-            for target, part in zip(self._call.targets(out), self._arrived, strict=True):
-                target.add_(part.to(target.dtype)) if self._call.adds else target.copy_(part)
+def _call_of(x: Tensor, encoded: str, shard: TimeShard, is_gradient: bool) -> _Call:
+    """Returns the prepared call. All ranks have made sure that they make the same one."""
+    ranks = _ranks(shard, x)
+    key = x.shape, x.stride(), x.dtype, encoded, is_gradient
+    call = ranks.prepared.get(key)
+    if call is None:
+        call = _Call(x, encoded, shard, ranks, is_gradient)
+        ranks.remember(key, call)
+    elif call.exchange.is_needed and x.device.type == "cpu":
+        ranks.compare(call.text, shard.layer)
+    return call
 
 
 # --- the maps, without autograd --------------------------------------------------------------------------------------
 
 
-def _shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Transfer] | None = None) -> Tensor:
-    if transfers:
-        return _written(temporal_shift(x, transfers[0].local), transfers[0])
-    with _Transfer(x, shift, shard, keep=transfers is not None) as transfer:
-        out = temporal_shift(x, transfer.local)
-    if transfers is not None:
-        transfers.append(transfer)
-    return _written(out, transfer)
+def _exchanged(x: Tensor, call: _Call, compute: Callable[[Tensor, str], Tensor]) -> Tensor:
+    """Shifts the frames of this rank while the edges travel. Then writes the edges that arrive, or adds gradients."""
+    exchange = call.exchange
+    if not exchange.is_needed:
+        return compute(x, exchange.local)
+    pending: Any = call.courier.start(x, call.sources)
+    try:
+        out = _without_overlap(compute(x, exchange.local).to(call.sum_dtype))
+        targets = call.targets(out)
+        arrived, places = (x.new_empty(call.numel_arrived), call.arrived) if call.adds else (out, targets)
+    except BaseException:
+        call.courier.abandon(pending)
+        raise
+    call.courier.finish(pending, arrived, places)
+    if call.adds:
+        for target, part in zip(targets.views(out), places.views(arrived), strict=True):
+            target.add_(part.to(target.dtype))
+        out = out.to(x.dtype)
+    return out
+
+
+def _without_overlap(out: Tensor) -> Tensor:
+    """Returns ``out``, or a copy if it is expanded: an expanded tensor was shifted before its expansion."""
+    return out if has_no_overlap(out) else out.contiguous()
+
+
+class Edges:
+    """The edges that arrived in a call. They let another call repeat the shift of a tensor without communication."""
+
+    def __init__(self) -> None:
+        self._call: _Call | None = None
+        self._parts: list[Tensor] = []
+
+    def shift(self, x: Tensor, shift: str, shard: TimeShard) -> Tensor:
+        """Shifts ``x``. The first call keeps the edges that arrive, later calls with the same ``x`` take them."""
+        call = self._call
+        if call is None:
+            call = _call_of(x, shift, shard, is_gradient=False)
+            out = _exchanged(x, call, temporal_shift)
+            if call.exchange.is_needed:
+                self._call, self._parts = call, [part.clone() for part in call.targets(out).views(out)]
+            return out
+        out = _without_overlap(temporal_shift(x, call.exchange.local))
+        for target, part in zip(call.targets(out).views(out), self._parts, strict=True):
+            target.copy_(part)
+        return out
+
+
+def _shift(x: Tensor, shift: str, shard: TimeShard) -> Tensor:
+    return _exchanged(x, _call_of(x, shift, shard, is_gradient=False), temporal_shift)
 
 
 def _shift_adjoint(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
-    with _Transfer(grad, shift, shard, is_gradient=True) as transfer:
-        out = temporal_shift_backward(grad, transfer.local)
-    return _written(out.to(transfer.sum_dtype), transfer).to(grad.dtype)
-
-
-def _written(out: Tensor, transfer: _Transfer) -> Tensor:
-    if not has_no_overlap(out):  # an expanded tensor was shifted before expansion
-        out = out.contiguous()
-    transfer.write(out)
-    return out
+    return _exchanged(grad, _call_of(grad, shift, shard, is_gradient=True), temporal_shift_backward)
 
 
 def _sum(x: Tensor, shard: TimeShard) -> Tensor:
@@ -355,22 +359,21 @@ class _Linear(Function):
         return ctx.adjoint(grad, *ctx.arguments), None, None, *(None for _ in ctx.arguments)
 
 
+_apply_linear = direct_apply(_Linear)
+
+
 def _linear(x: Tensor, kernel: Callable[..., Tensor], adjoint: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Calls ``_Linear`` where autograd needs it, as it takes time on the host."""
     if x.requires_grad and torch.is_grad_enabled():
-        return _Linear.apply(x, kernel, adjoint, *arguments)
+        return _apply_linear(unwrap_if_dead(x), kernel, adjoint, *arguments)
     return kernel(x, *arguments)
 
 
-def sharded_shift(x: Tensor, shift: str, shard: TimeShard, transfers: list[_Transfer] | None = None) -> Tensor:
-    """Applies ``shift`` to split clips. ``x`` has the frames of this rank.
-
-    A call with an empty list ``transfers`` keeps the edges that arrive in it. Later calls with it repeat the shift of
-    the same ``x`` without communication.
-    """
+def sharded_shift(x: Tensor, shift: str, shard: TimeShard, edges: Edges | None = None) -> Tensor:
+    """Applies ``shift`` to split clips. ``x`` has the frames of this rank. See :class:`Edges`."""
     if _is_compiling(x):
         return torch.ops.tsm_jit.sharded_shift.default(x, shift, *shard[:3])
-    return _linear(x, functools.partial(_shift, transfers=transfers), sharded_shift_backward, shift, shard)
+    return _linear(x, _shift if edges is None else edges.shift, sharded_shift_backward, shift, shard)
 
 
 def sharded_shift_backward(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -94,6 +96,12 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes) {
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::pause(); }
+inline void __threadfence_system() {}
+inline void __trap() { std::abort(); }
+inline uint32_t atomicAdd(uint32_t* word, uint32_t value) {
+  *word += value;
+  return *word - value;
+}
 
 namespace tsm_jit {
 
