@@ -30,6 +30,11 @@ DTYPES = FLOATING + OTHERS
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+def error(actual: Tensor, exact: Tensor) -> float:
+    """The norm of the error, relative to the norm of the float64 result ``exact``."""
+    return float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
 @contextlib.contextmanager
 def limited_gpu_memory(device: torch.device, free_bytes: int) -> Iterator[None]:
     """Lets PyTorch allocate only ``free_bytes`` more on ``device``."""

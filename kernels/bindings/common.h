@@ -5,6 +5,21 @@
 // what memory safety needs, for callers of torch.ops.
 #pragma once
 
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <cstdint>
+
+// PyTorch's own macro formats its message with a C++ stream. Streams crash if libstdc++ is linked statically into this
+// library, as some compilers do. The headers below use it in each operator.
+namespace tsm_jit {
+inline void check(int32_t error, const char* action);
+}
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call)        \
+  if ((call) != 0) {                        \
+    ::tsm_jit::check(1, "run an operator"); \
+  }
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -35,12 +50,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 // --- errors ----------------------------------------------------------------------------------------------------------
 
-// Not STD_TORCH_CHECK, which formats its message with a C++ stream. Streams crash if libstdc++ is linked statically
-// into this library, as some compilers do.
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error("tsm_jit: " + message); }
 
 // Fails with PyTorch's error message. Before PyTorch 2.13 there is no message, only "PyTorch could not <action>".
-inline void check(AOTITorchError error, const char* action) {
+inline void check(int32_t error, const char* action) {
   if (error == 0) return;
   const char* message = nullptr;
 #ifdef TORCH_DYNAMIC_VERSION_CALL_2_13_0

@@ -119,13 +119,16 @@ def test_memory(cuda):
 def test_out_of_memory(cuda):
     """``torch.OutOfMemoryError`` in forward and backward, also the second time."""
     x = torch.zeros(8, 16, 1024, 1024, device=cuda, requires_grad=True)
-    out, grad = tsm_jit.temporal_shift(x, 8), torch.ones_like(x)
+    out, cropped = tsm_jit.temporal_shift(x, 8), x.detach()[..., 1:]
+    grads = torch.ones_like(x), x.detach().new_ones(()).expand_as(x)
     with limited_gpu_memory(cuda, x.nbytes // 2):
         for _ in range(2):
-            with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-                tsm_jit.temporal_shift(x, 8)
-            with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-                torch.autograd.grad(out, x, grad, retain_graph=True)
+            for each in (x, cropped):
+                with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+                    tsm_jit.temporal_shift(each, 8)
+            for grad in grads:
+                with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+                    torch.autograd.grad(out, x, grad, retain_graph=True)
 
 
 def test_a_failed_launch_is_an_error(cuda):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory
 from torch.distributed.device_mesh import DeviceMesh
 
-from time_parallel import networks, shifts, streams, surgery, unequal_ranks  # noqa: F401 (they register cases)
+from time_parallel import networks, products, shifts, streams, surgery, unequal_ranks  # noqa: F401 (they register cases)
 from time_parallel.cases import CASES, MESHES, case, model_of, new_clips
 from tsm_jit.distributed import parallelize_time, shard_frames
 

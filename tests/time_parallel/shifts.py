@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 import torch
 from support import assert_same_bits
 from torch import nn
@@ -78,6 +79,16 @@ def clips_and_strides(mesh):
     expanded = shard_frames(x, mesh).expand(-1, -1, 2, 6)
     assert_same_bits(shift(expanded), share(expected, mesh).expand(-1, -1, 2, 6))
     assert shift(shard_frames(x[:0], mesh)).shape == (0, 8, 2, 1)
+
+
+@case((2,))
+def batched_gradients(mesh):
+    shift = tsm_jit.TemporalShift(nn.Identity(), 5, 4)
+    parallelize_time(shift, mesh)
+    mine = shard_frames(torch.randn(1, 5, 8, 2, 1), mesh).requires_grad_()
+    out = shift(mine)
+    with pytest.raises(NotImplementedError, match="is_grads_batched must be False"):
+        torch.autograd.grad(out, mine, torch.randn(3, *out.shape), is_grads_batched=True)
 
 
 @case((3,), dtype=torch.bfloat16)

@@ -136,16 +136,16 @@ class ShiftedModule(ClipModule):
         only_reads = eager and only_reads_input(net)
         recomputes = eager and (self.inplace if inplace is None else inplace) and torch.is_grad_enabled()
         shard = self.split_shard()
-        if only_reads and shard is None:
-            z = _shifted_layer(net, x, shift, num_prefix_tokens, recomputes)
+        if shard is not None and eager:
+            shard = shard.in_layer(self.name_in_network)
+        if only_reads:
+            z = _shifted_layer(net, x, shift, num_prefix_tokens, recomputes, shard)
             if z is not None:
                 return z
         temporal_shift: Callable[[Tensor, str], Tensor]
         if shard is not None:
             from tsm_jit.ops import sharded_shift as split  # keeps `import tsm_jit` fast
 
-            if eager:
-                shard = split.in_layer(shard, self.name_in_network)
             # A recomputation in the backward takes the edges that have arrived in the forward.
             edges = split.Edges() if recomputes else None
             temporal_shift = functools.partial(split.sharded_shift, shard=shard, edges=edges)
@@ -170,7 +170,9 @@ def _without_data(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _shifted_layer(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int, recomputes: bool) -> Tensor | None:
+def _shifted_layer(
+    net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int, recomputes: bool, shard: TimeShard | None
+) -> Tensor | None:
     """Returns ``net(shifted x)`` as one operation, or None where a separate shift is faster or required.
 
     ``net`` must satisfy :func:`only_reads_input`. With ``recomputes``, no shifted copy is kept for the backward.
@@ -184,7 +186,7 @@ def _shifted_layer(net: nn.Module, x: Tensor, shift: str, num_prefix_tokens: int
         convolution = (net.stride, net.padding, net.dilation, net.groups)
     elif type(net) is not nn.Linear:
         return None
-    layer = ops.Layer(shift, num_prefix_tokens, convolution)
+    layer = ops.Layer(shift, num_prefix_tokens, convolution, shard)
     return ops.shifted_layer(x, _parameter(net, "weight"), _parameter(net, "bias"), layer, recomputes)
 
 

@@ -130,6 +130,10 @@ class TokenShift(TemporalShift):
         super().__init__(net, n_segment, n_div, inplace, direction=direction)
         self.num_prefix_tokens = integer("num_prefix_tokens", num_prefix_tokens, 0)
 
+    def shift_of(self, x: Tensor) -> str:
+        length = self.checked_n_segment(x)
+        return encode_temporal(x, length, self.fold_div, direction=self.direction, channel_dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
         still = self.num_prefix_tokens
         if not isinstance(x, Tensor):  # a proxy of torch.fx
@@ -139,11 +143,7 @@ class TokenShift(TemporalShift):
             return self.net(torch.cat([x[:, :still], shifted], 1) if still else shifted)
         if x.dim() != 3:
             raise ValueError(f"x must be tokens [N*T, L, C], got {list(x.shape)}")
-        tokens = self.whole_clips(x[:, still:])
-        shift = encode_temporal(
-            tokens, self.checked_n_segment(tokens), self.fold_div, direction=self.direction, channel_dim=-1
-        )
-        return self.call_shifted(x, shift, still)
+        return self.call_shifted(x, self.shift_of(self.whole_clips(x[:, still:])), still)
 
 
 class TemporalPool(ClipModule):

@@ -66,7 +66,7 @@ def _raise_if_out_of_memory(message: str) -> None:
         return
     if "CUDA out of memory" in message:
         raise torch.OutOfMemoryError(message)
-    if not re.search("PyTorch could not [a-z ]*$|API call failed at", message):
+    if not re.search("PyTorch could not [a-z ]*$", message):
         return  # another error, or another reason
     devices = range(torch.cuda.device_count())
     try:

@@ -7,7 +7,9 @@ autocast each use of a weight has its own cast, so gradients of several uses are
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,9 @@ from tsm_jit.ops.temporal_shift import (
 )
 from tsm_jit.plans import decode
 
+if TYPE_CHECKING:
+    from tsm_jit.ops.sharded_shift import TimeShard
+
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _direct_convolution_backward = direct(_convolution_backward)
 _unsafe_view = direct(torch.ops.aten._unsafe_view.default)
@@ -44,6 +49,12 @@ class Layer(NamedTuple):
     shift: str
     num_prefix_tokens: int = 0  # of each frame; they are not shifted
     convolution: tuple | None = None  # stride, padding, dilation, groups; None: a linear layer
+    shard: TimeShard | None = None  # if ranks share the frames; ``shift`` is the shift of the whole clips
+
+    @classmethod
+    def conv1x1(cls, shift: str, stride: int) -> Layer:
+        """A 1x1 convolution."""
+        return cls(shift, 0, ((stride, stride), (0, 0), (1, 1), 1))
 
     def apply(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without the shift."""
@@ -51,15 +62,14 @@ class Layer(NamedTuple):
 
     def backward(self, ctx: Any, dz: Tensor, needs_bias: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of the input before the shift, the weight and the bias, after :func:`save_inputs`."""
-        x, weight = saved_inputs(ctx, self.shift)
+        x, weight, halo = saved_inputs(ctx, self.shift)
         if x is None:
             x = self._without_values(dz, *ctx.layouts[0])
         if weight is None:
             weight = self._without_values(dz, *ctx.layouts[1])
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         plain = not torch.is_grad_enabled() and is_plain_gradient(dz)
-        shift = shift_kernel if plain else temporal_shift
-        y = shift_tokens(x, self.shift, self.num_prefix_tokens, shift) if needs_weight else x
+        y = self._shifted(x, halo, plain) if needs_weight else x
         if self.convolution is None:
             rows = _rows(dz)
             dx = (rows @ weight).reshape(x.shape) if needs_x else None
@@ -74,11 +84,40 @@ class Layer(NamedTuple):
             )
         del y
         if dx is not None and plain:
-            n = self.num_prefix_tokens
-            temporal_shift_backward_(dx[:, n:] if n else dx, self.shift)
+            self.shift_backward_(dx)
         elif dx is not None:
-            dx = shift_tokens(dx, self.shift, self.num_prefix_tokens, temporal_shift_backward)
+            adjoint: Callable[[Tensor, str], Tensor] = temporal_shift_backward
+            if self.shard is not None:
+                from tsm_jit.ops import sharded_shift as split
+
+                adjoint = functools.partial(split.sharded_shift_backward, shard=self.shard)
+            dx = shift_tokens(dx, self.shift, self.num_prefix_tokens, adjoint)
         return dx, dw, db
+
+    def _shifted(self, x: Tensor, halo: Tensor | None, plain: bool) -> Tensor:
+        """The shifted ``x``. Ranks communicate only if a derivative of the result is needed, with ``create_graph``."""
+        function: Callable[[Tensor, str], Tensor]
+        if self.shard is None:
+            function = shift_kernel if plain else temporal_shift
+        else:
+            from tsm_jit.ops import sharded_shift as split  # keeps `import tsm_jit` fast
+
+            if torch.is_grad_enabled():
+                function = functools.partial(split.sharded_shift, shard=self.shard)
+            else:
+                moving = halo if halo is None else halo[:, self.num_prefix_tokens :]
+                function = functools.partial(split.shift_with_halo, shard=self.shard, halo=moving)
+        return shift_tokens(x, self.shift, self.num_prefix_tokens, function)
+
+    def shift_backward_(self, dx: Tensor) -> None:
+        """The adjoint of the shift, in place and without autograd."""
+        moving = dx[:, self.num_prefix_tokens :] if self.num_prefix_tokens else dx
+        if self.shard is None:
+            temporal_shift_backward_(moving, self.shift)
+            return
+        from tsm_jit.ops import sharded_shift as split
+
+        split.sharded_shift_backward_(moving, self.shift, self.shard)
 
     def _without_values(self, dz: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
         """In place of an input that was not saved. The strides decide which kernels of a convolution run."""
@@ -162,17 +201,20 @@ class _RecomputingLayer(Function):
 _apply = direct_apply(_RecomputingLayer)
 
 
-def save_inputs(ctx: Any, x: Tensor, weight: Tensor, shift: str) -> None:
-    """Saves the first two inputs of an autograd function. The gradient of each reads only the other."""
+def save_inputs(ctx: Any, x: Tensor, weight: Tensor, shift: str, halo: Tensor | None = None) -> None:
+    """Saves inputs of an autograd function. The gradient of each of ``x`` and ``weight`` reads only the other."""
     ctx.set_materialize_grads(False)  # no gradient is no gradient of the parameters, not one of zeros
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     if not (needs_x and needs_weight):
         ctx.layouts = (x.shape, x.stride()), (weight.shape, weight.stride())
-    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, *clip_length_marks(x, shift))
+        if not needs_weight:
+            halo = None
+    marks = clip_length_marks(x, shift)
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, halo, *marks)
 
 
-def saved_inputs(ctx: Any, shift: str) -> tuple[Tensor | None, Tensor | None]:
+def saved_inputs(ctx: Any, shift: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns what :func:`save_inputs` saved, if the clip length is still that of the forward."""
-    x, weight, *marks = ctx.saved_tensors
+    x, weight, halo, *marks = ctx.saved_tensors
     check_marks(marks, shift)
-    return x, weight
+    return x, weight, halo

@@ -24,7 +24,7 @@ import contextlib
 import functools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
@@ -39,6 +39,7 @@ from tsm_jit.ops.compat import (
     eager,
     empty_like_real,
     has_saved_tensor_hooks,
+    is_batched_gradient,
     is_exporting,
     transforms_are_active,
     unwrap_if_dead,
@@ -50,6 +51,7 @@ from tsm_jit.ops.temporal_shift import (
     has_no_overlap,
     temporal_shift,
     temporal_shift_backward,
+    temporal_shift_backward_,
 )
 from tsm_jit.plans import Shift, decode
 from tsm_jit.reference import has_clip_dim
@@ -65,6 +67,11 @@ class TimeShard(NamedTuple):
     ranks: int
     group: str  # the name of the process group
     layer: str = ""  # the name of the module, for ranks to compare; not in compiled graphs, which many modules share
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (it lives as long as its cache)
+    def in_layer(self, layer: str) -> TimeShard:
+        """The same place, in the layer with this name."""
+        return self._replace(layer=layer)
 
     def length(self, n_segment: int, x: Tensor | None = None) -> int:
         """The number of frames that this rank holds of a clip. Raises ValueError if a rank would have none.
@@ -90,12 +97,6 @@ class TimeShard(NamedTuple):
             with contextlib.suppress(RuntimeError):  # the others died, or do not call
                 ranks_of(self.group, x.device).compare(message)
         raise ValueError(message)
-
-
-@functools.lru_cache(maxsize=4096)
-def in_layer(shard: TimeShard, layer: str) -> TimeShard:
-    """Returns ``shard`` with the name of a layer."""
-    return shard._replace(layer=layer)
 
 
 # --- which frames travel ---------------------------------------------------------------------------------------------
@@ -214,6 +215,9 @@ class _Call:
             self._sent, self._received = self._received, self._sent
         self._is_gradient = is_gradient
         self._targets: dict[tuple[int, ...], Places] = {}
+        self._reach, self._halo_frames, self._halo_channels = halo_size(encoded, shard)
+        self._shifted = decode(exchange.local).n_segment_shifted
+        self._halo_targets: dict[tuple[int, ...], Places] = {}
         if not exchange.is_needed:
             return
         clips, frame = x.shape[0] // exchange.length, list(x.shape[1:])
@@ -241,11 +245,37 @@ class _Call:
             self._targets[out.stride()] = places
         return places
 
-    def _places(self, x: Tensor, edges_of_ranks: tuple[tuple[_Edge, ...], ...], *, at_source: bool) -> Places:
+    def new_halo(self, x: Tensor) -> Tensor:
+        """Returns zeros for the :func:`halo` of ``x``, frames in channels_last or tokens."""
+        size = list(x.shape)
+        size[0] = size[0] // self.exchange.length * self._halo_frames
+        size[self._dim] = self._halo_channels
+        if x.dim() == 3:
+            return x.new_zeros(size)
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).zero_()
+
+    def halo_targets(self, halo: Tensor) -> Places:
+        """The places of the :func:`halo` that receive what arrives."""
+        places = self._halo_targets.get(halo.stride())
+        if places is None:
+            skipped = self._shifted - self._halo_frames  # frames of a clip in the middle, which lack nothing
+            received = [
+                [edge._replace(target=edge.target - (skipped if edge.target >= self._reach else 0)) for edge in edges]
+                for edges in self._received
+            ]
+            places = self._places(halo, received, at_source=False, length=self._halo_frames)
+            self._halo_targets[halo.stride()] = places
+        return places
+
+    def _places(
+        self, x: Tensor, edges_of_ranks: Sequence[Sequence[_Edge]], *, at_source: bool, length: int | None = None
+    ) -> Places:
+        frames = [(edge.source if at_source else edge.target, edge) for edge in chain(*edges_of_ranks)]
+        if not frames:
+            return Places([])
         x = torch.empty_strided(x.shape, x.stride(), device="meta")
         if not self._has_clip_dim:
-            x = x.unflatten(0, (-1, self.exchange.length))
-        frames = [(edge.source if at_source else edge.target, edge) for edge in chain(*edges_of_ranks)]
+            x = x.unflatten(0, (-1, self.exchange.length if length is None else length))
         views = [x.narrow(1, at, edge.length).narrow(self._dim, edge.channel, edge.width) for at, edge in frames]
         return Places([(view.shape, view.stride(), int(view.storage_offset())) for view in views])
 
@@ -278,13 +308,16 @@ def _call_of(x: Tensor, encoded: str, shard: TimeShard, is_gradient: bool) -> _C
 
 
 def _exchanged(x: Tensor, call: _Call, compute: Callable[[Tensor, str], Tensor]) -> Tensor:
-    """Shifts the frames of this rank while the edges travel. Then writes the edges that arrive, or adds gradients."""
-    exchange = call.exchange
-    if not exchange.is_needed:
-        return compute(x, exchange.local)
+    """Calls ``compute`` with ``x`` and the local shift while the edges travel. Then writes those that arrive.
+
+    If ``call.adds``, they are gradients, which are added.
+    """
+    local = call.exchange.local
+    if not call.exchange.is_needed:
+        return compute(x, local)
     pending: Any = call.courier.start(x, call.sources)
     try:
-        out = _without_overlap(compute(x, exchange.local).to(call.sum_dtype))
+        out = _without_overlap(compute(x, local).to(call.sum_dtype))
         targets = call.targets(out)
         arrived, places = (x.new_empty(call.numel_arrived), call.arrived) if call.adds else (out, targets)
     except BaseException:
@@ -319,10 +352,15 @@ class Edges:
             if call.exchange.is_needed:
                 self._call, self._parts = call, [part.clone() for part in call.targets(out).views(out)]
             return out
-        out = _without_overlap(temporal_shift(x, call.exchange.local))
-        for target, part in zip(call.targets(out).views(out), self._parts, strict=True):
-            target.copy_(part)
-        return out
+        return _with_edges(x, call, self._parts)
+
+
+def _with_edges(x: Tensor, call: _Call, parts: Sequence[Tensor]) -> Tensor:
+    """Shifts ``x`` without communication, with the edges that have arrived before."""
+    out = _without_overlap(temporal_shift(x, call.exchange.local))
+    for target, part in zip(call.targets(out).views(out), parts, strict=True):
+        target.copy_(part)
+    return out
 
 
 def _shift(x: Tensor, shift: str, shard: TimeShard) -> Tensor:
@@ -331,6 +369,59 @@ def _shift(x: Tensor, shift: str, shard: TimeShard) -> Tensor:
 
 def _shift_adjoint(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
     return _exchanged(grad, _call_of(grad, shift, shard, is_gradient=True), temporal_shift_backward)
+
+
+def sharded_shift_backward_(grad: Tensor, shift: str, shard: TimeShard) -> None:
+    """:func:`sharded_shift_backward` in place, without autograd."""
+
+    def in_place(grad: Tensor, local: str) -> Tensor:
+        temporal_shift_backward_(grad, local)
+        return grad
+
+    out = _exchanged(grad, _call_of(grad, shift, shard, is_gradient=True), in_place)
+    if out is not grad:  # a sum in another dtype
+        grad.copy_(out)
+
+
+# --- for layers that read shifted frames themselves ------------------------------------------------------------------
+
+
+def local_shift(shift: str, shard: TimeShard) -> str:
+    """The shift of the frames of this rank, with zero padding."""
+    return _exchange_of(shift, shard.rank, shard.ranks).local
+
+
+def halo_size(shift: str, shard: TimeShard) -> tuple[int, int, int]:
+    """Returns the largest distance, the number of frames and the number of channels of a clip's :func:`halo`."""
+    local, plan = decode(local_shift(shift, shard)), decode(shift).plan
+    reach = max([abs(offset) for _, offset in local.plan], default=0)
+    moved = [sum([width for width, _ in plan[: i + 1]]) for i, (_, offset) in enumerate(plan) if offset]
+    return reach, min(2 * reach, local.n_segment_shifted), max(moved, default=0)
+
+
+def halo(x: Tensor, shift: str, shard: TimeShard, num_prefix_tokens: int = 0) -> Tensor | None:
+    """Returns what the :func:`local_shift` of ``x`` lacks: frames ``[N*H, ...]`` with the channels that move.
+
+    They are the frames that other ranks hold, or zero where the shift pads with zeros. They replace the padding of the
+    first and last frames of each clip: see :func:`halo_size`. Returns None if no rank reads a frame of another. The
+    first ``num_prefix_tokens`` tokens of each frame are not shifted.
+    """
+    moving = x[:, num_prefix_tokens:] if num_prefix_tokens else x
+    call = _call_of(moving, shift, shard, is_gradient=False)
+    if not call.exchange.is_needed:
+        return None
+    whole = call.new_halo(x)
+    halo = whole[:, num_prefix_tokens:] if num_prefix_tokens else whole
+    targets = call.halo_targets(halo)
+    pending: Any = call.courier.start(moving, call.sources)
+    call.courier.finish(pending, halo, targets)
+    return whole
+
+
+def shift_with_halo(x: Tensor, shift: str, shard: TimeShard, halo: Tensor | None) -> Tensor:
+    """Shifts ``x`` without communication."""
+    call = _call_of(x, shift, shard, is_gradient=False)
+    return _with_edges(x, call, [] if halo is None else call.halo_targets(halo).views(halo))
 
 
 def _sum(x: Tensor, shard: TimeShard) -> Tensor:
@@ -391,8 +482,13 @@ def sum_over_ranks(x: Tensor, shard: TimeShard) -> Tensor:
 
 
 def _is_compiling(x: Tensor) -> bool:
-    """Whether a compiler calls with ``x``. Raises NotImplementedError for tracers and transforms of functions."""
+    """Whether a compiler calls with ``x``. Raises NotImplementedError for tracers, transforms and batched gradients."""
     if eager():
+        if is_batched_gradient(x):
+            raise NotImplementedError(
+                "is_grads_batched must be False for a network whose clips are split over ranks: its shifts exchange "
+                "gradients with other processes"
+            )
         return type(x) is not Tensor  # compilers trace gradients with subclasses
     if is_compiling() and not is_exporting() and not transforms_are_active():
         return True

@@ -31,13 +31,13 @@ from tsm_jit.ops.recomputing_layer import (
     save_inputs,
     saved_inputs,
 )
-from tsm_jit.ops.temporal_shift import shift_tokens, temporal_shift, temporal_shift_backward_
+from tsm_jit.ops.temporal_shift import shift_tokens, temporal_shift
 from tsm_jit.plans import decode
 
 
 def shift_conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None, shift: str, stride: int = 1) -> Tensor:
     """``conv2d(temporal_shift(x), weight, bias, stride)`` for frames ``[N*T, C, H, W]`` and a 1x1 convolution."""
-    layer = Layer(shift, 0, ((stride, stride), (0, 0), (1, 1), 1))
+    layer = Layer.conv1x1(shift, stride)
     z = shifted_layer(x, weight, bias, layer) if eager() else None
     return F.conv2d(temporal_shift(x, shift), weight, bias, stride) if z is None else z
 
@@ -57,9 +57,11 @@ def shifted_layer(
     """In eager mode, returns ``layer`` of the shifted ``x``, or None where a separate shift is faster or required.
 
     A product makes no shifted copy. If no product serves and ``recomputes`` is true, the copy is computed again in the
-    backward: see :func:`recomputing_layer`. ``relu`` applies a ReLU to a product, without gradients.
+    backward: see :func:`recomputing_layer`. ``relu`` applies a ReLU to a product, without gradients. If ranks share
+    the frames, only a product serves.
     """
     may_be_product = x.is_cuda and layer.convolution in _PRODUCTS
+    recomputes = recomputes and layer.shard is None
     if not (may_be_product or recomputes):
         return None
     x = unwrap_if_dead(x)
@@ -78,20 +80,17 @@ def _served(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, dtype:
         return None
     if not x.is_contiguous(memory_format=torch.contiguous_format if is_linear else torch.channels_last):
         return None
-    product = _product(x.shape, weight.shape, layer, dtype, x.device)
-    if product is None:
-        return None
     serves = (
         _is_aligned(x)
         and weight.device == x.device
-        and weight.stride()[:2] == (product.k, 1)
+        and weight.is_contiguous()
         and _is_aligned(weight)
         and (bias is None or _is_bias(bias, weight))
         and not torch.are_deterministic_algorithms_enabled()
         # The backward reads x. Of a slice it would keep the whole storage, of which a shifted copy is a part.
         and not (torch.is_grad_enabled() and weight.requires_grad and x.untyped_storage().nbytes() > x.nbytes)
     )
-    return product if serves else None
+    return _product(x.shape, weight.shape, layer, dtype, x.device) if serves else None
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -107,8 +106,8 @@ def _is_bias(bias: Tensor, weight: Tensor) -> bool:
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# What Layer.convolution is for a product: None for a linear layer, or stride 1 or 2 without padding for a 1x1 kernel.
-_PRODUCTS = (None, ((1, 1), (0, 0), (1, 1), 1), ((2, 2), (0, 0), (1, 1), 1))
+# What Layer.convolution is for a product: None for a linear layer, or a 1x1 kernel with stride 1 or 2.
+_PRODUCTS = (None, Layer.conv1x1("", 1).convolution, Layer.conv1x1("", 2).convolution)
 
 
 def _tf32_is_allowed(is_linear: bool) -> bool:
@@ -211,14 +210,19 @@ class Product:
         device: torch.device,
         processors: int,
     ):
-        shift = decode(layer.shift)
+        shift, reach, halo_channels, longest = decode(layer.shift), 0, 0, shape[0]
+        if layer.shard is not None:
+            from tsm_jit.ops import sharded_shift as split  # keeps `import tsm_jit` fast
+
+            reach, _, halo_channels = split.halo_size(layer.shift, layer.shard)
+            longest = shape[0] // layer.shard.length(shift.n_segment) * _ceil_div(shift.n_segment, layer.shard.ranks)
+            shift = decode(split.local_shift(layer.shift, layer.shard))
         frames, self.k, self.n = shape[0], shape[shift.channel_dim], out_channels
         stride = 1 if layer.convolution is None else layer.convolution[0][0]
         height, width = (shape[2], shape[3]) if len(shape) == 4 else (shape[1], 1)
         out_height, out_width = [(size - 1) // stride + 1 for size in (height, width)]
         positions = out_height * out_width
-        self.shift, self.layer = shift, layer
-        self.encoded, self.num_prefix_tokens = layer.shift, layer.num_prefix_tokens
+        self.layer, self.padding = layer, shift.padding
         self.shape, self.stride, self.dtype, self.device = shape, stride, dtype, device
         if len(shape) == 4:  # in channels_last
             self.out_shape: tuple[int, ...] = (frames, out_channels, out_height, out_width)
@@ -230,19 +234,21 @@ class Product:
         self.processors = processors
         # Tiles, warps and stages as measured: two or three programs per processor hide the latency of the loads.
         self.block_n = 64 if self.n <= 64 else 128
-        tiles = _ceil_div(self.rows, 128) * _ceil_div(self.n, self.block_n)
+        # All ranks choose the same, by the rank with the most frames: a small product has another backward.
+        tiles = _ceil_div(longest * positions, 128) * _ceil_div(self.n, self.block_n)
         self.is_small = tiles < processors
         self.block_m = 64 if tiles < 2 * processors else 128
         if tiles < processors // 4:
             self.block_n = 64
         self.depth = 128 // dtype.itemsize  # the block of the dimension that is summed, in rows of 128 bytes
         ends, plan = 0, []
-        for group, offset in shift.plan:
+        for group, offset in shift.plan or ((self.k, 0),):  # a rank may hold no frame that moves
             ends += group
             plan += [ends // 8, offset]
         self.sizes = (
             *(tuple(plan), self.rows, self.n // 8, self.k // 8, height * width, shift.n_segment),
-            *(shift.n_segment_shifted, self.num_prefix_tokens, width, positions, out_width),
+            *(shift.n_segment_shifted, layer.num_prefix_tokens, width, positions, out_width),
+            *(reach, halo_channels // 8),
         )
         self.forward_kernels: dict[tuple[torch.dtype | None, bool], _Kernel] = {}
 
@@ -257,7 +263,15 @@ class Product:
         ):
             bias = None if bias is None else unwrap_if_dead(bias)
             return _apply(x, unwrap_if_dead(weight), bias, self)
-        return self.forward(x, weight, bias, relu)
+        return self.forward(x, self.halo(x), weight, bias, relu)
+
+    def halo(self, x: Tensor) -> Tensor | None:
+        """Exchanges frames with other ranks, if they share the clips: see :func:`sharded_shift.halo`."""
+        if self.layer.shard is None:
+            return None
+        from tsm_jit.ops import sharded_shift as split
+
+        return split.halo(x, self.layer.shift, self.layer.shard, self.layer.num_prefix_tokens)
 
     def _kernel(
         self, name: str, tiles: int, parts: int, blocks: tuple[int, int, int], warps: int, **more: Any
@@ -265,16 +279,18 @@ class Product:
         import triton.language as tl
 
         constants: dict[str, Any] = {
-            "PADDING": self.shift.padding,
+            "PADDING": self.padding,
             "STRIDE": self.stride,
-            "HAS_PREFIX": self.num_prefix_tokens > 0,
+            "HAS_PREFIX": self.layer.num_prefix_tokens > 0,
             "INDEX": tl.int64 if max(self.shape.numel(), self.rows * self.n) >= 2**31 else tl.int32,
             **more,
             **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)),
         }
         return _Kernel(name, (tiles, parts, 1), self.sizes, constants, warps, 3, self.device)
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, halo: Tensor | None, weight: Tensor, bias: Tensor | None, relu: bool = False
+    ) -> Tensor:
         z = x.new_empty_strided(self.out_shape, self.out_strides)  # 1 us faster than empty in channels_last
         key = (None if bias is None else bias.dtype, relu)
         kernel = self.forward_kernels.get(key)
@@ -283,7 +299,7 @@ class Product:
             warps = 8 if self.block_m == self.block_n == 128 else 4
             kernel = self._kernel("forward", tiles, 1, (self.block_m, self.block_n, self.depth), warps, RELU=relu)
             self.forward_kernels[key] = kernel
-        kernel(x, weight, bias, z)
+        kernel(x, halo, weight, bias, z)
         return z
 
     def input_grad(self, dz: Tensor, weight: Tensor) -> Tensor:
@@ -294,7 +310,7 @@ class Product:
         else:
             frames, _, height, width = dz.shape
             dx = rows.view(frames, height, width, self.k).permute(0, 3, 1, 2)
-        temporal_shift_backward_(dx[:, self.num_prefix_tokens :] if self.num_prefix_tokens else dx, self.encoded)
+        self.layer.shift_backward_(dx)
         if self.stride == 1:
             return dx
         full = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last).zero_()
@@ -310,11 +326,12 @@ class Product:
         parts = max(1, min(_ceil_div(self.rows, 256), self.processors // tiles))
         return self._kernel("weight_grad", tiles, parts, (self.depth, block_n, block_k), warps=8), parts
 
-    def weight_grad(self, dz: Tensor, x: Tensor) -> Tensor:
+    def weight_grad(self, dz: Tensor, x: Tensor, halo: Tensor | None) -> Tensor:
         kernel, parts = self._weight_grad
         dw = torch.empty(parts, self.n, self.k, dtype=torch.float32, device=x.device)
-        kernel(dz, x, dw)
-        return dw.sum(0) if parts > 1 else dw[0]
+        kernel(dz, x, halo, dw)
+        dw = dw.sum(0) if parts > 1 else dw[0]
+        return dw.to(dz.dtype).view(self.weight_shape)
 
 
 class _DifferentiableProduct(Function):
@@ -323,8 +340,9 @@ class _DifferentiableProduct(Function):
         ctx.product = product
         if bias is not None:
             ctx.bias_dtype = bias.dtype
-        save_inputs(ctx, x, weight, product.encoded)
-        return product.forward(x, weight, bias)
+        halo = product.halo(x)
+        save_inputs(ctx, x, weight, product.layer.shift, halo)
+        return product.forward(x, halo, weight, bias)
 
     @staticmethod
     def backward(ctx, dz):
@@ -338,10 +356,10 @@ class _DifferentiableProduct(Function):
             dx, dw, _ = product.layer.backward(ctx, dz, needs_bias=False)
             return dx, dw, db, None
         dz = _dense(dz)
-        x, weight = saved_inputs(ctx, product.encoded)
+        x, weight, halo = saved_inputs(ctx, product.layer.shift)
         with torch.cuda.device(product.device):
             dx = product.input_grad(dz, weight) if needs_x else None
-            dw = product.weight_grad(dz, _dense(x)).to(dz.dtype).view(product.weight_shape) if needs_weight else None
+            dw = product.weight_grad(dz, _dense(x), halo if halo is None else _dense(halo)) if needs_weight else None
         return dx, dw, db, None
 
 

@@ -15,6 +15,9 @@ not their first ``PREFIX`` positions. With ``STRIDE`` 2, frames of ``OUT_P`` pos
 lines of ``W``. ``M = frames * OUT_P``, ``N = 8 * N8`` and ``K = 8 * K8``. ``plan`` has the end of each column group, in
 units of 8, and its offset. So a thread loads 8 columns of one row at once.
 
+If other ranks hold frames of the clips, ``halo`` has what the first and last ``REACH`` frames of each clip read of
+them: ``[clips, min(2*REACH, S), P, 8*HALO_K8]``, see :func:`tsm_jit.ops.sharded_shift.halo`. Otherwise it is None.
+
 All tensors are dense, with rows of ``K`` or ``N`` elements. The result shares no memory with the inputs. As many bytes
 move as in the product without a shift. Sums are in float32 and rounded once.
 """
@@ -23,7 +26,8 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-_SIZES = ["plan", "M", "N8", "K8", "P", "T", "S", "PREFIX", "W", "OUT_P", "OUT_W"]  # few compilations for all sizes
+# Not specialized, so that few compilations serve all sizes.
+_SIZES = "plan M N8 K8 P T S PREFIX W OUT_P OUT_W REACH HALO_K8".split()
 
 
 @triton.jit
@@ -47,7 +51,9 @@ def _offset_of(column, plan):
 
 
 @triton.jit
-def _load_shifted(x, row, column, rows, plan, K, P, T, S, PREFIX, PADDING: constexpr, HAS_PREFIX: constexpr):
+def _load_shifted(
+    x, halo, row, column, rows, plan, K, P, T, S, PREFIX, REACH, HALO_K8, PADDING: constexpr, HAS_PREFIX: constexpr
+):  # fmt: skip
     """Loads ``a[row, column]`` from the source rows of ``x``. It is 0 if there is none, and where ``rows`` is false."""
     here = (row % (T * P))[:, None]  # the row within its clip
     there = here + _offset_of(column, plan)[None, :] * P
@@ -62,13 +68,21 @@ def _load_shifted(x, row, column, rows, plan, K, P, T, S, PREFIX, PADDING: const
         there = (there + S * P) % (S * P)
     exists = ((there >= 0) & (there < S * P)) | (moves == 0)
     source = row[:, None] + tl.where(moves, there - here, 0)
+    begin = x + source * K
+    if halo is not None:  # it is 0 where no frame exists
+        middle = tl.maximum(S - 2 * REACH, 0) * P  # rows of a clip that lack nothing
+        halo_row = (row // (T * P))[:, None] * (tl.minimum(2 * REACH, S) * P)
+        halo_row += here - tl.where(here >= REACH * P, middle, 0)
+        begin = tl.where(exists, begin, halo + halo_row * (HALO_K8 * 8))
+        begin = tl.max_constancy(tl.multiple_of(begin, [1, 16]), [1, 8])  # which the compiler does not see
+        exists = rows[:, None]
     mask = exists & rows[:, None] & (column < K)[None, :]
-    return tl.load(x + source * K + column[None, :], mask=mask, other=0.0)
+    return tl.load(begin + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward(
-    x, w, bias, z, plan, M, N8, K8, P, T, S, PREFIX, W, OUT_P, OUT_W,
+    x, halo, w, bias, z, plan, M, N8, K8, P, T, S, PREFIX, W, OUT_P, OUT_W, REACH, HALO_K8,
     PADDING: constexpr, STRIDE: constexpr, HAS_PREFIX: constexpr, INDEX: constexpr,
     RELU: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr,
 ):  # fmt: skip
@@ -83,7 +97,9 @@ def forward(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         column = k + tl.arange(0, BLOCK_K)
-        a = _load_shifted(x, row, column, rows, plan, K, P, T, S, PREFIX, PADDING, HAS_PREFIX)
+        a = _load_shifted(
+            x, halo, row, column, rows, plan, K, P, T, S, PREFIX, REACH, HALO_K8, PADDING, HAS_PREFIX
+        )  # fmt: skip
         b = tl.load(w + n[None, :] * K + column[:, None], mask=(column < K)[:, None] & (n < N)[None, :], other=0.0)
         acc = tl.dot(a, b, acc)
     if bias is not None:
@@ -96,7 +112,7 @@ def forward(
 
 @triton.jit(do_not_specialize=_SIZES)
 def weight_grad(
-    dz, x, dw, plan, M, N8, K8, P, T, S, PREFIX, W, OUT_P, OUT_W,
+    dz, x, halo, dw, plan, M, N8, K8, P, T, S, PREFIX, W, OUT_P, OUT_W, REACH, HALO_K8,
     PADDING: constexpr, STRIDE: constexpr, HAS_PREFIX: constexpr, INDEX: constexpr,
     BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr,
 ):  # fmt: skip
@@ -114,7 +130,9 @@ def weight_grad(
         rows = m < M
         row = _input_row(m, P, OUT_P, OUT_W, W, STRIDE)
         g = tl.load(dz + m[:, None] * N + n[None, :], mask=rows[:, None] & (n < N)[None, :], other=0.0)
-        a = _load_shifted(x, row, column, rows, plan, K, P, T, S, PREFIX, PADDING, HAS_PREFIX)
+        a = _load_shifted(
+            x, halo, row, column, rows, plan, K, P, T, S, PREFIX, REACH, HALO_K8, PADDING, HAS_PREFIX
+        )  # fmt: skip
         acc = tl.dot(tl.trans(g), a, acc)
     out = dw + (part.to(tl.int64) * N + n)[:, None] * K + column[None, :]
     tl.store(out, acc, mask=(n < N)[:, None] & (column < K)[None, :])
