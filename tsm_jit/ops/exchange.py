@@ -229,12 +229,11 @@ class _PeerMemory:
     message ``k``. The next message therefore needs another slot than message ``k``: two slots take turns. Gradients and
     recomputations are exchanges like others. The order of the ranks' calls decides, not what the calls are.
 
-    **CUDA graphs.** The kernels count the messages in memory of the GPU. So a replay takes the next slot, whatever was
-    sent since the capture.
+    **CUDA graphs.** The kernels count the messages in memory of the GPU. So a replay takes the next slot, also if other
+    calls have sent messages since its capture.
 
     An exchange that started always ends, also after an exception, else a rank would lose count. If a signal does not
-    come within the time-out of the group, the kernel stops with an error: the caller's next operation raises it, and
-    no result of the kernel is used.
+    come within the time-out of the group, the kernel stops with an error. The caller's next operation raises it.
     """
 
     def __init__(self, ranks: Ranks, capacity: int):

@@ -27,7 +27,7 @@ import triton.language as tl
 from triton.language import constexpr
 
 # Not specialized, so that few compilations serve all sizes.
-_SIZES = "plan M N8 K8 P T S PREFIX W OUT_P OUT_W REACH HALO_K8".split()
+_SIZES = ["plan", "M", "N8", "K8", "P", "T", "S", "PREFIX", "W", "OUT_P", "OUT_W", "REACH", "HALO_K8"]
 
 
 @triton.jit
