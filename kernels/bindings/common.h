@@ -6,15 +6,20 @@
 #pragma once
 
 #include <torch/headeronly/util/shim_utils.h>
+#if __has_include(<torch/csrc/stable/macros.h>)
+#include <torch/csrc/stable/macros.h>
+#endif
 
 #include <cstdint>
 
-// PyTorch's own macro formats its message with a C++ stream. Streams crash if libstdc++ is linked statically into this
-// library, as some compilers do. The headers below use it in each operator.
+// The headers below use these macros of PyTorch in each operator. They format an error with a C++ stream. Streams crash
+// if libstdc++ is linked statically into this library, as some compilers do.
 namespace tsm_jit {
 inline void check(int32_t error, const char* action);
 }
 #undef TORCH_ERROR_CODE_CHECK
+#undef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #define TORCH_ERROR_CODE_CHECK(call)        \
   if ((call) != 0) {                        \
     ::tsm_jit::check(1, "run an operator"); \
@@ -248,7 +253,7 @@ void run_on_cuda(const Tensor& x, Launch launch) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const char* error = launch(stream);
-  if (error != nullptr) fail(std::string("the launch of a temporal shift failed: ") + error);
+  if (error != nullptr) fail(std::string("the launch of a kernel failed: ") + error);
 }
 #endif
 
