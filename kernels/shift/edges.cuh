@@ -15,8 +15,9 @@
 namespace tsm_jit {
 
 constexpr int kEdgeThreads = 256;
-constexpr int kMaxEdgeParts = 16;       // of one launch: kernel parameters take at most 4 KB
-constexpr int64_t kMaxEdgeBlocks = 32;  // of one part: enough for NVLink, few beside other kernels
+constexpr int kMaxEdgeParts = 16;        // of one launch: kernel parameters take at most 4 KB
+constexpr int64_t kMaxEdgeBlocks = 128;  // of one launch: they may wait, so others must find room on the GPU
+constexpr int kEdgeVecs = 4;             // that a thread copies at once, to hide their latency
 
 struct EdgeArgs {
   char* tensor;
@@ -71,7 +72,7 @@ __device__ inline void wait_for_signal(const uint32_t* signal, uint32_t number, 
   }
 }
 
-// Where element `i` of the tensor's box begins, in units of Vecs of its run. Both in 32 bits, since a frame fits.
+// The distance in bytes of Vec `i` from the first one in the tensor's box. 32 bits number the Vecs of a message.
 template <class Vec>
 __device__ int64_t box_offset(const EdgePart& part, uint32_t i) {
   const uint32_t run = part.size[kEdgeDims - 1] / sizeof(Vec);
@@ -98,14 +99,22 @@ __global__ void __launch_bounds__(kEdgeThreads) move_edges(const __grid_constant
   }
   char* const message = reinterpret_cast<char*>(part.mailbox) + number % 2 * a.slot_bytes + part.message_begin;
   char* const box = a.tensor + part.tensor_begin;
-  const uint32_t n = part.bytes / sizeof(Vec);
-  for (uint32_t i = blockIdx.x * kEdgeThreads + threadIdx.x; i < n; i += gridDim.x * kEdgeThreads) {
-    auto* const in_message = reinterpret_cast<Vec*>(message) + i;
-    auto* const in_tensor = reinterpret_cast<Vec*>(box + box_offset<Vec>(part, i));
-    if (a.sends) {
-      *in_message = *in_tensor;
-    } else {
-      *in_tensor = *in_message;
+  const uint32_t n = part.bytes / sizeof(Vec), threads = gridDim.x * kEdgeThreads;
+  for (uint32_t first = blockIdx.x * kEdgeThreads + threadIdx.x; first < n; first += kEdgeVecs * threads) {
+    Vec values[kEdgeVecs], *to[kEdgeVecs];
+#pragma unroll
+    for (int v = 0; v < kEdgeVecs; ++v) {
+      const uint32_t i = first + v * threads;
+      to[v] = nullptr;
+      if (i >= n) continue;
+      auto* const in_message = reinterpret_cast<Vec*>(message) + i;
+      auto* const in_tensor = reinterpret_cast<Vec*>(box + box_offset<Vec>(part, i));
+      values[v] = a.sends ? *in_tensor : *in_message;
+      to[v] = a.sends ? in_message : in_tensor;
+    }
+#pragma unroll
+    for (int v = 0; v < kEdgeVecs; ++v) {
+      if (to[v] != nullptr) *to[v] = values[v];
     }
   }
   if (a.sends) __threadfence_system();
@@ -139,7 +148,8 @@ const char* launch_edges(const EdgePart* parts, int64_t n_parts, EdgeArgs& a, vo
   for (int64_t p = 0; p < n_parts; ++p) most = std::max(most, parts[p].bytes);
   // The same in all launches, as blocks of one message may be in several.
   const int64_t wanted = ceil_div(most, static_cast<int64_t>(kEdgeThreads * sizeof(Vec)));
-  const auto blocks = static_cast<uint32_t>(std::clamp(wanted, int64_t{1}, kMaxEdgeBlocks));
+  const int64_t most_parts = std::min<int64_t>(kMaxEdgeParts, std::max<int64_t>(1, n_parts));
+  const auto blocks = static_cast<uint32_t>(std::clamp(wanted, int64_t{1}, kMaxEdgeBlocks / most_parts));
   for (int64_t first = 0; first < n_parts; first += kMaxEdgeParts) {
     const auto count = static_cast<uint32_t>(std::min<int64_t>(kMaxEdgeParts, n_parts - first));
     for (uint32_t p = 0; p < count; ++p) a.parts[p] = parts[first + p];

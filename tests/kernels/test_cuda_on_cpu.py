@@ -49,7 +49,7 @@ def test_the_shift_kernels_agree(tmp_path, max_bytes, max_grid):
 
 
 # The second case needs several launches.
-@pytest.mark.parametrize(("parts", "blocks"), [(16, 32), (2, 3)])
+@pytest.mark.parametrize(("parts", "blocks"), [(16, 128), (2, 6)])
 def test_edges_arrive(tmp_path, parts, blocks):
     compare(tmp_path, "edges", "shift/temporal_shift.cu", 150, kMaxEdgeParts=parts, kMaxEdgeBlocks=blocks)
 
