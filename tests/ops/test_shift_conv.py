@@ -364,10 +364,11 @@ def test_parameters_that_are_no_tensors(function, shape):
             function(x, *parameters, 4, [(8, 1)])
 
 
-def test_the_kernels_in_the_interpreter():
+@pytest.mark.parametrize("script", ["interpreted_gemm.py", "interpreted_split_gemm.py"])
+def test_the_kernels_in_the_interpreter(script):
     """The kernels on the CPU, against float64."""
     pytest.importorskip("triton")
-    script = Path(__file__).parent / "interpreted_gemm.py"
+    script = Path(__file__).parent / script
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -123,8 +123,7 @@ class ShiftedModule(ClipModule):
                 f"n_segment={length}, got the shape {list(x.shape)}",
                 x,
             )
-        like = _without_data if ops.eager() else _without_data.__wrapped__
-        return like((*x.shape[:dim], x.shape[dim] // held * length, *x.shape[dim + 1 :]), x.dtype)
+        return x.new_empty([*x.shape[:dim], x.shape[dim] // held * length, *x.shape[dim + 1 :]], device="meta")
 
     def call_shifted(self, x: Tensor, shift: str, num_prefix_tokens: int = 0, *, inplace: bool | None = None) -> Tensor:
         """Calls the wrapped module with the shifted ``x``, which is never written.
@@ -163,11 +162,6 @@ class ShiftedModule(ClipModule):
         if x.requires_grad and (eager or shard is None):  # the shift has saved a mark
             return z
         return ops.save_clip_length_mark(z, shift)
-
-
-@functools.lru_cache(maxsize=4096)
-def _without_data(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _shifted_layer(

@@ -37,7 +37,7 @@ from tsm_jit.ops.compat import (
 Strided = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset, the arguments of as_strided
 
 
-CALLS = 4096  # the most that a rank remembers: about 2 KB each, for 128 clip lengths of a ResNet-50
+MAX_CALLS = 4096  # the most that a rank remembers: about 2 KB each, for 128 clip lengths of a ResNet-50
 
 
 class Places:
@@ -117,16 +117,16 @@ class Ranks:
             raise ValueError(
                 f"all ranks must call the same shift with the same shape, dtype and clip length, got {got}"
             )
-        if not is_cpu and message_bytes > 0:
+        uses_memory = not is_cpu and 0 < message_bytes <= _MOST_BYTES
+        if uses_memory:
             self._reserve(message_bytes)
-        if len(self._memory_of_calls) >= CALLS:  # on all ranks at once, since they have seen the same calls
+        if len(self._memory_of_calls) >= MAX_CALLS:  # on all ranks at once, since they have seen the same calls
             self._memory_of_calls.clear()
             self.prepared.clear()
-        uses_memory = self._shares_memory and message_bytes > 0
-        self._memory_of_calls[call] = self._memories[-1] if uses_memory else None
+        self._memory_of_calls[call] = self._memories[-1] if uses_memory and self._shares_memory else None
 
     def remember(self, key: Any, prepared: Any) -> None:
-        if len(self.prepared) >= CALLS:
+        if len(self.prepared) >= MAX_CALLS:
             self.prepared.clear()
         self.prepared[key] = prepared
 
@@ -207,6 +207,7 @@ class _Collective:
 
 # --- through the memory of the receiver ------------------------------------------------------------------------------
 
+_MOST_BYTES = 2**30  # of a message: the kernel numbers its elements in 32 bits
 _SLOTS = 2
 _SIGNAL_BYTES = 16
 _COUNTERS = 4  # int32 for each rank: messages and blocks of the kernel, of both directions
@@ -239,11 +240,11 @@ class _PeerMemory:
     def __init__(self, ranks: Ranks, capacity: int):
         self.device, self.rank, self.capacity = ranks.device, ranks.rank, capacity
         self.milliseconds = int(time_out(process_group(ranks.name), ranks.device).total_seconds() * 1000)
-        self._signals = ranks.size * _SLOTS * capacity  # where they begin, one for each sender
+        self._signals_offset = ranks.size * _SLOTS * capacity  # there is one signal for each sender
         shared = symmetric_memory()
         with torch.inference_mode(False), torch.cuda.device(self.device), _without_multicast():
-            own = shared.empty(self._signals + ranks.size * _SIGNAL_BYTES, dtype=torch.uint8, device=self.device)
-            own[self._signals :].zero_()
+            own = shared.empty(self._signals_offset + ranks.size * _SIGNAL_BYTES, dtype=torch.uint8, device=self.device)
+            own[self._signals_offset :].zero_()
             self.counters = torch.zeros(ranks.size, _COUNTERS, dtype=torch.int32, device=self.device)
             torch.cuda.current_stream().synchronize()  # before the others can signal
             self._handle = shared.rendezvous(own, ranks.name)
@@ -251,26 +252,28 @@ class _PeerMemory:
                 own if rank == ranks.rank else self._handle.get_remote_tensor(rank, own.shape, own.dtype)
                 for rank in range(ranks.size)
             ]
-        self._stream: torch.cuda.Stream | None = None  # of the last exchange
-        self._stream_handle = -1
+        self._streams: dict[bool, torch.cuda.Stream] = {}  # of the last exchange outside and within a capture
+        self._last_handle = -1  # the stream of the last exchange
 
     def addresses(self, peer: int, sends: bool) -> tuple[int, int, int]:
         """The addresses of the mailbox, the signal and the counter for messages to or from ``peer``."""
         receiver, sender = (peer, self.rank) if sends else (self.rank, peer)
         buffer = self._buffers[receiver].data_ptr()
         counter = self.counters[peer].data_ptr() + (0 if sends else self.counters.element_size() * _COUNTERS // 2)
-        return buffer + sender * _SLOTS * self.capacity, buffer + self._signals + sender * _SIGNAL_BYTES, counter
+        return buffer + sender * _SLOTS * self.capacity, buffer + self._signals_offset + sender * _SIGNAL_BYTES, counter
 
     def follow(self) -> None:
         """Lets the current stream wait for the last exchange, if that ran on another stream."""
         handle = current_stream_handle(self.device)
-        if handle == self._stream_handle:
+        if handle == self._last_handle:
             return
-        stream, last = torch.cuda.current_stream(self.device), self._stream
-        # A stream outside of a capture cannot be waited for within, and a replay follows what its stream follows.
-        if last is not None and _is_capturing(last) == _is_capturing(stream):
+        stream = torch.cuda.current_stream(self.device)
+        captures = _is_capturing(stream)
+        last = self._streams.get(captures)
+        # A capture cannot wait for streams outside of it. A replay follows the work of the stream that it runs on.
+        if last is not None and _is_capturing(last) == captures:
             stream.wait_stream(last)
-        self._stream, self._stream_handle = stream, handle
+        self._streams[captures], self._last_handle = stream, handle
 
 
 def _is_capturing(stream: torch.cuda.Stream) -> bool:

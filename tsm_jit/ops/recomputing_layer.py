@@ -62,14 +62,14 @@ class Layer(NamedTuple):
 
     def backward(self, ctx: Any, dz: Tensor, needs_bias: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of the input before the shift, the weight and the bias, after :func:`save_inputs`."""
-        x, weight, halo = saved_inputs(ctx, self.shift)
+        x, weight, halo = saved_inputs(ctx, self)
         if x is None:
             x = self._without_values(dz, *ctx.layouts[0])
         if weight is None:
             weight = self._without_values(dz, *ctx.layouts[1])
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         plain = not torch.is_grad_enabled() and is_plain_gradient(dz)
-        y = self._shifted(x, halo, plain) if needs_weight else x
+        y = self._shifted(ctx, x, halo, plain) if needs_weight else x
         if self.convolution is None:
             rows = _rows(dz)
             dx = (rows @ weight).reshape(x.shape) if needs_x else None
@@ -88,25 +88,19 @@ class Layer(NamedTuple):
         elif dx is not None:
             adjoint: Callable[[Tensor, str], Tensor] = temporal_shift_backward
             if self.shard is not None:
-                from tsm_jit.ops import sharded_shift as split
-
-                adjoint = functools.partial(split.sharded_shift_backward, shard=self.shard)
+                adjoint = functools.partial(sharded_shift().sharded_shift_backward, shard=self.shard)
             dx = shift_tokens(dx, self.shift, self.num_prefix_tokens, adjoint)
         return dx, dw, db
 
-    def _shifted(self, x: Tensor, halo: Tensor | None, plain: bool) -> Tensor:
-        """The shifted ``x``. Ranks communicate only if a derivative of the result is needed, with ``create_graph``."""
+    def _shifted(self, ctx: Any, x: Tensor, halo: Tensor | None, plain: bool) -> Tensor:
+        """The shifted ``x``, without communication."""
         function: Callable[[Tensor, str], Tensor]
         if self.shard is None:
             function = shift_kernel if plain else temporal_shift
         else:
-            from tsm_jit.ops import sharded_shift as split  # keeps `import tsm_jit` fast
-
-            if torch.is_grad_enabled():
-                function = functools.partial(split.sharded_shift, shard=self.shard)
-            else:
-                moving = halo if halo is None else halo[:, self.num_prefix_tokens :]
-                function = functools.partial(split.shift_with_halo, shard=self.shard, halo=moving)
+            split = sharded_shift()
+            edges = split.Halo(halo, ctx.call).edges(self.num_prefix_tokens)
+            function = functools.partial(split.sharded_shift, shard=self.shard, edges=edges)
         return shift_tokens(x, self.shift, self.num_prefix_tokens, function)
 
     def shift_backward_(self, dx: Tensor) -> None:
@@ -115,15 +109,20 @@ class Layer(NamedTuple):
         if self.shard is None:
             temporal_shift_backward_(moving, self.shift)
             return
-        from tsm_jit.ops import sharded_shift as split
-
-        split.sharded_shift_backward_(moving, self.shift, self.shard)
+        sharded_shift().sharded_shift_backward_(moving, self.shift, self.shard)
 
     def _without_values(self, dz: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
         """In place of an input that was not saved. The strides decide which kernels of a convolution run."""
         if self.convolution is None:
             return torch.zeros((), dtype=dz.dtype, device=dz.device).expand(shape)  # takes no memory
         return torch.empty_strided(shape, strides, dtype=dz.dtype, device=dz.device)
+
+
+def sharded_shift() -> Any:
+    """Returns the module for split clips, which most processes need not import."""
+    from tsm_jit.ops import sharded_shift
+
+    return sharded_shift
 
 
 def _rows(z: Tensor) -> Tensor:
@@ -187,7 +186,7 @@ class _RecomputingLayer(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
         ctx.layer = layer
-        save_inputs(ctx, x, weight, layer.shift)
+        save_inputs(ctx, x, weight, layer)
         z = layer.apply(shift_tokens(x, layer.shift, layer.num_prefix_tokens, shift_kernel), weight, bias)
         return _unsafe_view(z, z.shape) if z._is_view() else z  # autograd forbids to write into views made here
 
@@ -201,20 +200,21 @@ class _RecomputingLayer(Function):
 _apply = direct_apply(_RecomputingLayer)
 
 
-def save_inputs(ctx: Any, x: Tensor, weight: Tensor, shift: str, halo: Tensor | None = None) -> None:
+def save_inputs(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, halo: Tensor | None = None) -> None:
     """Saves inputs of an autograd function. The gradient of each of ``x`` and ``weight`` reads only the other."""
-    ctx.set_materialize_grads(False)  # no gradient is no gradient of the parameters, not one of zeros
+    # No gradient is no gradient of the parameters, not one of zeros. But other ranks wait for their gradients.
+    ctx.set_materialize_grads(layer.shard is not None)
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     if not (needs_x and needs_weight):
         ctx.layouts = (x.shape, x.stride()), (weight.shape, weight.stride())
         if not needs_weight:
             halo = None
-    marks = clip_length_marks(x, shift)
+    marks = clip_length_marks(x, layer.shift)
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, halo, *marks)
 
 
-def saved_inputs(ctx: Any, shift: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def saved_inputs(ctx: Any, layer: Layer) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns what :func:`save_inputs` saved, if the clip length is still that of the forward."""
     x, weight, halo, *marks = ctx.saved_tensors
-    check_marks(marks, shift)
+    check_marks(marks, layer.shift)
     return x, weight, halo

@@ -13,7 +13,8 @@ A frame may read a frame of another rank. Only these edges travel::
 
 Each call sends all edges, one message to each rank that needs one (:mod:`tsm_jit.ops.exchange`). While they travel,
 the local frames are shifted with zero padding. Then the edges that arrived are written. The adjoint sends the
-gradients of the edges back and adds them.
+gradients of the edges back and adds them. A layer that reads shifted frames itself gets the edges as a :class:`Halo`.
+It sends and receives the same messages, so one rank may have such a layer where another shifts.
 
 Backward computes gradients of the sum of the losses of all ranks. In compiled graphs these operators are opaque.
 """
@@ -246,7 +247,7 @@ class _Call:
         return places
 
     def new_halo(self, x: Tensor) -> Tensor:
-        """Returns zeros for the :func:`halo` of ``x``, frames in channels_last or tokens."""
+        """Returns zeros for the :class:`Halo` of ``x``, frames in channels_last or tokens."""
         size = list(x.shape)
         size[0] = size[0] // self.exchange.length * self._halo_frames
         size[self._dim] = self._halo_channels
@@ -255,7 +256,7 @@ class _Call:
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).zero_()
 
     def halo_targets(self, halo: Tensor) -> Places:
-        """The places of the :func:`halo` that receive what arrives."""
+        """The places of the :class:`Halo` that receive what arrives."""
         places = self._halo_targets.get(halo.stride())
         if places is None:
             skipped = self._shifted - self._halo_frames  # frames of a clip in the middle, which lack nothing
@@ -337,14 +338,13 @@ def _without_overlap(out: Tensor) -> Tensor:
 
 
 class Edges:
-    """The edges that arrived in a call. They let another call repeat the shift of a tensor without communication."""
+    """The edges that arrived in a call. They let other calls repeat the shift of a tensor without communication."""
 
-    def __init__(self) -> None:
-        self._call: _Call | None = None
-        self._parts: list[Tensor] = []
+    def __init__(self, call: _Call | None = None, parts: Sequence[Tensor] = ()):
+        self._call, self._parts = call, parts
 
     def shift(self, x: Tensor, shift: str, shard: TimeShard) -> Tensor:
-        """Shifts ``x``. The first call keeps the edges that arrive, later calls with the same ``x`` take them."""
+        """Shifts ``x``. If there are no edges yet, keeps those that arrive. Later calls must have the same ``x``."""
         call = self._call
         if call is None:
             call = _call_of(x, shift, shard, is_gradient=False)
@@ -352,23 +352,25 @@ class Edges:
             if call.exchange.is_needed:
                 self._call, self._parts = call, [part.clone() for part in call.targets(out).views(out)]
             return out
-        return _with_edges(x, call, self._parts)
-
-
-def _with_edges(x: Tensor, call: _Call, parts: Sequence[Tensor]) -> Tensor:
-    """Shifts ``x`` without communication, with the edges that have arrived before."""
-    out = _without_overlap(temporal_shift(x, call.exchange.local))
-    for target, part in zip(call.targets(out).views(out), parts, strict=True):
-        target.copy_(part)
-    return out
+        out = _without_overlap(temporal_shift(x, call.exchange.local))
+        for target, part in zip(call.targets(out).views(out), self._parts, strict=True):
+            target.copy_(part)
+        return out
 
 
 def _shift(x: Tensor, shift: str, shard: TimeShard) -> Tensor:
+    x = _resolved(x)
     return _exchanged(x, _call_of(x, shift, shard, is_gradient=False), temporal_shift)
 
 
 def _shift_adjoint(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
+    grad = _resolved(grad)
     return _exchanged(grad, _call_of(grad, shift, shard, is_gradient=True), temporal_shift_backward)
+
+
+def _resolved(x: Tensor) -> Tensor:
+    """Returns ``x`` with the values in memory: not a view that stands for its conjugate or negative."""
+    return x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x
 
 
 def sharded_shift_backward_(grad: Tensor, shift: str, shard: TimeShard) -> None:
@@ -392,36 +394,42 @@ def local_shift(shift: str, shard: TimeShard) -> str:
 
 
 def halo_size(shift: str, shard: TimeShard) -> tuple[int, int, int]:
-    """Returns the largest distance, the number of frames and the number of channels of a clip's :func:`halo`."""
+    """Returns the largest distance, the frames ``H`` of each clip and the channels ``C'`` of a :class:`Halo`."""
     local, plan = decode(local_shift(shift, shard)), decode(shift).plan
     reach = max([abs(offset) for _, offset in local.plan], default=0)
     moved = [sum([width for width, _ in plan[: i + 1]]) for i, (_, offset) in enumerate(plan) if offset]
     return reach, min(2 * reach, local.n_segment_shifted), max(moved, default=0)
 
 
-def halo(x: Tensor, shift: str, shard: TimeShard, num_prefix_tokens: int = 0) -> Tensor | None:
-    """Returns what the :func:`local_shift` of ``x`` lacks: frames ``[N*H, ...]`` with the channels that move.
+class Halo(NamedTuple):
+    """What the :func:`local_shift` of frames lacks at the beginning and the end of each clip."""
 
-    They are the frames that other ranks hold, or zero where the shift pads with zeros. They replace the padding of the
-    first and last frames of each clip: see :func:`halo_size`. Returns None if no rank reads a frame of another. The
-    first ``num_prefix_tokens`` tokens of each frame are not shifted.
+    frames: Tensor | None  # [N*H, C', ...], see halo_size; None if the local shift lacks nothing on any rank
+    call: _Call
+
+    def edges(self, num_prefix_tokens: int) -> Edges:
+        if self.frames is None:
+            return Edges(self.call)
+        frames = self.frames[:, num_prefix_tokens:] if num_prefix_tokens else self.frames
+        return Edges(self.call, self.call.halo_targets(frames).views(frames))
+
+
+def halo(x: Tensor, shift: str, shard: TimeShard, num_prefix_tokens: int) -> Halo:
+    """Exchanges frames ``x``. The first ``num_prefix_tokens`` tokens of each frame are not shifted.
+
+    The halo has the frames that the first and last frames of each clip read: of other ranks, or of this rank as the
+    padding asks. It is zero where the shift pads with zeros.
     """
     moving = x[:, num_prefix_tokens:] if num_prefix_tokens else x
     call = _call_of(moving, shift, shard, is_gradient=False)
     if not call.exchange.is_needed:
-        return None
+        return Halo(None, call)
     whole = call.new_halo(x)
-    halo = whole[:, num_prefix_tokens:] if num_prefix_tokens else whole
-    targets = call.halo_targets(halo)
+    frames = whole[:, num_prefix_tokens:] if num_prefix_tokens else whole
+    targets = call.halo_targets(frames)
     pending: Any = call.courier.start(moving, call.sources)
-    call.courier.finish(pending, halo, targets)
-    return whole
-
-
-def shift_with_halo(x: Tensor, shift: str, shard: TimeShard, halo: Tensor | None) -> Tensor:
-    """Shifts ``x`` without communication."""
-    call = _call_of(x, shift, shard, is_gradient=False)
-    return _with_edges(x, call, [] if halo is None else call.halo_targets(halo).views(halo))
+    call.courier.finish(pending, frames, targets)
+    return Halo(whole, call)
 
 
 def _sum(x: Tensor, shard: TimeShard) -> Tensor:

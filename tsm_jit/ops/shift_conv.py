@@ -30,6 +30,7 @@ from tsm_jit.ops.recomputing_layer import (
     recomputing_layer,
     save_inputs,
     saved_inputs,
+    sharded_shift,
 )
 from tsm_jit.ops.temporal_shift import shift_tokens, temporal_shift
 from tsm_jit.plans import decode
@@ -67,6 +68,8 @@ def shifted_layer(
     x = unwrap_if_dead(x)
     dtype = compute_dtype(x, weight, bias)
     if dtype is None:
+        return None
+    if layer.shard is not None and x.dtype is not dtype:  # a rank that shifts separately sends frames without the cast
         return None
     if may_be_product and (product := _served(x, weight, bias, layer, dtype)) is not None:
         return product(x if x.dtype is dtype else x.to(dtype), weight, bias, relu)
@@ -212,8 +215,7 @@ class Product:
     ):
         shift, reach, halo_channels, longest = decode(layer.shift), 0, 0, shape[0]
         if layer.shard is not None:
-            from tsm_jit.ops import sharded_shift as split  # keeps `import tsm_jit` fast
-
+            split = sharded_shift()
             reach, _, halo_channels = split.halo_size(layer.shift, layer.shard)
             longest = shape[0] // layer.shard.length(shift.n_segment) * _ceil_div(shift.n_segment, layer.shard.ranks)
             shift = decode(split.local_shift(layer.shift, layer.shard))
@@ -263,15 +265,14 @@ class Product:
         ):
             bias = None if bias is None else unwrap_if_dead(bias)
             return _apply(x, unwrap_if_dead(weight), bias, self)
-        return self.forward(x, self.halo(x), weight, bias, relu)
+        return self.forward(x, self.halo(x)[0], weight, bias, relu)
 
-    def halo(self, x: Tensor) -> Tensor | None:
-        """Exchanges frames with other ranks, if they share the clips: see :func:`sharded_shift.halo`."""
-        if self.layer.shard is None:
-            return None
-        from tsm_jit.ops import sharded_shift as split
-
-        return split.halo(x, self.layer.shift, self.layer.shard, self.layer.num_prefix_tokens)
+    def halo(self, x: Tensor) -> tuple[Tensor | None, Any]:
+        """Exchanges frames, if other ranks share the clips. Returns the frames and the call of a ``Halo``."""
+        layer = self.layer
+        if layer.shard is None:
+            return None, None
+        return sharded_shift().halo(x, layer.shift, layer.shard, layer.num_prefix_tokens)
 
     def _kernel(
         self, name: str, tiles: int, parts: int, blocks: tuple[int, int, int], warps: int, **more: Any
@@ -310,11 +311,14 @@ class Product:
         else:
             frames, _, height, width = dz.shape
             dx = rows.view(frames, height, width, self.k).permute(0, 3, 1, 2)
-        self.layer.shift_backward_(dx)
+        if self.stride == 1 or self.layer.shard is None:
+            self.layer.shift_backward_(dx)
         if self.stride == 1:
             return dx
         full = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last).zero_()
         full[:, :, :: self.stride, :: self.stride] = dx
+        if self.layer.shard is not None:  # a rank that shifts separately exchanges gradients of this size
+            self.layer.shift_backward_(full)
         return full
 
     @functools.cached_property
@@ -340,8 +344,8 @@ class _DifferentiableProduct(Function):
         ctx.product = product
         if bias is not None:
             ctx.bias_dtype = bias.dtype
-        halo = product.halo(x)
-        save_inputs(ctx, x, weight, product.layer.shift, halo)
+        halo, ctx.call = product.halo(x)
+        save_inputs(ctx, x, weight, product.layer, halo)
         return product.forward(x, halo, weight, bias)
 
     @staticmethod
@@ -356,7 +360,7 @@ class _DifferentiableProduct(Function):
             dx, dw, _ = product.layer.backward(ctx, dz, needs_bias=False)
             return dx, dw, db, None
         dz = _dense(dz)
-        x, weight, halo = saved_inputs(ctx, product.layer.shift)
+        x, weight, halo = saved_inputs(ctx, product.layer)
         with torch.cuda.device(product.device):
             dx = product.input_grad(dz, weight) if needs_x else None
             dw = product.weight_grad(dz, _dense(x), halo if halo is None else _dense(halo)) if needs_weight else None

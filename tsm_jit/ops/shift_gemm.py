@@ -15,8 +15,9 @@ not their first ``PREFIX`` positions. With ``STRIDE`` 2, frames of ``OUT_P`` pos
 lines of ``W``. ``M = frames * OUT_P``, ``N = 8 * N8`` and ``K = 8 * K8``. ``plan`` has the end of each column group, in
 units of 8, and its offset. So a thread loads 8 columns of one row at once.
 
-If other ranks hold frames of the clips, ``halo`` has what the first and last ``REACH`` frames of each clip read of
-them: ``[clips, min(2*REACH, S), P, 8*HALO_K8]``, see :func:`tsm_jit.ops.sharded_shift.halo`. Otherwise it is None.
+If other ranks hold frames of the clips, ``halo`` has the frames outside of ``x`` that the first and last ``REACH``
+frames of each clip read: ``[clips, min(2*REACH, S), P, 8*HALO_K8]``. See :class:`tsm_jit.ops.sharded_shift.Halo`.
+Otherwise it is None.
 
 All tensors are dense, with rows of ``K`` or ``N`` elements. The result shares no memory with the inputs. As many bytes
 move as in the product without a shift. Sums are in float32 and rounded once.
@@ -54,7 +55,10 @@ def _offset_of(column, plan):
 def _load_shifted(
     x, halo, row, column, rows, plan, K, P, T, S, PREFIX, REACH, HALO_K8, PADDING: constexpr, HAS_PREFIX: constexpr
 ):  # fmt: skip
-    """Loads ``a[row, column]`` from the source rows of ``x``. It is 0 if there is none, and where ``rows`` is false."""
+    """Loads ``a[row, column]`` from the source rows, and 0 where ``rows`` is false.
+
+    They are rows of ``x``. If it has none, they are rows of ``halo``, or 0 without a halo.
+    """
     here = (row % (T * P))[:, None]  # the row within its clip
     there = here + _offset_of(column, plan)[None, :] * P
     moves = here < S * P
@@ -75,8 +79,9 @@ def _load_shifted(
         halo_row += here - tl.where(here >= REACH * P, middle, 0)
         begin = tl.where(exists, begin, halo + halo_row * (HALO_K8 * 8))
         begin = tl.max_constancy(tl.multiple_of(begin, [1, 16]), [1, 8])  # which the compiler does not see
-        exists = rows[:, None]
-    mask = exists & rows[:, None] & (column < K)[None, :]
+    mask = rows[:, None] & (column < K)[None, :]
+    if halo is None:
+        mask = mask & exists
     return tl.load(begin + column[None, :], mask=mask, other=0.0)
 
 
