@@ -16,4 +16,7 @@ TSM_HOST_DEVICE constexpr auto ceil_div(A a, B b) {
   return (a + b - 1) / b;
 }
 
+// The largest power of two that divides all numbers whose bits are set in `bits`.
+constexpr int64_t common_power_of_two(uint64_t bits) { return static_cast<int64_t>(bits & (~bits + 1)); }
+
 }  // namespace tsm_jit

@@ -8,11 +8,12 @@
 //   C++ otherwise                  compiles everything for tests/kernels/cuda_on_cpu, which defines launch() itself
 #pragma once
 
+#include <cstdint>
+
 #if defined(__CUDACC__) && !defined(__CUDACC_RTC__)
 #include <cuda_runtime.h>
 #elif !defined(__CUDACC__)
 #include <cstddef>
-#include <cstdint>
 
 #define __global__
 #define __grid_constant__
@@ -32,6 +33,22 @@ struct dim3 {
 #if defined(TSM_JIT_NVRTC)
 #include "core/nvrtc.h"
 #endif
+
+namespace tsm_jit {
+
+// Returns f(Vec{}) with the Vec of this size: 16, 8, 4, 2 or 1 bytes.
+template <class F>
+const char* dispatch_vec(int64_t bytes, F f) {
+  switch (bytes) {
+    case 16: return f(uint4{});
+    case 8: return f(uint2{});
+    case 4: return f(uint32_t{});
+    case 2: return f(uint16_t{});
+    default: return f(uint8_t{});
+  }
+}
+
+}  // namespace tsm_jit
 
 #if defined(__CUDACC__) || defined(TSM_JIT_NVRTC)
 

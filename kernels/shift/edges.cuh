@@ -139,7 +139,7 @@ inline int64_t edge_vec_bytes(const EdgePart* parts, int64_t n_parts, const void
     bits |= part.mailbox | part.message_begin | part.tensor_begin | part.size[kEdgeDims - 1];
     for (int d = 0; d < kEdgeDims - 1; ++d) bits |= part.stride[d];
   }
-  return static_cast<int64_t>(bits & (~bits + 1));
+  return common_power_of_two(bits);
 }
 
 template <class Vec>
@@ -167,13 +167,8 @@ const char* move_edges_cuda(const EdgePart* parts, int64_t n_parts, void* tensor
   a.slot_bytes = slot_bytes;
   a.milliseconds = milliseconds;
   a.sends = sends;
-  switch (edge_vec_bytes(parts, n_parts, tensor, slot_bytes)) {
-    case 16: return launch_edges<uint4>(parts, n_parts, a, stream);
-    case 8: return launch_edges<uint2>(parts, n_parts, a, stream);
-    case 4: return launch_edges<uint32_t>(parts, n_parts, a, stream);
-    case 2: return launch_edges<uint16_t>(parts, n_parts, a, stream);
-    default: return launch_edges<uint8_t>(parts, n_parts, a, stream);
-  }
+  return dispatch_vec(edge_vec_bytes(parts, n_parts, tensor, slot_bytes),
+                      [&](auto vec) { return launch_edges<decltype(vec)>(parts, n_parts, a, stream); });
 }
 
 }  // namespace tsm_jit

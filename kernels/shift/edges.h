@@ -1,7 +1,7 @@
 // The edges of clips whose frames are split over GPUs: messages that one GPU writes into the memory of another.
 //
-// For each pair of ranks, and in each direction, the receiver has a mailbox of two slots, a signal, and both ranks have
-// a counter of messages in their own memory:
+// For the messages of one rank to another, the receiver has a mailbox of two slots and a signal. Each of the two counts
+// these messages in its own memory:
 //
 //     send       message k = counter + 1: writes slot k % 2 of the receiver, then sets its signal to k
 //     receive    message k = counter + 1: waits until the signal is at least k, then reads slot k % 2

@@ -77,7 +77,7 @@ class ShiftLauncher {
       if (s_.outer_size > 1 && !(may_span && strides.outer == s_.inner_bytes)) bits |= s_.inner_bytes | strides.outer;
     }
     for (int32_t g = 0; g < s_.n_groups && !may_span; ++g) bits |= s_.groups[g].end;
-    const int64_t bytes = bits & (~bits + 1);
+    const int64_t bytes = common_power_of_two(bits);
     return s_.sum_dtype == DType::none || bytes == 16 ? bytes : element_bytes(s_.sum_dtype);
   }
 
@@ -117,13 +117,7 @@ class ShiftLauncher {
         return launch_frames<typename Element::storage_t, GatherAdjoint<Element>>(a);
       });
     }
-    switch (vec_bytes_) {
-      case 16: return launch_frames<uint4, Gather>(a);
-      case 8: return launch_frames<uint2, Gather>(a);
-      case 4: return launch_frames<uint32_t, Gather>(a);
-      case 2: return launch_frames<uint16_t, Gather>(a);
-      default: return launch_frames<uint8_t, Gather>(a);
-    }
+    return dispatch_vec(vec_bytes_, [&](auto vec) { return launch_frames<decltype(vec), Gather>(a); });
   }
 
   template <class Vec, class ShiftOp>
