@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,16 @@ OTHERS = (
 DTYPES = FLOATING + OTHERS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def random_groups(channels: int, unit: int, length: int) -> list[tuple[int, int]]:
+    """Up to four groups ``(width, offset)``, whose widths are multiples of ``unit``."""
+    left, groups = channels // unit, []
+    for _ in range(random.randint(1, 4)):
+        width = random.randint(0, left)
+        left -= width
+        groups.append((width * unit, random.randint(-length, length)))
+    return groups
 
 
 def error(actual: Tensor, exact: Tensor) -> float:

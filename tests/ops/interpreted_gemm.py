@@ -3,6 +3,7 @@
 import random
 
 import torch
+from support import random_groups
 from torch.nn.functional import conv2d
 
 import tsm_jit
@@ -15,11 +16,7 @@ def check(seed: int) -> None:
     torch.manual_seed(seed)
     length, clips, stride = random.randint(1, 5), random.randint(1, 3), random.choice((1, 2))
     channels, outputs = 8 * random.randint(1, 8), 8 * random.randint(1, 6)
-    left, groups = channels // 8, []
-    for _ in range(random.randint(1, 4)):
-        width = random.randint(0, left)
-        left -= width
-        groups.append((8 * width, random.randint(-length, length)))
+    groups = random_groups(channels, 8, length)
     padding, shifted = random.choice(plans.PADDINGS), random.randint(1, length)
     tokens = stride == 1 and random.random() < 0.5
     prefix = random.randint(0, 1) if tokens else 0

@@ -12,6 +12,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support import random_groups
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,11 +29,7 @@ class Case:
         torch.manual_seed(seed)
         self.length, self.clips, self.stride = ranks + random.randint(0, 4), random.randint(1, 2), random.choice((1, 2))
         channels, outputs = 8 * random.randint(2, 6), 8 * random.randint(1, 3)
-        left, groups = channels // 8, []
-        for _ in range(random.randint(1, 3)):
-            width = random.randint(0, left)
-            left -= width
-            groups.append((8 * width, random.randint(-self.length, self.length)))
+        groups = random_groups(channels, 8, self.length)
         self.tokens = self.stride == 1 and random.random() < 0.4
         self.prefix = random.randint(0, 1) if self.tokens else 0
         shape = (random.randint(2, 4),) if self.tokens else (random.randint(1, 4), random.randint(1, 4))

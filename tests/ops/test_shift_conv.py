@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support import error, separate_shifts
+from support import error, random_groups, separate_shifts
 from torch import Tensor
 
 import tsm_jit
@@ -94,15 +94,6 @@ class Case:
         shift = plan.canonical().encode()
         layer = ops.Layer(shift, self.prefix) if tokens else ops.Layer.conv1x1(shift, self.stride)
         return ops.shifted_layer(self.x, self.weight, self.bias, layer) is not None
-
-
-def random_groups(channels: int, unit: int, length: int) -> list[tuple[int, int]]:
-    left, groups = channels // unit, []
-    for _ in range(random.randint(1, 4)):
-        width = random.randint(0, left)
-        left -= width
-        groups.append((width * unit, random.randint(-length, length)))
-    return groups
 
 
 def strides(x: Tensor) -> list[int]:
@@ -369,6 +360,7 @@ def test_the_kernels_in_the_interpreter(script):
     """The kernels on the CPU, against float64."""
     pytest.importorskip("triton")
     script = Path(__file__).parent / script
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    folders = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -18,18 +18,6 @@ namespace {
 
 constexpr int64_t kSlotBytes = 1024, kSlots = 2;
 
-// Random bytes that begin at a multiple of 16.
-struct Memory {
-  struct alignas(16) Line {
-    uint8_t bytes[16];
-  };
-  std::vector<Line> lines;
-  explicit Memory(int64_t size) : lines(size / 16 + 1) {
-    for (int64_t i = 0; i < size; ++i) at(0)[i] = static_cast<uint8_t>(generator());
-  }
-  uint8_t* at(int64_t offset) { return lines[0].bytes + offset; }
-};
-
 // A box of a tensor with random strides, whose elements do not overlap.
 struct Box {
   int64_t size[kEdgeDims], stride[kEdgeDims], begin, bytes, extent;
@@ -155,7 +143,7 @@ bool agrees_with_loops() {
           }
         }
       }
-      if (std::memcmp(received[rank][round].at(0), expected[rank][round].at(0), extent[rank]) != 0) {
+      if (!(received[rank][round] == expected[rank][round])) {
         std::printf("rank %d of %d, round %d of %d, %d-byte elements\n", (int)rank, (int)ranks, (int)round, (int)rounds,
                     (int)element);
         return false;

@@ -15,27 +15,6 @@ using namespace tsm_jit;
 
 namespace {
 
-// Random bytes that begin at a multiple of 64.
-class Memory {
- public:
-  explicit Memory(size_t size) : size_(size), lines_(size / sizeof(Line) + 1) {
-    for (size_t i = 0; i < size; ++i) *at(i) = static_cast<uint8_t>(generator());
-  }
-  uint8_t* at(int64_t offset) { return lines_[0].bytes + offset; }
-  bool operator==(Memory& other) { return std::memcmp(at(0), other.at(0), size_) == 0; }
-  template <class Fill>
-  void fill(int64_t begin, size_t element, Fill number) {
-    for (size_t i = begin; i + element <= size_; i += element) number(at(i));
-  }
-
- private:
-  struct alignas(64) Line {
-    uint8_t bytes[64];
-  };
-  size_t size_;
-  std::vector<Line> lines_;
-};
-
 Strides random_strides(const Shift& s, int64_t element) {
   Strides strides{};
   strides.outer = s.inner_bytes + (one_in(3) ? between(0, 3) * element : 0);
