@@ -181,7 +181,7 @@ class _Collective:
 
     def __init__(self, ranks: Ranks, messages: Messages):
         self._group, self._device, self._dtype = ranks.name, ranks.device, messages.dtype
-        size = torch.empty(0, dtype=messages.dtype).element_size()
+        size = messages.dtype.itemsize
         self._sizes = [[size * _numel(each) for each in part] for part in (messages.received, messages.sent)]
         self._sent, self._numel = one_after_another(messages.sent)
         self._received, _ = one_after_another(messages.received)
@@ -210,7 +210,6 @@ class _Collective:
 _MOST_BYTES = 2**30  # of a message: the kernel numbers its elements in 32 bits
 _SLOTS = 2
 _SIGNAL_BYTES = 16
-_COUNTERS = 4  # int32 for each rank: messages and blocks of the kernel, of both directions
 _DIMS = 8  # kEdgeDims of kernels/shift/edges.h: the dimensions of a part, and its run of bytes
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
@@ -245,7 +244,8 @@ class _PeerMemory:
         with torch.inference_mode(False), torch.cuda.device(self.device), _without_multicast():
             own = shared.empty(self._signals_offset + ranks.size * _SIGNAL_BYTES, dtype=torch.uint8, device=self.device)
             own[self._signals_offset :].zero_()
-            self.counters = torch.zeros(ranks.size, _COUNTERS, dtype=torch.int32, device=self.device)
+            # For each rank and direction, the numbers of messages and of blocks: EdgeCounter of edges.cuh.
+            self.counters = torch.zeros(ranks.size, 2, 2, dtype=torch.int32, device=self.device)
             torch.cuda.current_stream().synchronize()  # before the others can signal
             self._handle = shared.rendezvous(own, ranks.name)
             self._buffers = [
@@ -259,8 +259,8 @@ class _PeerMemory:
         """The addresses of the mailbox, the signal and the counter for messages to or from ``peer``."""
         receiver, sender = (peer, self.rank) if sends else (self.rank, peer)
         buffer = self._buffers[receiver].data_ptr()
-        counter = self.counters[peer].data_ptr() + (0 if sends else self.counters.element_size() * _COUNTERS // 2)
-        return buffer + sender * _SLOTS * self.capacity, buffer + self._signals_offset + sender * _SIGNAL_BYTES, counter
+        mailbox, signal = sender * _SLOTS * self.capacity, self._signals_offset + sender * _SIGNAL_BYTES
+        return buffer + mailbox, buffer + signal, self.counters[peer, int(sends)].data_ptr()
 
     def follow(self) -> None:
         """Lets the current stream wait for the last exchange, if that ran on another stream."""
@@ -286,40 +286,36 @@ class _Mailboxes:
 
     def __init__(self, memory: _PeerMemory, messages: Messages):
         self._memory, self._messages = memory, messages
+        self._limits = memory.capacity, memory.milliseconds
         ranks = range(len(messages.sent))
         self._peers = [peer for peer in ranks if messages.sent[peer] or messages.received[peer]]
-        self._element_size = torch.empty(0, dtype=messages.dtype).element_size()
-        self._nothing = self._table([[] for _ in self._peers], sends=False)
 
     def start(self, x: Tensor, places: Places) -> None:
         """Sends the parts of ``x`` at these places."""
         if places.table is None:
-            places.table = self._table(self._boxes(self._messages.sent, places), sends=True)
+            places.table = self._table(self._messages.sent, places.parts, sends=True)
         self._memory.follow()
-        _send(x, places.table, self._memory.capacity, self._memory.milliseconds)
+        _send(x, places.table, *self._limits)
 
     def finish(self, _: None, out: Tensor, places: Places) -> None:
         """Waits, and writes the parts that arrived to these places of ``out``."""
         if places.table is None:
-            places.table = self._table(self._boxes(self._messages.received, places), sends=False)
-        _receive(out, places.table, self._memory.capacity, self._memory.milliseconds)
+            places.table = self._table(self._messages.received, places.parts, sends=False)
+        _receive(out, places.table, *self._limits)
 
     def abandon(self, _: None) -> None:
         """Waits, after an error between :meth:`start` and :meth:`finish`."""
-        _receive(self._memory.counters, self._nothing, self._memory.capacity, self._memory.milliseconds)
+        nothing = self._table([()] * len(self._messages.received), [], sends=False)
+        _receive(self._memory.counters, nothing, *self._limits)
 
-    def _boxes(self, messages: tuple[tuple[Strided, ...], ...], places: Places) -> list[list[list[int]]]:
-        """For each peer, and each part of its message, the last fields of a row of the table."""
-        parts = iter(places.parts)
-        boxes = [[_box(next(parts), in_message, self._element_size) for in_message in message] for message in messages]
-        return [boxes[peer] for peer in self._peers]
-
-    def _table(self, boxes: list[list[list[int]]], sends: bool) -> Tensor:
-        """The rows ``EdgePart`` of kernels/shift/edges.h, in memory of the host."""
-        rows = []
-        for peer, message in zip(self._peers, boxes, strict=True):
-            addresses = self._memory.addresses(peer, sends)
-            rows += [[*addresses, max(1, len(message)), *box] for box in message or [[0] * (3 + 2 * _DIMS)]]
+    def _table(self, messages: Sequence[tuple[Strided, ...]], places: Sequence[Strided], sends: bool) -> Tensor:
+        """The rows ``EdgePart`` of kernels/shift/edges.h, in memory of the host. A message without parts has a row."""
+        rows, remaining = [], iter(places)
+        for peer in self._peers:
+            message = messages[peer]
+            head = [*self._memory.addresses(peer, sends), max(1, len(message))]
+            boxes = [_box(next(remaining), in_message, self._messages.dtype.itemsize) for in_message in message]
+            rows += [[*head, *box] for box in boxes or [[0] * (3 + 2 * _DIMS)]]
         return torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), 7 + 2 * _DIMS)
 
 

@@ -26,6 +26,7 @@ from tsm_jit.ops.temporal_shift import (
     temporal_shift,
     temporal_shift_backward,
     temporal_shift_backward_,
+    without_prefix,
 )
 from tsm_jit.plans import decode
 
@@ -88,7 +89,7 @@ class Layer(NamedTuple):
         elif dx is not None:
             adjoint: Callable[[Tensor, str], Tensor] = temporal_shift_backward
             if self.shard is not None:
-                adjoint = functools.partial(sharded_shift().sharded_shift_backward, shard=self.shard)
+                adjoint = functools.partial(split_clips().sharded_shift_backward, shard=self.shard)
             dx = shift_tokens(dx, self.shift, self.num_prefix_tokens, adjoint)
         return dx, dw, db
 
@@ -98,18 +99,18 @@ class Layer(NamedTuple):
         if self.shard is None:
             function = shift_kernel if plain else temporal_shift
         else:
-            split = sharded_shift()
+            split = split_clips()
             edges = split.Halo(halo, ctx.call).edges(self.num_prefix_tokens)
             function = functools.partial(split.sharded_shift, shard=self.shard, edges=edges)
         return shift_tokens(x, self.shift, self.num_prefix_tokens, function)
 
     def shift_backward_(self, dx: Tensor) -> None:
         """The adjoint of the shift, in place and without autograd."""
-        moving = dx[:, self.num_prefix_tokens :] if self.num_prefix_tokens else dx
+        moving = without_prefix(dx, self.num_prefix_tokens)
         if self.shard is None:
             temporal_shift_backward_(moving, self.shift)
             return
-        sharded_shift().sharded_shift_backward_(moving, self.shift, self.shard)
+        split_clips().sharded_shift_backward_(moving, self.shift, self.shard)
 
     def _without_values(self, dz: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
         """In place of an input that was not saved. The strides decide which kernels of a convolution run."""
@@ -118,8 +119,8 @@ class Layer(NamedTuple):
         return torch.empty_strided(shape, strides, dtype=dz.dtype, device=dz.device)
 
 
-def sharded_shift() -> Any:
-    """Returns the module for split clips, which most processes need not import."""
+def split_clips() -> Any:
+    """Returns the module ``sharded_shift``, which a process without split clips need not import."""
     from tsm_jit.ops import sharded_shift
 
     return sharded_shift

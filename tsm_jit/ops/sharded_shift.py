@@ -53,6 +53,7 @@ from tsm_jit.ops.temporal_shift import (
     temporal_shift,
     temporal_shift_backward,
     temporal_shift_backward_,
+    without_prefix,
 )
 from tsm_jit.plans import Shift, decode
 from tsm_jit.reference import has_clip_dim
@@ -113,12 +114,22 @@ class _Edge(NamedTuple):
     length: int
 
 
+class HaloSize(NamedTuple):
+    """The size of a :class:`Halo` for one clip."""
+
+    reach: int  # the largest distance
+    frames: int  # of each clip: those of its first and last ``reach`` frames, or of all if there are fewer
+    channels: int  # up to the last one that moves
+
+
 class _Exchange(NamedTuple):
     length: int  # the number of frames of a clip on this rank
     local: str  # the shift of these frames, with zero padding
     sent: tuple[tuple[_Edge, ...], ...]  # to each rank
     received: tuple[tuple[_Edge, ...], ...]  # from each rank
     is_needed: bool  # whether any rank sends an edge
+    shifted: int  # the number of frames of a clip on this rank that take part, at least 1
+    halo: HaloSize
 
 
 @functools.lru_cache(maxsize=4096)
@@ -127,7 +138,7 @@ def _exchange_of(encoded: str, rank: int, ranks: int) -> _Exchange:
     frames = [TimeShard(each, ranks, "").frames(shift.n_segment) for each in range(ranks)]
     edges: list[list[list[_Edge]]] = [[[] for _ in range(ranks)] for _ in range(ranks)]  # [from][to]
     starts = [each.start for each in frames]
-    channel = 0
+    channel = moved = 0
     for width, offset in shift.plan:
         for receiver, target in _edge_frames(shift, width, offset, frames):
             source = _source(shift, target + offset, target)
@@ -136,12 +147,17 @@ def _exchange_of(encoded: str, rank: int, ranks: int) -> _Exchange:
                 edge = _Edge(channel, width, source - starts[sender], target - starts[receiver], length=1)
                 _append(edges[sender][receiver], edge)
         channel += width
+        moved = channel if offset else moved
+    local = _local_shift(shift, frames[rank])
+    reach = max([abs(offset) for _, offset in local.plan], default=0)
     return _Exchange(
         length=len(frames[rank]),
-        local=_local_shift(shift, frames[rank]).encode(),
+        local=local.encode(),
         sent=tuple(tuple(each) for each in edges[rank]),
         received=tuple(tuple(each[rank]) for each in edges),
         is_needed=any(edge for row in edges for edge in row),
+        shifted=local.n_segment_shifted,
+        halo=HaloSize(reach, min(2 * reach, local.n_segment_shifted), moved),
     )
 
 
@@ -216,8 +232,6 @@ class _Call:
             self._sent, self._received = self._received, self._sent
         self._is_gradient = is_gradient
         self._targets: dict[tuple[int, ...], Places] = {}
-        self._reach, self._halo_frames, self._halo_channels = halo_size(encoded, shard)
-        self._shifted = decode(exchange.local).n_segment_shifted
         self._halo_targets: dict[tuple[int, ...], Places] = {}
         if not exchange.is_needed:
             return
@@ -249,8 +263,8 @@ class _Call:
     def new_halo(self, x: Tensor) -> Tensor:
         """Returns zeros for the :class:`Halo` of ``x``, frames in channels_last or tokens."""
         size = list(x.shape)
-        size[0] = size[0] // self.exchange.length * self._halo_frames
-        size[self._dim] = self._halo_channels
+        size[0] = size[0] // self.exchange.length * self.exchange.halo.frames
+        size[self._dim] = self.exchange.halo.channels
         if x.dim() == 3:
             return x.new_zeros(size)
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).zero_()
@@ -259,12 +273,13 @@ class _Call:
         """The places of the :class:`Halo` that receive what arrives."""
         places = self._halo_targets.get(halo.stride())
         if places is None:
-            skipped = self._shifted - self._halo_frames  # frames of a clip in the middle, which lack nothing
+            reach, frames, _ = self.exchange.halo
+            skipped = self.exchange.shifted - frames  # frames of a clip in the middle, which lack nothing
             received = [
-                [edge._replace(target=edge.target - (skipped if edge.target >= self._reach else 0)) for edge in edges]
+                [edge._replace(target=edge.target - (skipped if edge.target >= reach else 0)) for edge in edges]
                 for edges in self._received
             ]
-            places = self._places(halo, received, at_source=False, length=self._halo_frames)
+            places = self._places(halo, received, at_source=False, length=frames)
             self._halo_targets[halo.stride()] = places
         return places
 
@@ -393,24 +408,21 @@ def local_shift(shift: str, shard: TimeShard) -> str:
     return _exchange_of(shift, shard.rank, shard.ranks).local
 
 
-def halo_size(shift: str, shard: TimeShard) -> tuple[int, int, int]:
-    """Returns the largest distance, the frames ``H`` of each clip and the channels ``C'`` of a :class:`Halo`."""
-    local, plan = decode(local_shift(shift, shard)), decode(shift).plan
-    reach = max([abs(offset) for _, offset in local.plan], default=0)
-    moved = [sum([width for width, _ in plan[: i + 1]]) for i, (_, offset) in enumerate(plan) if offset]
-    return reach, min(2 * reach, local.n_segment_shifted), max(moved, default=0)
+def halo_size(shift: str, shard: TimeShard) -> HaloSize:
+    """The size of the :class:`Halo` of a rank."""
+    return _exchange_of(shift, shard.rank, shard.ranks).halo
 
 
 class Halo(NamedTuple):
     """What the :func:`local_shift` of frames lacks at the beginning and the end of each clip."""
 
-    frames: Tensor | None  # [N*H, C', ...], see halo_size; None if the local shift lacks nothing on any rank
+    frames: Tensor | None  # [N*H, C', ...] of HaloSize; None if the local shift lacks nothing on any rank
     call: _Call
 
     def edges(self, num_prefix_tokens: int) -> Edges:
         if self.frames is None:
             return Edges(self.call)
-        frames = self.frames[:, num_prefix_tokens:] if num_prefix_tokens else self.frames
+        frames = without_prefix(self.frames, num_prefix_tokens)
         return Edges(self.call, self.call.halo_targets(frames).views(frames))
 
 
@@ -420,12 +432,12 @@ def halo(x: Tensor, shift: str, shard: TimeShard, num_prefix_tokens: int) -> Hal
     The halo has the frames that the first and last frames of each clip read: of other ranks, or of this rank as the
     padding asks. It is zero where the shift pads with zeros.
     """
-    moving = x[:, num_prefix_tokens:] if num_prefix_tokens else x
+    moving = without_prefix(x, num_prefix_tokens)
     call = _call_of(moving, shift, shard, is_gradient=False)
     if not call.exchange.is_needed:
         return Halo(None, call)
     whole = call.new_halo(x)
-    frames = whole[:, num_prefix_tokens:] if num_prefix_tokens else whole
+    frames = without_prefix(whole, num_prefix_tokens)
     targets = call.halo_targets(frames)
     pending: Any = call.courier.start(moving, call.sources)
     call.courier.finish(pending, frames, targets)

@@ -30,7 +30,7 @@ from tsm_jit.ops.recomputing_layer import (
     recomputing_layer,
     save_inputs,
     saved_inputs,
-    sharded_shift,
+    split_clips,
 )
 from tsm_jit.ops.temporal_shift import shift_tokens, temporal_shift
 from tsm_jit.plans import decode
@@ -215,7 +215,7 @@ class Product:
     ):
         shift, reach, halo_channels, longest = decode(layer.shift), 0, 0, shape[0]
         if layer.shard is not None:
-            split = sharded_shift()
+            split = split_clips()
             reach, _, halo_channels = split.halo_size(layer.shift, layer.shard)
             longest = shape[0] // layer.shard.length(shift.n_segment) * _ceil_div(shift.n_segment, layer.shard.ranks)
             shift = decode(split.local_shift(layer.shift, layer.shard))
@@ -272,7 +272,7 @@ class Product:
         layer = self.layer
         if layer.shard is None:
             return None, None
-        return sharded_shift().halo(x, layer.shift, layer.shard, layer.num_prefix_tokens)
+        return split_clips().halo(x, layer.shift, layer.shard, layer.num_prefix_tokens)
 
     def _kernel(
         self, name: str, tiles: int, parts: int, blocks: tuple[int, int, int], warps: int, **more: Any

@@ -286,6 +286,11 @@ def shift_tokens(x: Tensor, shift: str, num_prefix_tokens: int, function: Callab
     return torch.cat([x[:, :num_prefix_tokens], function(x[:, num_prefix_tokens:], shift)], 1)
 
 
+def without_prefix(x: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The tokens of ``x`` that :func:`shift_tokens` shifts."""
+    return x[:, num_prefix_tokens:] if num_prefix_tokens else x
+
+
 def temporal_shift_for_single_consumer(x: Tensor, shift: str) -> Tensor:
     """:func:`temporal_shift` for a single consumer, which must return a new tensor."""
     if eager() and x.requires_grad and torch.is_grad_enabled() and x.dtype in SUMMABLE_DTYPES:
