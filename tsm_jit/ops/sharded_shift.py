@@ -39,7 +39,6 @@ from tsm_jit.ops.compat import (
     direct_apply,
     eager,
     empty_like_real,
-    has_saved_tensor_hooks,
     is_batched_gradient,
     is_exporting,
     transforms_are_active,
@@ -47,9 +46,9 @@ from tsm_jit.ops.compat import (
 )
 from tsm_jit.ops.exchange import Messages, Places, Ranks, Strided, one_after_another, ranks_of
 from tsm_jit.ops.temporal_shift import (
-    check_marks,
-    clip_length_mark,
+    check_saved_mark,
     has_no_overlap,
+    save_mark,
     temporal_shift,
     temporal_shift_backward,
     temporal_shift_backward_,
@@ -458,15 +457,14 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx, x, kernel, adjoint, *arguments):
         ctx.adjoint, ctx.arguments = adjoint, arguments
-        ctx.is_marked = len(arguments) > 1 and has_saved_tensor_hooks()  # a shift, not a sum
-        if ctx.is_marked:
-            ctx.save_for_backward(clip_length_mark(x, arguments[0]))
+        if len(arguments) > 1:  # a shift, not a sum
+            save_mark(ctx, x, arguments[0])
         return kernel(x, *arguments)
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.is_marked:
-            check_marks(ctx.saved_tensors, ctx.arguments[0])
+        if len(ctx.arguments) > 1:
+            check_saved_mark(ctx, ctx.arguments[0])
         return ctx.adjoint(grad, *ctx.arguments), None, None, *(None for _ in ctx.arguments)
 
 
