@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import random
 import struct
@@ -46,9 +47,31 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes that ``work`` asks for at a time on a GPU, with its result. Its first call loads libraries.
+
+    The threads of autograd may free a gradient late, which makes a peak smaller: this is the largest of three.
+    """
+
+    def requested(which: str) -> int:  # the allocator may have given larger blocks
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+    work()
+    peaks = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = requested("current")
+        result = work()
+        peaks.append(requested("peak") - before)
+        del result
+    return max(peaks)
+
+
 @contextlib.contextmanager
 def limited_gpu_memory(device: torch.device, free_bytes: int) -> Iterator[None]:
     """Lets PyTorch allocate only ``free_bytes`` more on ``device``."""
+    gc.collect()  # what earlier tests left would become free memory
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + free_bytes) / total)
