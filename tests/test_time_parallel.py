@@ -1,4 +1,4 @@
-"""One clip over several processes, which run the cases of ``time_parallel``: four on a CPU, or one for each GPU."""
+"""One clip over several processes, which run the cases of ``time_parallel``: four on a CPU or a GPU, or one per GPU."""
 
 import multiprocessing
 import signal
@@ -8,12 +8,13 @@ import pytest
 import torch
 from processes import start
 from time_parallel import runner
+from time_parallel.cases import ON_GPUS
 
-needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
-
-@pytest.fixture(params=["peer memory", "NCCL"])
-def transport(request) -> str:
+@pytest.fixture(params=ON_GPUS)
+def transport(request, cuda) -> str:
+    if "one GPU" not in request.param and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
     if request.param == "peer memory" and not torch.cuda.can_device_access_peer(0, 1):
         pytest.skip("the GPUs do not reach each other's memory")
     return request.param
@@ -23,13 +24,11 @@ def test_clips_split_over_processes(seed, tmp_path):
     start(runner.run, (4, tmp_path, seed, "gloo"), 4)
 
 
-@needs_gpus
 def test_clips_split_over_gpus(seed, tmp_path, transport):
-    world = min(4, torch.cuda.device_count())
+    world = 4 if "one GPU" in transport else min(4, torch.cuda.device_count())
     start(runner.run, (world, tmp_path, seed, transport), world, forked=False)
 
 
-@needs_gpus
 def test_a_gpu_whose_process_dies(tmp_path, transport):
     """The other one ends with an error, or PyTorch ends it, some time after the time-out of five seconds."""
     context = multiprocessing.get_context("spawn")

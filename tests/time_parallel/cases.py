@@ -16,14 +16,15 @@ from tsm_jit.plans import Shift
 
 MESHES = {}
 CASES = {}  # name: (number of ranks, transports of the edges, what each rank does with their mesh)
-TRANSPORTS = ("gloo", "NCCL", "peer memory")  # gloo on CPUs, the others on GPUs
+TRANSPORTS = ("gloo", "gloo, one GPU", "peer memory, one GPU", "NCCL", "peer memory")  # gloo alone is on CPUs
+COLLECTIVES, ON_GPUS = ("gloo", "gloo, one GPU", "NCCL"), TRANSPORTS[1:]
 close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
 def case(ranks, on=TRANSPORTS, **arguments):
     """Registers a function as a case, for each number of ranks and for these transports.
 
-    Cases in which the transport makes no difference run on GPUs with NCCL only.
+    Cases in which the transport makes no difference run with collectives only.
     """
 
     def register(function):

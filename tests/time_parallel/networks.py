@@ -12,7 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import tsm_jit
-from time_parallel.cases import MESHES, average, case, close, compare, loss_of, model_of, new_clips, resnet, share
+from time_parallel.cases import (
+    COLLECTIVES,
+    MESHES,
+    average,
+    case,
+    close,
+    compare,
+    loss_of,
+    model_of,
+    new_clips,
+    resnet,
+    share,
+)
 from tsm_jit.distributed import parallelize_time, shard_frames
 from tsm_jit.ops import exchange
 from tsm_jit.ops.exchange import ranks_of
@@ -55,7 +67,7 @@ def checkpointing(mesh, use_reentrant):
     compare(model, mesh, new_clips())
 
 
-@case((2,), on=("gloo", "NCCL"))
+@case((2,), on=COLLECTIVES)
 def autocast(mesh):
     model, clips = model_of().float(), new_clips().float()
     whole = copy.deepcopy(model)
@@ -71,7 +83,7 @@ def autocast(mesh):
         torch.testing.assert_close(weight.grad, single.grad, rtol=0.1, atol=0.02)
 
 
-@case((2,), on=("gloo", "NCCL"))
+@case((2,), on=COLLECTIVES)
 def compiled(mesh):
     model = model_of()
     compare(model, mesh, new_clips(), run=torch.compile(model, backend="aot_eager", fullgraph=True))
@@ -101,7 +113,7 @@ def compiled_in_a_checkpoint(mesh):
         losses.backward()
 
 
-@case((2,), on=("gloo", "NCCL"))
+@case((2,), on=COLLECTIVES)
 def fused(mesh):
     """In either order; frozen norms."""
     net = resnet()
@@ -156,7 +168,7 @@ def ddp(mesh):
     compare_weights(model, whole, clips)
 
 
-@case((2, 4))
+@case((2, 4), on=("gloo", "NCCL", "peer memory"))  # PyTorch crashes where gloo scatters gradients on a GPU
 def fsdp2(mesh):
     """Weights sharded over data, gradients averaged over time as well."""
     both = MESHES["time and data", mesh.size()]

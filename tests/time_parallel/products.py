@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tsm_jit
-from time_parallel.cases import case, share
+from time_parallel.cases import ON_GPUS, case, share
 from tsm_jit import ops
 from tsm_jit.distributed import parallelize_time, shard_frames
 
@@ -52,10 +52,10 @@ def kernels_serve(layer, x) -> bool:
         return ops.shifted_layer(x, net.weight, net.bias, whole) is not None
 
 
-@case((2, 3, 4), on=("NCCL", "peer memory"), kind="TSM")
-@case((2,), on=("NCCL", "peer memory"), kind="stride")
-@case((2, 3), on=("NCCL", "peer memory"), kind="TSAM")
-@case((2,), on=("NCCL", "peer memory"), kind="tokens")
+@case((2, 3, 4), on=ON_GPUS, kind="TSM")
+@case((2,), on=ON_GPUS, kind="stride")
+@case((2, 3), on=ON_GPUS, kind="TSAM")
+@case((2,), on=ON_GPUS, kind="tokens")
 def products(mesh, kind):
     for side, dtype, how in (
         (90, torch.bfloat16, "once"),

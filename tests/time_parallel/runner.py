@@ -8,16 +8,19 @@ import resource
 import sys
 import time
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory
 from torch.distributed.device_mesh import DeviceMesh
+from torch.multiprocessing.reductions import reduce_tensor
 
 from time_parallel import networks, products, shifts, streams, surgery, unequal_ranks  # noqa: F401 (they register cases)
 from time_parallel.cases import CASES, MESHES, case, model_of, new_clips
 from tsm_jit.distributed import parallelize_time, shard_frames
+from tsm_jit.ops import compat, exchange
 
 
 @case((4,), on=("gloo",))
@@ -58,18 +61,34 @@ def make_meshes(rank: int, world: int, device: str) -> None:
     MESHES["one"] = DeviceMesh.from_group([dist.new_group([each]) for each in range(world)][rank], device)
 
 
-def end_if_it_hangs(device: str, seconds: int = 20) -> None:
-    """Ends this process with the stacks of its threads unless the next call comes within ``seconds``, 120 on a CPU."""
-    faulthandler.dump_traceback_later(120 if device == "cpu" else seconds, exit=True, file=sys.__stderr__)
+def end_if_it_hangs() -> None:
+    """Ends this process with the stacks of its threads unless the next call comes within two minutes."""
+    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
+
+
+def share_memory_of_one_gpu() -> None:
+    """Stands in for links between GPUs, which PyTorch requires: ranks on one GPU map the memory of the others."""
+
+    def rendezvous(own, name):
+        group = compat.process_group(name)
+        handles = [None] * group.size()
+        dist.all_gather_object(handles, reduce_tensor(own), group=group)
+        tensors = [own if rank == group.rank() else open_(*handle) for rank, (open_, handle) in enumerate(handles)]
+        return SimpleNamespace(get_remote_tensor=lambda rank, *_: tensors[rank])
+
+    memory = torch.distributed._symmetric_memory
+    memory.empty, memory.rendezvous = torch.empty, rendezvous
+    exchange._reaches_all = lambda *_: True
 
 
 def start(rank: int, world: int, folder, transport: str) -> str:
     """Connects this process with the others. Returns the type of its device."""
     torch.set_num_threads(1)
     device = "cpu" if transport == "gloo" else "cuda"
-    end_if_it_hangs(device)
+    shares_gpu = transport.endswith("one GPU")
+    end_if_it_hangs()
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(0 if shares_gpu else rank)
         torch.set_default_device("cuda")
         torch.backends.cudnn.deterministic = True  # some cases compare bits of gradients
         os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
@@ -77,8 +96,10 @@ def start(rank: int, world: int, folder, transport: str) -> str:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the time-out of NCCL ends a process without a dump
     if transport == "NCCL":  # as if the GPUs did not reach each other's memory
         torch.cuda.can_device_access_peer = lambda *_: False
+    if transport == "peer memory, one GPU":
+        share_memory_of_one_gpu()
     dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl",
+        "gloo" if device == "cpu" or shares_gpu else "nccl",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world,
@@ -110,7 +131,7 @@ def run(rank: int, world: int, folder, seed: int, transport: str) -> None:
             continue
         random.seed(seed + number)
         torch.manual_seed(seed + number)
-        end_if_it_hangs(device)
+        end_if_it_hangs()
         try:
             function(MESHES[ranks])
             if device == "cuda":
@@ -121,7 +142,7 @@ def run(rank: int, world: int, folder, seed: int, transport: str) -> None:
         print(f"rank {rank}: {time.monotonic() - begin:.1f} s after {name}", flush=True)
     if device == "cuda":
         uses_links = bool(shared)
-        assert uses_links == (transport == "peer memory"), f"{transport}: {len(shared)} buffers shared"
+        assert uses_links == transport.startswith("peer memory"), f"{transport}: {len(shared)} buffers shared"
         dist.barrier()  # no rank ends while another reads its memory
         torch.cuda.synchronize()
     os._exit(0)  # without the goodbyes of process groups whose ranks are dead
@@ -143,7 +164,7 @@ def run_with_a_rank_that_dies(rank: int, folder, transport: str) -> None:
     torch.cuda.synchronize()
     if rank == 1:
         os._exit(0)
-    end_if_it_hangs(device, 60)
+    end_if_it_hangs()
     (folder / "waits").touch()
     try:
         with torch.no_grad():

@@ -12,11 +12,11 @@ from support import assert_same_bits
 from torch import nn
 
 import tsm_jit
-from time_parallel.cases import MESHES, case, close, model_of, new_clips, resnet
+from time_parallel.cases import COLLECTIVES, MESHES, case, close, model_of, new_clips, resnet
 from tsm_jit.distributed import parallelize_time, shard_frames
 
 
-@case((2,), on=("gloo", "NCCL"))
+@case((2,), on=COLLECTIVES)
 def surgery(mesh):
     model = model_of()
     keys, clips = list(model.state_dict()), new_clips(length=6)

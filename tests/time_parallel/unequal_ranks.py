@@ -9,7 +9,7 @@ from time_parallel.cases import case, close, compare, loss_of, model_of, new_cli
 from tsm_jit.distributed import parallelize_time, shard_frames
 
 
-@case((2, 3), on=("NCCL",))
+@case((2, 3), on=("gloo, one GPU", "NCCL"))
 def other_new_shapes(mesh):
     """Those that are new to all ranks, which can go on."""
     model, rank = model_of(), mesh.get_local_rank()
