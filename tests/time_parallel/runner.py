@@ -8,19 +8,16 @@ import resource
 import sys
 import time
 import traceback
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory
 from torch.distributed.device_mesh import DeviceMesh
-from torch.multiprocessing.reductions import reduce_tensor
 
 from time_parallel import networks, products, shifts, streams, surgery, unequal_ranks  # noqa: F401 (they register cases)
 from time_parallel.cases import CASES, MESHES, case, model_of, new_clips
 from tsm_jit.distributed import parallelize_time, shard_frames
-from tsm_jit.ops import compat, exchange
+from tsm_jit.ops import exchange
 
 
 @case((4,), on=("gloo",))
@@ -66,21 +63,6 @@ def end_if_it_hangs() -> None:
     faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
 
 
-def share_memory_of_one_gpu() -> None:
-    """Stands in for links between GPUs, which PyTorch requires: ranks on one GPU map the memory of the others."""
-
-    def rendezvous(own, name):
-        group = compat.process_group(name)
-        handles = [None] * group.size()
-        dist.all_gather_object(handles, reduce_tensor(own), group=group)
-        tensors = [own if rank == group.rank() else open_(*handle) for rank, (open_, handle) in enumerate(handles)]
-        return SimpleNamespace(get_remote_tensor=lambda rank, *_: tensors[rank])
-
-    memory = torch.distributed._symmetric_memory
-    memory.empty, memory.rendezvous = torch.empty, rendezvous
-    exchange._reaches_all = lambda *_: True
-
-
 def start(rank: int, world: int, folder, transport: str) -> str:
     """Connects this process with the others. Returns the type of its device."""
     torch.set_num_threads(1)
@@ -96,8 +78,8 @@ def start(rank: int, world: int, folder, transport: str) -> str:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the time-out of NCCL ends a process without a dump
     if transport == "NCCL":  # as if the GPUs did not reach each other's memory
         torch.cuda.can_device_access_peer = lambda *_: False
-    if transport == "peer memory, one GPU":
-        share_memory_of_one_gpu()
+    if transport == "peer memory, one GPU":  # as if each rank had its own
+        exchange._reaches_all = lambda *_: True
     dist.init_process_group(
         "gloo" if device == "cpu" or shares_gpu else "nccl",
         init_method=f"file://{folder}/rendezvous",
@@ -123,7 +105,7 @@ def counted(module, name: str) -> list:
 def run(rank: int, world: int, folder, seed: int, transport: str) -> None:
     """One of the processes: runs all cases, until one fails."""
     device = start(rank, world, folder, transport)
-    shared = counted(torch.distributed._symmetric_memory, "rendezvous")
+    sent_through_memory = counted(exchange, "_send")
     make_meshes(rank, world, device)
     begin = time.monotonic()
     for number, (name, (ranks, transports, function)) in enumerate(CASES.items()):
@@ -141,8 +123,7 @@ def run(rank: int, world: int, folder, seed: int, transport: str) -> None:
             raise RuntimeError(f"{name}, rank {rank}") from error
         print(f"rank {rank}: {time.monotonic() - begin:.1f} s after {name}", flush=True)
     if device == "cuda":
-        uses_links = bool(shared)
-        assert uses_links == transport.startswith("peer memory"), f"{transport}: {len(shared)} buffers shared"
+        assert bool(sent_through_memory) == transport.startswith("peer memory"), len(sent_through_memory)
         dist.barrier()  # no rank ends while another reads its memory
         torch.cuda.synchronize()
     os._exit(0)  # without the goodbyes of process groups whose ranks are dead

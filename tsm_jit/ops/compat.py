@@ -210,13 +210,6 @@ def has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
-def symmetric_memory() -> Any:
-    """Returns the module for GPU memory that the processes of a group share."""
-    import torch.distributed._symmetric_memory as module  # not in every build of PyTorch
-
-    return module
-
-
 def time_out(group: Any, device: torch.device) -> timedelta:
     """Returns how long an operation of a process group may wait for other ranks."""
     return group._get_backend(device).options._timeout

@@ -13,26 +13,16 @@ On a GPU the host waits for the device only when :meth:`Ranks.compare` sees a ca
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import hashlib
-import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tsm_jit.ops.compat import (
-    collectives,
-    current_stream_handle,
-    direct,
-    has_kernel,
-    process_group,
-    symmetric_memory,
-    time_out,
-)
+from tsm_jit.ops.compat import collectives, current_stream_handle, direct, has_kernel, process_group, time_out
+from tsm_jit.ops.cuda_driver import has_atomics, map_shared_memory, new_shared_memory
 
 Strided = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset, the arguments of as_strided
 
@@ -145,15 +135,25 @@ class Ranks:
             self._shares_memory = all(self._gather(_reaches_all(self.device, devices)))
         if not self._shares_memory or (self._memories and self._memories[-1].capacity >= message_bytes):
             return
-        memory = error = None
-        try:
-            # Doubling bounds the sum of all memories.
-            memory = _PeerMemory(self, max(2**20, 1 << (message_bytes - 1).bit_length()))
-        except RuntimeError as failure:  # a container may forbid processes to share memory
-            error = str(failure)
-        self._shares_memory = not any(self._gather(error))
-        if self._shares_memory and memory is not None:
-            self._memories.append(memory)
+        capacity = max(2**20, 1 << (message_bytes - 1).bit_length())  # doubling bounds the sum of all memories
+        buffers = self._share(_PeerMemory.size(self.size, capacity))
+        self._shares_memory = buffers is not None
+        if buffers is not None:
+            self._memories.append(_PeerMemory(self, capacity, buffers))
+
+    def _share(self, size: int) -> list[int] | None:
+        """The addresses of new memory of each rank, which all ranks reach. None if any rank does not."""
+        address, handle, buffers = 0, None, None
+        with torch.cuda.device(self.device), contextlib.suppress(RuntimeError):  # no memory is left
+            address, handle = new_shared_memory(size)
+        handles = self._gather(handle)
+        if None not in handles:
+            # A container may forbid processes to share memory.
+            with torch.cuda.device(self.device), contextlib.suppress(RuntimeError):
+                buffers = [
+                    address if rank == self.rank else map_shared_memory(handle) for rank, handle in enumerate(handles)
+                ]
+        return buffers if all(self._gather(buffers is not None)) else None
 
     def _gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
@@ -209,7 +209,8 @@ class _Collective:
 
 _MOST_BYTES = 2**30  # of a message: the kernel numbers its elements in 32 bits
 _SLOTS = 2
-_SIGNAL_BYTES = 16
+_SIGNAL_BYTES, _COUNTER_BYTES = 16, 8
+_WORDS_BYTES = _SIGNAL_BYTES + 2 * _COUNTER_BYTES  # EdgeCounter of kernels/shift/edges.cuh: to and from a rank
 _DIMS = 8  # kEdgeDims of kernels/shift/edges.h: the dimensions of a part, and its run of bytes
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")
@@ -236,31 +237,25 @@ class _PeerMemory:
     come within the time-out of the group, the kernel stops with an error. The caller's next operation raises it.
     """
 
-    def __init__(self, ranks: Ranks, capacity: int):
-        self.device, self.rank, self.capacity = ranks.device, ranks.rank, capacity
+    def __init__(self, ranks: Ranks, capacity: int, buffers: list[int]):
+        self.device, self.rank, self.capacity, self._buffers = ranks.device, ranks.rank, capacity, buffers
         self.milliseconds = int(time_out(process_group(ranks.name), ranks.device).total_seconds() * 1000)
-        self._signals_offset = ranks.size * _SLOTS * capacity  # there is one signal for each sender
-        shared = symmetric_memory()
-        with torch.inference_mode(False), torch.cuda.device(self.device), _without_multicast():
-            own = shared.empty(self._signals_offset + ranks.size * _SIGNAL_BYTES, dtype=torch.uint8, device=self.device)
-            own[self._signals_offset :].zero_()
-            # For each rank and direction, the numbers of messages and of blocks: EdgeCounter of edges.cuh.
-            self.counters = torch.zeros(ranks.size, 2, 2, dtype=torch.int32, device=self.device)
-            torch.cuda.current_stream().synchronize()  # before the others can signal
-            self._handle = shared.rendezvous(own, ranks.name)
-            self._buffers = [
-                own if rank == ranks.rank else self._handle.get_remote_tensor(rank, own.shape, own.dtype)
-                for rank in range(ranks.size)
-            ]
+        self._words_begin = ranks.size * _SLOTS * capacity
         self._streams: dict[bool, torch.cuda.Stream] = {}  # of the last exchange outside and within a capture
         self._last_handle = -1  # the stream of the last exchange
+
+    @staticmethod
+    def size(ranks: int, capacity: int) -> int:
+        """The bytes on each GPU. For each other rank: the slots of its messages; then its signal and two counters."""
+        return ranks * (_SLOTS * capacity + _WORDS_BYTES)
 
     def addresses(self, peer: int, sends: bool) -> tuple[int, int, int]:
         """The addresses of the mailbox, the signal and the counter for messages to or from ``peer``."""
         receiver, sender = (peer, self.rank) if sends else (self.rank, peer)
-        buffer = self._buffers[receiver].data_ptr()
-        mailbox, signal = sender * _SLOTS * self.capacity, self._signals_offset + sender * _SIGNAL_BYTES
-        return buffer + mailbox, buffer + signal, self.counters[peer, int(sends)].data_ptr()
+        mailbox = self._buffers[receiver] + sender * _SLOTS * self.capacity
+        signal = self._buffers[receiver] + self._words_begin + sender * _WORDS_BYTES
+        counters = self._buffers[self.rank] + self._words_begin + peer * _WORDS_BYTES + _SIGNAL_BYTES
+        return mailbox, signal, counters + sends * _COUNTER_BYTES
 
     def follow(self) -> None:
         """Lets the current stream wait for the last exchange, if that ran on another stream."""
@@ -306,7 +301,7 @@ class _Mailboxes:
     def abandon(self, _: None) -> None:
         """Waits, after an error between :meth:`start` and :meth:`finish`."""
         nothing = self._table([()] * len(self._messages.received), [], sends=False)
-        _receive(self._memory.counters, nothing, *self._limits)
+        _receive(torch.empty(0, device=self._memory.device), nothing, *self._limits)
 
     def _table(self, messages: Sequence[tuple[Strided, ...]], places: Sequence[Strided], sends: bool) -> Tensor:
         """The rows ``EdgePart`` of kernels/shift/edges.h, in memory of the host. A message without parts has a row."""
@@ -337,59 +332,18 @@ def _box(in_tensor: Strided, in_message: Strided, element_size: int) -> list[int
     return [message_begin * element_size, begin * element_size, torch.Size(lengths).numel(), *lengths, *distances]
 
 
-@contextlib.contextmanager
-def _without_multicast() -> Iterator[None]:
-    """Lets PyTorch share memory without an NVLink multicast object, which nothing here uses."""
-    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-# --- what the driver knows -------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
 def _reaches_all(device: torch.device, others: list[str]) -> bool:
     """Whether ``device`` reaches the memory of the GPUs with these UUIDs, each another, with atomic operations."""
     count = torch.cuda.device_count()
     visible = {str(torch.cuda.get_device_properties(index).uuid): index for index in range(count)}
     indices = [visible.get(uuid) for uuid in others]
-    if len(set(others)) < len(others) or symmetric_memory().get_backend(device) != "CUDA":
-        return False
-    if not has_kernel("tsm_jit::send_edges", "CUDA"):
+    if len(set(others)) < len(others) or not has_kernel("tsm_jit::send_edges", "CUDA"):
         return False
     return all(
         index is not None
         and (
             index == device.index
-            or (torch.cuda.can_device_access_peer(device.index, index) and _has_atomics(device.index, index))
+            or (torch.cuda.can_device_access_peer(device.index, index) and has_atomics(device.index, index))
         )
         for index in indices
     )
-
-
-def _has_atomics(device: int, other: int) -> bool:
-    handles = [ctypes.c_int(), ctypes.c_int()]
-    for handle, index in zip(handles, (device, other), strict=True):
-        _checked(_driver().cuDeviceGet(ctypes.byref(handle), index), "cuDeviceGet")
-    value, native_atomics = ctypes.c_int(), 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
-    _checked(
-        _driver().cuDeviceGetP2PAttribute(ctypes.byref(value), native_atomics, *handles), "cuDeviceGetP2PAttribute"
-    )
-    return value.value == 1
-
-
-def _checked(error: int, name: str) -> None:
-    if error:
-        raise RuntimeError(f"{name} of the CUDA driver failed with error {error}")
