@@ -6,10 +6,11 @@
     python examples/long_clips.py --frames 64 --side 64 --steps 20                  # one process, a short video
 
 The task is the arrow of time: is the clip played forwards or backwards? A clip is a random part of the video, in slow
-motion if the video is short. ``examples/README.md``, "Long clips", explains the parallelism.
+motion if the video is short. ``examples/README.md``, "One clip over several GPUs", explains the parallelism.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,11 @@ def data_and_time(device: torch.device, time: int | None) -> DeviceMesh:
     return init_device_mesh(device.type, (world // time, time), mesh_dim_names=("data", "time"))
 
 
+def frames_needed(length: int) -> int:
+    """The least number of frames of a video for a clip of ``length`` frames."""
+    return max(2, math.ceil(SLOWEST * length))
+
+
 class Clips:
     """Draws clips of ``length`` frames from a video ``[F, 3, H, W]``, uint8."""
 
@@ -59,7 +65,7 @@ class Clips:
         Label 1 is a clip that is played backwards.
         """
         longest = min(len(self.video), self.length)
-        shortest = max(2, min(longest, int(SLOWEST * self.length)))
+        shortest = frames_needed(self.length)
         span = torch.randint(shortest, longest + 1, (count, 1), generator=generator)
         first = (torch.rand(count, 1, generator=generator) * (len(self.video) - span + 1)).long()
         frames = first + torch.arange(self.length) * (span - 1) // (self.length - 1)
@@ -160,16 +166,15 @@ def run(options: argparse.Namespace) -> None:
     """Raises WrongInputError, UnusableVideoError, or OSError if nothing can be written."""
     with Processes(group_of_one=True) as processes:
         mesh = data_and_time(processes.device, options.time)
-        for name, least in (("batch", mesh["data"].size()), ("frames", max(2, mesh["time"].size()))):
-            if getattr(options, name) < least:
-                got = f"{getattr(options, name)} on a grid of {mesh['data'].size()} x {mesh['time'].size()}"
-                raise WrongInputError(f"--{name} must be at least {least}, got {got}")
+        least = max(2, mesh["time"].size())
+        if options.frames < least:
+            raise WrongInputError(f"--frames must be at least {least}, got {options.frames}")
         if options.batch % mesh["data"].size() != 0:
             raise WrongInputError(f"--batch must be a multiple of {mesh['data'].size()}, got {options.batch}")
         path = options.video or default_clip()
         video = read_frames(path, range, options.side * 5 // 4)
-        if len(video) < SLOWEST * options.frames:
-            needed = int(SLOWEST * options.frames)
+        needed = frames_needed(options.frames)
+        if len(video) < needed:
             raise WrongInputError(f"{path} is too short: {len(video)} frames, {needed} are needed")
         clips = Clips(path.name, video, options.frames, options.side)
         state = Training(clips, mesh, processes.device, options)

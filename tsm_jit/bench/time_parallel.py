@@ -1,7 +1,7 @@
 """Times a network whose clips are split over several GPUs, and compares it with one GPU that has all frames.
 
 Each number of ranks trains and runs the same network on the same clip. Batch normalization uses the frames of its rank.
-The efficiency is the time of one rank divided by the time of all: with 4 ranks, 1.0 is four times as fast.
+The efficiency is ``time of one rank / (ranks * time of all)``: with 4 ranks, 1.0 is four times as fast.
 """
 
 from __future__ import annotations
@@ -63,19 +63,23 @@ def rows(device: torch.device, counts: Sequence[int], case: Case) -> Iterator[li
         arguments = device.type, max(counts), folder, counts, case, results
         processes = torch.multiprocessing.start_processes(_run, arguments, max(counts), join=False)
         first: list[Row] = []
-        for _ in counts:
-            measured = None
-            while measured is None:
-                with contextlib.suppress(queue.Empty):
-                    measured = results.get(timeout=1)
-                if measured is None:
-                    processes.join(0)  # raises the error of a process that ended with one
-            if isinstance(measured, Mismatch):
-                raise measured
-            first = first or measured
-            yield [_compared(row, one) for row, one in zip(measured, first, strict=True)]
-        while not processes.join():
-            pass
+        try:
+            for _ in counts:
+                measured = None
+                while measured is None:
+                    with contextlib.suppress(queue.Empty):
+                        measured = results.get(timeout=1)
+                    if measured is None:
+                        processes.join(0)  # raises the error of a process that ended with one
+                if isinstance(measured, Mismatch):
+                    raise measured
+                first = first or measured
+                yield [_compared(row, one) for row, one in zip(measured, first, strict=True)]
+            while not processes.join():
+                pass
+        finally:
+            for process in processes.processes:  # those that wait for others
+                process.terminate()
 
 
 def _compared(row: Row, one: Row) -> Row:
@@ -122,13 +126,10 @@ def _measure(mesh: DeviceMesh, device: torch.device, case: Case) -> Iterator[Row
     make_temporal_shift(net, case.frames)
     model = VideoModel(net.to(device, memory_format=torch.channels_last))
     _check(copy.deepcopy(model), mesh, device, case)
-    if mesh.size() > 1:
-        parallelize_time(model, mesh)
+    parallelize_time(model, mesh)
     numbers = shard_frames(torch.arange(case.frames)[None], mesh)
     frames = torch.stack([_frame(int(number), case) for number in numbers]).to(device)
     frames = frames.contiguous(memory_format=torch.channels_last)
-    if mesh.size() == 1:
-        frames = frames[None]
     for training in (False, True):
         for graph in (False, True) if device.type == "cuda" else (False,):
             one = copy.deepcopy(model)
@@ -209,7 +210,7 @@ def _training(model: nn.Module, frames: Tensor, mesh: DeviceMesh, graph: bool) -
 
 
 def _peak_bytes(step: timing.Call, mesh: DeviceMesh, device: torch.device) -> int | None:
-    """Returns the most memory that a rank allocates during a step, with weights and frames. None on CPUs."""
+    """Returns the most memory of a rank during a step, with all that the benchmark keeps. None on CPUs."""
     if device.type != "cuda":
         return None
     for _ in range(2):
