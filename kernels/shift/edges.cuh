@@ -16,7 +16,7 @@ namespace tsm_jit {
 
 constexpr int kEdgeThreads = 256;
 constexpr int kMaxEdgeParts = 16;        // of one launch: kernel parameters take at most 4 KB
-constexpr int64_t kMaxEdgeBlocks = 128;  // of one launch: they may wait, so others must find room on the GPU
+constexpr int64_t kMaxEdgeBlocks = 128;  // of one launch: blocks that wait take room that other kernels need
 constexpr int kEdgeVecs = 4;             // that a thread copies at once, to hide their latency
 
 struct EdgeArgs {
@@ -124,8 +124,9 @@ __global__ void __launch_bounds__(kEdgeThreads) move_edges(const __grid_constant
   if (atomicAdd(&counter->blocks, 1u) + 1 < blocks) return;
   counter->blocks = 0;
   counter->messages = number;
-  __threadfence_system();
-  if (a.sends) store_release(signal, number);
+  if (!a.sends) return;
+  __threadfence_system();  // what other blocks wrote comes before the signal
+  store_release(signal, number);
 }
 
 #endif
@@ -147,9 +148,9 @@ const char* launch_edges(const EdgePart* parts, int64_t n_parts, EdgeArgs& a, vo
   int64_t most = 0;
   for (int64_t p = 0; p < n_parts; ++p) most = std::max(most, parts[p].bytes);
   // The same in all launches, as blocks of one message may be in several.
-  const int64_t wanted = ceil_div(most, static_cast<int64_t>(kEdgeThreads * sizeof(Vec)));
+  const int64_t blocks_of_largest = ceil_div(most, static_cast<int64_t>(kEdgeThreads * sizeof(Vec)));
   const int64_t most_parts = std::min<int64_t>(kMaxEdgeParts, std::max<int64_t>(1, n_parts));
-  const auto blocks = static_cast<uint32_t>(std::clamp(wanted, int64_t{1}, kMaxEdgeBlocks / most_parts));
+  const auto blocks = static_cast<uint32_t>(std::clamp(blocks_of_largest, int64_t{1}, kMaxEdgeBlocks / most_parts));
   for (int64_t first = 0; first < n_parts; first += kMaxEdgeParts) {
     const auto count = static_cast<uint32_t>(std::min<int64_t>(kMaxEdgeParts, n_parts - first));
     for (uint32_t p = 0; p < count; ++p) a.parts[p] = parts[first + p];

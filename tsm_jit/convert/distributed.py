@@ -14,7 +14,8 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
     """Lets each rank of ``mesh`` process consecutive frames of every clip, in place on ``net``.
 
     The shifts (TSM, arXiv:1811.08383; TSAM) then exchange frames with other ranks. Outputs and gradients equal those of
-    one process with all frames. Weights, state-dict keys and the structure of ``net`` do not change.
+    one process with all frames; only sums over ranks are rounded in another order. Weights, state-dict keys and the
+    structure of ``net`` do not change.
 
     ``n_segment`` stays the length of the whole clip. Of ``R`` ranks each holds ``L = n_segment // R`` frames, the first
     ``n_segment % R`` ranks one more: see :func:`shard_frames`. ``net`` takes these frames ``[N*L, C, H, W]`` and
@@ -42,13 +43,15 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
             length below the number of ranks; or ``net`` has temporal pools or non-local blocks, which combine frames in
             other ways. ``net`` is then unchanged.
         ValueError: in ``forward``: another process split ``net``, and this one has unpickled it.
-        ValueError: in ``forward`` and ``backward``, on all ranks: ranks differ in shape, dtype, clip length or layer.
-            Or an input does not have the frames that its rank must hold. On GPUs this rank raises alone, and the
-            others wait until the time-out. Calls are compared there when a shape is new: see "One clip over several
-            GPUs" in examples/README.md.
+        ValueError: in ``forward`` and ``backward``: ranks differ in shape, dtype, clip length or layer. On CPUs all
+            ranks raise. On GPUs they do if the call is new to all of them, else they wait until the time-out: see "One
+            clip over several GPUs" in examples/README.md.
+        ValueError: in ``forward``: an input does not have the frames that its rank must hold. On CPUs all ranks raise.
+            On GPUs this one does, and the others wait until the time-out.
         RuntimeError: in ``forward`` and ``backward``: another rank died or does not answer within the time-out of the
             process group; or a CUDA graph captures a shape that has not run before.
-        NotImplementedError: in ``forward``: ``net`` is exported, traced or transformed by ``torch.func``.
+        NotImplementedError: in ``forward``: ``net`` is exported, traced or transformed by ``torch.func``. In
+            ``backward``: ``is_grads_batched`` is true.
 
     Example::
 

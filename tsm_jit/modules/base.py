@@ -116,14 +116,9 @@ class ShiftedModule(ClipModule):
         shard = self.split_shard()
         if shard is None or not isinstance(x, Tensor):
             return x
-        length, held, dim = self.n_segment, shard.length(self.n_segment, x), 1 if x.dim() == 5 else 0
-        if x.dim() == 0 or (x.shape[1] != held if dim else x.shape[0] % held != 0):
-            shard.refuse(
-                f"x must have the {held} frames of each clip that rank {shard.rank} of {shard.ranks} holds of "
-                f"n_segment={length}, got the shape {list(x.shape)}",
-                x,
-            )
-        return x.new_empty([*x.shape[:dim], x.shape[dim] // held * length, *x.shape[dim + 1 :]], device="meta")
+        held, dim = shard.check_frames(x, self.n_segment, "x"), 1 if x.dim() == 5 else 0
+        frames = x.shape[dim] // held * self.n_segment
+        return x.new_empty([*x.shape[:dim], frames, *x.shape[dim + 1 :]], device="meta")
 
     def call_shifted(self, x: Tensor, shift: str, num_prefix_tokens: int = 0, *, inplace: bool | None = None) -> Tensor:
         """Calls the wrapped module with the shifted ``x``, which is never written.

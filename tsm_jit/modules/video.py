@@ -87,13 +87,9 @@ class VideoModel(nn.Module):
         """The scores of split clips. The frames of this rank are ``[N, L, C, H, W]`` or ``[N*L, C, H, W]``."""
         from tsm_jit.ops.sharded_shift import sum_over_ranks  # keeps `import tsm_jit` fast
 
-        held = shard.length(n_segment, clips)
-        if clips.dim() not in (4, 5) or (clips.shape[1] != held if clips.dim() == 5 else clips.shape[0] % held != 0):
-            shard.refuse(
-                f"clips must have the {held} frames that rank {shard.rank} of {shard.ranks} holds of n_segment="
-                f"{n_segment}, as [N, {held}, C, H, W] or [N*{held}, C, H, W], got {list(clips.shape)}",
-                clips,
-            )
+        if clips.dim() not in (4, 5):
+            shard.refuse(f"clips must be split, [N, L, C, H, W] or [N*L, C, H, W], got {list(clips.shape)}", clips)
+        held = shard.check_frames(clips, n_segment, "clips")
         scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1) if clips.dim() == 5 else clips)))
         scores = scores.reshape(scores.shape[0] // held, held, *scores.shape[1:])
         if shard.ranks == 1:

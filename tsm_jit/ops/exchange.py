@@ -27,7 +27,7 @@ from tsm_jit.ops.cuda_driver import has_atomics, map_shared_memory, new_shared_m
 Strided = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset, the arguments of as_strided
 
 
-MAX_CALLS = 4096  # the most that a rank remembers: about 2 KB each, for 128 clip lengths of a ResNet-50
+MAX_CALLS = 4096  # the most that a rank remembers: about 2 KB each. A ResNet-50 makes 11 for each clip length
 
 
 class Places:
@@ -82,20 +82,21 @@ class Ranks:
     def compare(self, call: str, layer: str = "", message_bytes: int = 0) -> None:
         """Raises ValueError on all ranks, before any data moves, unless all ranks make the same ``call``.
 
-        It is a call of ``layer``. Ranks are in different layers if one of them failed in another, and began again.
+        ``layer`` makes the call, and is compared, too. A rank whose forward failed, and which calls again, is in an
+        earlier layer than the others.
 
-        The ranks must agree on when they compare calls: a comparison on one rank would meet another operation on the
-        next. On CPUs, where communication blocks the host anyway, they compare at each call. On GPUs the comparison
-        waits for the device, so a rank takes part when it first sees a call. All earlier calls were equal, so a call is
-        new to all ranks or to none. If ranks differ and for one of them the call is not new, the time-out of the group
-        ends all of them.
+        The ranks must agree on when they compare calls: PyTorch would match the collective of a comparison on one rank
+        with another collective elsewhere. On CPUs, where communication blocks the host anyway, they compare at each
+        call. On GPUs the comparison waits for the device, so a rank takes part when it first sees a call. All earlier
+        calls were equal, so a call is new to all ranks or to none. If ranks differ and for one of them the call is not
+        new, the time-out of the group ends all of them.
 
         ``message_bytes`` is the size of the largest message of any rank in this call.
         """
-        is_cpu = self.device.type == "cpu"
-        if not is_cpu and call in self._memory_of_calls:
+        is_cuda = self.device.type == "cuda"
+        if is_cuda and call in self._memory_of_calls:
             return
-        if not is_cpu and torch.cuda.is_current_stream_capturing():
+        if is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"split clips must run once before a CUDA graph captures them, got a new call: {call}")
         place = f"{call} in {layer!r}" if layer else call
         digest = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little", signed=True)
@@ -107,7 +108,7 @@ class Ranks:
             raise ValueError(
                 f"all ranks must call the same shift with the same shape, dtype and clip length, got {got}"
             )
-        uses_memory = not is_cpu and 0 < message_bytes <= _MOST_BYTES
+        uses_memory = is_cuda and 0 < message_bytes <= _MOST_BYTES
         if uses_memory:
             self._reserve(message_bytes)
         if len(self._memory_of_calls) >= MAX_CALLS:  # on all ranks at once, since they have seen the same calls
@@ -223,12 +224,11 @@ _receive = direct(torch.ops.tsm_jit.receive_edges.default)
 class _PeerMemory:
     """Memory of each GPU into which the other ranks of a group write: a mailbox with two slots for each sender.
 
-    **When may a slot be written again?** Two ranks that exchange messages also exchange signals, even if only one has a
-    message. For exchange ``k`` a rank writes its message, signals ``k``, waits for the signal ``k`` of the other, and
-    reads. So the signal ``k`` of a rank also says that it has read the message ``k-1``: its stream runs in order, and
-    :meth:`follow` orders streams. A rank that has received signal ``k`` knows that the other has read all but its
-    message ``k``. The next message therefore needs another slot than message ``k``: two slots take turns. Gradients and
-    recomputations are exchanges like others. The order of the ranks' calls decides, not what the calls are.
+    **When may a slot be written again?** In exchange ``k`` each of two ranks writes message ``k``, signals ``k``, waits
+    for signal ``k`` of the other, and reads. It signals even if it has no message. Streams run in order, and
+    :meth:`follow` orders streams. So signal ``k`` also means "I have read message ``k-1``". Message ``k+1`` may take
+    the slot of ``k-1``, but not that of ``k``: two slots take turns. Gradients and recomputations are exchanges like
+    others.
 
     **CUDA graphs.** The kernels count the messages in memory of the GPU. So a replay takes the next slot, also if other
     calls have sent messages since its capture.
@@ -300,8 +300,8 @@ class _Mailboxes:
 
     def abandon(self, _: None) -> None:
         """Waits, after an error between :meth:`start` and :meth:`finish`."""
-        nothing = self._table([()] * len(self._messages.received), [], sends=False)
-        _receive(torch.empty(0, device=self._memory.device), nothing, *self._limits)
+        nothing_read = self._table([()] * len(self._messages.received), [], sends=False)
+        _receive(torch.empty(0, device=self._memory.device), nothing_read, *self._limits)
 
     def _table(self, messages: Sequence[tuple[Strided, ...]], places: Sequence[Strided], sends: bool) -> Tensor:
         """The rows ``EdgePart`` of kernels/shift/edges.h, in memory of the host. A message without parts has a row."""
@@ -332,12 +332,15 @@ def _box(in_tensor: Strided, in_message: Strided, element_size: int) -> list[int
     return [message_begin * element_size, begin * element_size, torch.Size(lengths).numel(), *lengths, *distances]
 
 
-def _reaches_all(device: torch.device, others: list[str]) -> bool:
-    """Whether ``device`` reaches the memory of the GPUs with these UUIDs, each another, with atomic operations."""
+def _reaches_all(device: torch.device, uuids: list[str]) -> bool:
+    """Whether ``device`` reaches the memory of the GPUs with these UUIDs, each another, with atomic operations.
+
+    The kernels need no atomic operations between GPUs. But links without them do not keep writes in order.
+    """
     count = torch.cuda.device_count()
     visible = {str(torch.cuda.get_device_properties(index).uuid): index for index in range(count)}
-    indices = [visible.get(uuid) for uuid in others]
-    if len(set(others)) < len(others) or not has_kernel("tsm_jit::send_edges", "CUDA"):
+    indices = [visible.get(uuid) for uuid in uuids]
+    if len(set(uuids)) < len(uuids) or not has_kernel("tsm_jit::send_edges", "CUDA"):
         return False
     return all(
         index is not None

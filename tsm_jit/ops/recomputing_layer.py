@@ -203,7 +203,8 @@ _apply = direct_apply(_RecomputingLayer)
 
 def save_inputs(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, halo: Tensor | None = None) -> None:
     """Saves inputs of an autograd function. The gradient of each of ``x`` and ``weight`` reads only the other."""
-    # No gradient is no gradient of the parameters, not one of zeros. But other ranks wait for their gradients.
+    # A result without a gradient gives none to the parameters, as in PyTorch. But ranks that share the frames wait for
+    # the messages of each backward, so that one must run.
     ctx.set_materialize_grads(layer.shard is not None)
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     if not (needs_x and needs_weight):

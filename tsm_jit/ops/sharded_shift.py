@@ -69,7 +69,7 @@ class TimeShard(NamedTuple):
     group: str  # the name of the process group
     layer: str = ""  # the name of the module, for ranks to compare; not in compiled graphs, which many modules share
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 (it lives as long as its cache)
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (places are few, and may live as long as the process)
     def in_layer(self, layer: str) -> TimeShard:
         """The same place, in the layer with this name."""
         return self._replace(layer=layer)
@@ -89,10 +89,24 @@ class TimeShard(NamedTuple):
         begin = self.rank * (n_segment // self.ranks) + min(self.rank, n_segment % self.ranks)
         return range(begin, begin + length)
 
+    def check_frames(self, x: Tensor, n_segment: int, name: str) -> int:
+        """Returns the frames that this rank holds of a clip. Raises ValueError if ``x`` has others.
+
+        ``x`` is the argument ``name``: ``[N, L, C, H, W]``, or ``[N*L, ...]`` of other dimensions.
+        """
+        held = self.length(n_segment, x)
+        if x.dim() == 0 or (x.shape[1] != held if x.dim() == 5 else x.shape[0] % held != 0):
+            self.refuse(
+                f"{name} must have the {held} frames of each clip that rank {self.rank} of {self.ranks} holds of "
+                f"n_segment={n_segment}, got {list(x.shape)}",
+                x,
+            )
+        return held
+
     def refuse(self, message: str, x: Tensor | None) -> NoReturn:
         """Raises ValueError for the input ``x``, on CPUs also on the ranks that wait for this one to exchange frames.
 
-        On GPUs the others may not compare calls, and would take a comparison for their frames.
+        On GPUs the others may wait for frames already. PyTorch would match this comparison with that wait.
         """
         if x is not None and x.device.type == "cpu" and eager():
             with contextlib.suppress(RuntimeError):  # the others died, or do not call
@@ -154,7 +168,7 @@ def _exchange_of(encoded: str, rank: int, ranks: int) -> _Exchange:
         local=local.encode(),
         sent=tuple(tuple(each) for each in edges[rank]),
         received=tuple(tuple(each[rank]) for each in edges),
-        is_needed=any(edge for row in edges for edge in row),
+        is_needed=any(map(any, edges)),
         shifted=local.n_segment_shifted,
         halo=HaloSize(reach, min(2 * reach, local.n_segment_shifted), moved),
     )
@@ -195,7 +209,7 @@ def _append(edges: list[_Edge], edge: _Edge) -> None:
 
 def _local_shift(shift: Shift, held: range) -> Shift:
     shifted = min(held.stop, shift.n_segment_shifted) - held.start
-    plan = shift.plan if shifted > 0 else ()  # all of these frames never take part
+    plan = shift.plan if shifted > 0 else ()  # else this rank holds no frame that takes part
     return Shift(len(held), max(shifted, 1), shift.channel_dim, "zeros", plan).canonical()
 
 
@@ -221,7 +235,7 @@ class _Call:
         shift = decode(encoded)
         self.exchange = exchange = _exchange_of(encoded, shard.rank, shard.ranks)
         self.adds = is_gradient and shift.needs_sum
-        # float8 has no sum, and more than two values in 16 bits would be rounded more than once.
+        # PyTorch cannot add float8. A sum of more than two values in 16 bits would be rounded more than once.
         narrow = x.dtype.is_floating_point and x.element_size() < (4 if shift.padding == "replicate" else 2)
         self.sum_dtype = torch.float32 if self.adds and narrow else x.dtype
         self._dim = dim = shift.channel_dim - x.dim()  # counted from the end
@@ -241,8 +255,8 @@ class _Call:
         self.text = f"{whose}clips {[clips, shift.n_segment, *frame]} {x.dtype}, {encoded}"
         all_messages = chain(*[_exchange_of(encoded, rank, shard.ranks).sent for rank in range(shard.ranks)])
         most = max([sum([edge.width * edge.length for edge in edges]) for edges in all_messages])
-        self.message_bytes = most * clips * math.prod(frame) // frame[dim] * x.element_size()
-        ranks.compare(self.text, shard.layer, self.message_bytes)
+        message_bytes = most * clips * math.prod(frame) // frame[dim] * x.element_size()
+        ranks.compare(self.text, shard.layer, message_bytes)
         sent, received = [
             tuple([_parts(edges, clips, frame, dim) for edges in direction])
             for direction in (self._sent, self._received)
@@ -347,7 +361,10 @@ def _exchanged(x: Tensor, call: _Call, compute: Callable[[Tensor, str], Tensor])
 
 
 def _without_overlap(out: Tensor) -> Tensor:
-    """Returns ``out``, or a copy if it is expanded: an expanded tensor was shifted before its expansion."""
+    """Returns ``out``, or a copy if elements share memory, which edges cannot be written into.
+
+    The shift of an expanded tensor is expanded, too.
+    """
     return out if has_no_overlap(out) else out.contiguous()
 
 
@@ -359,6 +376,7 @@ class Edges:
 
     def shift(self, x: Tensor, shift: str, shard: TimeShard) -> Tensor:
         """Shifts ``x``. If there are no edges yet, keeps those that arrive. Later calls must have the same ``x``."""
+        x = _resolved(x)
         call = self._call
         if call is None:
             call = _call_of(x, shift, shard, is_gradient=False)
@@ -413,7 +431,7 @@ def halo_size(shift: str, shard: TimeShard) -> HaloSize:
 
 
 class Halo(NamedTuple):
-    """What the :func:`local_shift` of frames lacks at the beginning and the end of each clip."""
+    """The frames that the first and last local frames of each clip read, and the :func:`local_shift` lacks."""
 
     frames: Tensor | None  # [N*H, C', ...] of HaloSize; None if the local shift lacks nothing on any rank
     call: _Call

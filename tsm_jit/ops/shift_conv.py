@@ -213,11 +213,10 @@ class Product:
         device: torch.device,
         processors: int,
     ):
-        shift, reach, halo_channels, longest = decode(layer.shift), 0, 0, shape[0]
+        shift, reach, halo_channels = decode(layer.shift), 0, 0
         if layer.shard is not None:
             split = split_clips()
             reach, _, halo_channels = split.halo_size(layer.shift, layer.shard)
-            longest = shape[0] // layer.shard.length(shift.n_segment) * _ceil_div(shift.n_segment, layer.shard.ranks)
             shift = decode(split.local_shift(layer.shift, layer.shard))
         frames, self.k, self.n = shape[0], shape[shift.channel_dim], out_channels
         stride = 1 if layer.convolution is None else layer.convolution[0][0]
@@ -236,8 +235,7 @@ class Product:
         self.processors = processors
         # Tiles, warps and stages as measured: two or three programs per processor hide the latency of the loads.
         self.block_n = 64 if self.n <= 64 else 128
-        # All ranks choose the same, by the rank with the most frames: a small product has another backward.
-        tiles = _ceil_div(longest * positions, 128) * _ceil_div(self.n, self.block_n)
+        tiles = _ceil_div(self.rows, 128) * _ceil_div(self.n, self.block_n)
         self.is_small = tiles < processors
         self.block_m = 64 if tiles < 2 * processors else 128
         if tiles < processors // 4:
@@ -268,7 +266,7 @@ class Product:
         return self.forward(x, self.halo(x)[0], weight, bias, relu)
 
     def halo(self, x: Tensor) -> tuple[Tensor | None, Any]:
-        """Exchanges frames, if other ranks share the clips. Returns the frames and the call of a ``Halo``."""
+        """Exchanges frames if other ranks share the clips. Returns the fields of a ``Halo``, else twice None."""
         layer = self.layer
         if layer.shard is None:
             return None, None

@@ -11,9 +11,9 @@ So the kernels read ``x`` at other rows, and no shifted copy exists:
 - ``weight_grad``: ``dw = dz.T @ a``.
 
 Sizes: ``x`` has frames of ``P`` positions and clips of ``T`` frames. The first ``S`` frames of a clip are shifted, but
-not their first ``PREFIX`` positions. With ``STRIDE`` 2, frames of ``OUT_P`` positions in lines of ``OUT_W`` remain of
-lines of ``W``. ``M = frames * OUT_P``, ``N = 8 * N8`` and ``K = 8 * K8``. ``plan`` has the end of each column group, in
-units of 8, and its offset. So a thread loads 8 columns of one row at once.
+not their first ``PREFIX`` positions. With ``STRIDE`` 2, a line of ``x`` has ``W`` positions. A frame of ``z`` has
+``OUT_P``, in lines of ``OUT_W``. ``M = frames * OUT_P``, ``N = 8 * N8`` and ``K = 8 * K8``. ``plan`` has the end of
+each column group, in units of 8, and its offset. So a thread loads 8 columns of one row at once.
 
 If other ranks hold frames of the clips, ``halo`` has the frames outside of ``x`` that the first and last ``REACH``
 frames of each clip read: ``[clips, min(2*REACH, S), P, 8*HALO_K8]``. See :class:`tsm_jit.ops.sharded_shift.Halo`.
@@ -57,7 +57,7 @@ def _load_shifted(
 ):  # fmt: skip
     """Loads ``a[row, column]`` from the source rows, and 0 where ``rows`` is false.
 
-    They are rows of ``x``. If it has none, they are rows of ``halo``, or 0 without a halo.
+    A source row that ``x`` does not have is one of ``halo``. Without a halo its values are 0.
     """
     here = (row % (T * P))[:, None]  # the row within its clip
     there = here + _offset_of(column, plan)[None, :] * P
