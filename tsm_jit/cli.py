@@ -241,6 +241,14 @@ def _bench(options: argparse.Namespace) -> int:
         except ValueError as error:
             sys.stderr.write(f"--families {options.families}: {error}\n")
             return 2
+    if shapes and (families or options.measurement != "operator"):
+        sys.stderr.write("--shape: only the benchmark of the operator takes it\n")
+        return 2
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.stderr.write(f"--output {options.output}: {error}\n")
+        return 2
     _jit.load()  # after the checks of the arguments, as it may compile
     try:
         run(options.output, torch.device(device), tuple(shapes), options.quick, options.measurement, families)

@@ -221,6 +221,19 @@ def test_report_of_an_earlier_run(tmp_path, capsys):
         assert f"--report {path}: not the JSON of a full run on a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", [["--time-parallel"], ["--network"], ["--streams"], ["--families", "resnet18"]])
+def test_a_shape_for_another_benchmark(other, capsys):
+    assert cli.main(["bench", "--shape", "1,4,16,2,2", *other]) == 2
+    assert "--shape: only the benchmark of the operator takes it" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert cli.main(["bench", "--device", "cpu", "--output", str(path)]) == 2
+        assert f"--output {path}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shape", ["", "1,2,3", "1,8,16,2,2,4,4", "1,8,x,2,2", "1,8,16,0,2", "1,8,16,2,2,1"])
 def test_wrong_shapes(shape, capsys):
     assert cli.main(["bench", "--shape", shape]) == 2
