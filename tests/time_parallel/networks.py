@@ -2,10 +2,13 @@
 
 import copy
 import functools
+import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -94,6 +97,41 @@ def compiled(mesh):
         shift.compile(backend=graphs)
     shifts(shard_frames(new_clips(), mesh))
     assert graphs.frame_count == 1  # modules share it
+
+
+class Branches(nn.Module):
+    """Branches with equal shifts, none of which needs the result of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [nn.Sequential(*[tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 7, 4) for _ in range(2)]) for _ in range(3)]
+        )
+
+    def forward(self, x):
+        return sum((branch(x) - x).tanh() for branch in self.branches).mean((2, 3))
+
+
+def shuffled(module: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
+    """The same graph, with its nodes in another order on each rank."""
+    order, graph, copies = random.Random(random.random() + dist.get_rank()), torch.fx.Graph(), {}
+    waiting = list(module.graph.nodes)
+    while waiting:
+        ready = [node for node in waiting if all(each in copies for each in node.all_input_nodes)]
+        places = [node for node in ready if node.op == "placeholder"]
+        others = [node for node in ready if node.op != "output"]
+        node = places[0] if places else order.choice(others or ready)
+        copies[node] = graph.node_copy(node, copies.get)
+        waiting.remove(node)
+    return torch.fx.GraphModule(module, graph)
+
+
+@case((2, 3), on=COLLECTIVES)
+def compiled_in_any_order(mesh):
+    """Compilers may choose another order of independent operators on each rank."""
+    model = tsm_jit.VideoModel(Branches(), nn.Linear(8, 3)).double()
+    backend = aot_autograd(fw_compiler=shuffled, bw_compiler=shuffled)
+    compare(model, mesh, new_clips(), run=torch.compile(model, backend=backend, fullgraph=True))
 
 
 @case((2,), on=("gloo",))

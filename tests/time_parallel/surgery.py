@@ -63,7 +63,9 @@ def refused(mesh):
     parallelize_time(model, mesh)
     rank, frames = mesh.get_local_rank(), 4 - mesh.get_local_rank()
     for wrong in (new_clips(length=7), new_clips(1, frames + 1).flatten(0, 1)):
-        with pytest.raises(ValueError, match=rf"must have the {frames} frames of each clip that rank {rank} of 2 holds"):
+        with pytest.raises(
+            ValueError, match=rf"must have the {frames} frames of each clip that rank {rank} of 2 holds"
+        ):
             model(wrong)
     with pytest.raises(ValueError, match=rf"the {frames} frames of each clip that rank {rank} of 2 holds of n_segm"):
         model.backbone(new_clips(1, frames + 1).flatten(0, 1))

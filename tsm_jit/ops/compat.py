@@ -114,6 +114,14 @@ def transforms_are_active() -> bool:
     return functorch_is_active() or forward_ad._current_level >= 0
 
 
+def current_trace() -> Any:
+    """Returns an object that stands for the graph into which operators are being traced, None if there is none."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # import tsm_jit must not import torch.fx
+
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer
+
+
 def is_exporting() -> bool:
     """Whether ``torch.export`` is active. PyTorch 2.11's own ``is_exporting`` is also true under ``torch.compile``."""
     return torch.compiler._is_exporting_flag

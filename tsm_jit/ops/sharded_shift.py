@@ -16,7 +16,9 @@ the local frames are shifted with zero padding. Then the edges that arrived are 
 gradients of the edges back and adds them. A layer that reads shifted frames itself gets the edges as a :class:`Halo`.
 It sends and receives the same messages, so one rank may have such a layer where another shifts.
 
-Backward computes gradients of the sum of the losses of all ranks. In compiled graphs these operators are opaque.
+Backward computes gradients of the sum of the losses of all ranks. In compiled graphs these operators are opaque. Ranks
+must call them in the same order, but compilers may reorder calls that do not need each other, on each rank in another
+way. So in such graphs each call also takes a tensor that the call before it returns: see :func:`_after_the_last`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -36,6 +39,7 @@ from torch.compiler import is_compiling
 
 from tsm_jit.ops.compat import (
     collectives,
+    current_trace,
     direct_apply,
     eager,
     empty_like_real,
@@ -538,25 +542,42 @@ _library = torch.library.Library("tsm_jit", "FRAGMENT")
 
 
 def _register(name: str, arguments: str, compute: Callable[..., Tensor], adjoint: Callable[..., Tensor]) -> None:
-    for overload in ("", ".kernel"):  # compiled graphs contain the second, which has no autograd
-        schema = f"{name}{overload}({arguments}, int rank, int ranks, str group) -> Tensor"
+    arguments += ", int rank, int ranks, str group"
+    # Compiled graphs contain the second, which has no autograd.
+    for schema in (f"{name}({arguments}) -> Tensor", f"{name}.kernel({arguments}, Tensor? after) -> (Tensor, Tensor)"):
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.tsm_jit, name)
 
     @torch.no_grad()
-    def kernel(x: Tensor, *others: Any) -> Tensor:
+    def eager_kernel(x: Tensor, *others: Any) -> Tensor:
         return compute(x, *others[:-3], TimeShard(*others[-3:]))
 
+    def kernel(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        return eager_kernel(x, *others[:-1]), x.new_empty(0)
+
     def dispatched_kernel(x: Tensor, *others: Any) -> Tensor:
-        return op.kernel(x, *others[:-1], *others[-1][:3])
+        return _after_the_last(op.kernel, x, *others[:-1], *others[-1][:3])
 
     def autograd_kernel(x: Tensor, *others: Any) -> Tensor:
         return _Linear.apply(x, dispatched_kernel, adjoint, *others[:-3], TimeShard(*others[-3:]))
 
-    for each in (op.default, op.kernel):
-        _library.impl(each, kernel, "CompositeExplicitAutograd")
-        _library.impl(each, lambda x, *_: empty_like_real(x), "Meta")
+    _library.impl(op.default, eager_kernel, "CompositeExplicitAutograd")
+    _library.impl(op.kernel, kernel, "CompositeExplicitAutograd")
+    _library.impl(op.default, lambda x, *_: empty_like_real(x), "Meta")
+    _library.impl(op.kernel, lambda x, *_: (empty_like_real(x), x.new_empty(0)), "Meta")
     _library.impl(op.default, autograd_kernel, "Autograd")
+
+
+_last_calls: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()  # of each trace
+
+
+def _after_the_last(kernel: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> Tensor:
+    """Calls ``kernel``. In the graph that a compiler traces, the call depends on the call before."""
+    trace = current_trace()
+    result, done = kernel(*arguments, None if trace is None else _last_calls.get(trace))
+    if trace is not None:
+        _last_calls[trace] = done
+    return result
 
 
 _register("sharded_shift", "Tensor x, str shift", _shift, sharded_shift_backward)
