@@ -43,6 +43,13 @@ def networks(mesh, kind, inplace):
     compare(model_of(kind, inplace), mesh, new_clips())
 
 
+@case((3,))
+def shifts_in_the_head(mesh):
+    frames = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = tsm_jit.VideoModel(frames, tsm_jit.TemporalShift(nn.Linear(8, 3), 7, 4))
+    compare(model.double(), mesh, new_clips())
+
+
 @case((2,), on=("gloo",))
 def bounded_memory(mesh):
     """Networks are exact if the ranks prepare more exchanges than they keep."""

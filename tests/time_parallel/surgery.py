@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torchvision
 from support import assert_same_bits
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import tsm_jit
 from time_parallel.cases import COLLECTIVES, MESHES, case, close, model_of, new_clips, resnet
@@ -94,11 +95,21 @@ def refused(mesh):
     for shape, rule in (((3,), r"must be \[N, T, \.\.\.\], got \[3\]"), ((3, 1), r"each of 2 ranks, got \[3, 1\]")):
         with pytest.raises(ValueError, match=rule):
             shard_frames(torch.randn(shape), mesh)
+    half = model_of()
+    half.backbone[1].conv1.n_segment = 4
+    with pytest.raises(ValueError, match=r"net must have one clip length to split its clips, got n_segment \[4, 7\]"):
+        parallelize_time(half, mesh)
+    for partly in (half, model_of()):  # one shift is not split, or has another length
+        parallelize_time(partly.backbone[0], mesh)
+        with pytest.raises(ValueError, match="all shifts of a split VideoModel must be split by one call"):
+            partly(shard_frames(new_clips(), mesh))
     split = resnet_split(mesh)
     with pytest.raises(ValueError, match="net must get its shifts before parallelize_time splits its clips"):
         tsm_jit.shift_before(split, {"layer1.0.conv2": functools.partial(tsm_jit.TemporalShift, n_segment=5)})
     shift = tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 2)
     parallelize_time(shift, mesh)
+    with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
+        shift([1.0])
     for trace in (
         torch.fx.symbolic_trace,
         lambda net: torch.jit.trace(net, torch.randn(2, 8, 1, 1)),
@@ -107,6 +118,19 @@ def refused(mesh):
     ):
         with pytest.raises(Exception, match="split over ranks must not be"):
             trace(nn.Sequential(shift))
+
+
+@case((2,), on=("gloo",))
+def destroyed_group(mesh):
+    model, group = model_of(), dist.new_group([0, 1])
+    parallelize_time(model, DeviceMesh.from_group(group, "cpu"))
+    mine = shard_frames(new_clips(), mesh)
+    model(mine)
+    dist.destroy_process_group(group)
+    with pytest.raises(
+        ValueError, match="net must be split by parallelize_time in the process that calls it, which has"
+    ):
+        model(mine)
 
 
 @case((4,), on=("gloo",))

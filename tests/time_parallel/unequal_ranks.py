@@ -63,6 +63,18 @@ def other_shapes(mesh):
         loss_of(scores).backward() if rank == 0 else model(shard_frames(new_clips(), mesh))
 
 
+@case((2,))
+def a_gradient_on_one_rank(mesh):
+    """It would wait for gradients that the other rank does not send."""
+    model, rank = model_of(), mesh.get_local_rank()
+    parallelize_time(model, mesh)
+    mine = shard_frames(new_clips(3), mesh)
+    mine.requires_grad_(rank == 1)
+    with pytest.raises(ValueError, match=r"rank 0: clips .*float64, .*; rank 1: clips .*float64 that need a gradient"):
+        model(mine)
+    compare(model_of(), mesh, new_clips())
+
+
 @case((2,), on=("gloo",))
 def a_rank_that_starts_again(mesh):
     """After an error between two shifts of one shape. The ranks notice, and then agree again."""

@@ -39,13 +39,14 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
 
     Raises:
         TypeError: ``net`` is not a module or ``mesh`` is not a ``DeviceMesh``.
-        ValueError: ``mesh`` has more than one dimension or lacks this process; ``net`` has no temporal shift, or a clip
-            length below the number of ranks; or ``net`` has temporal pools or non-local blocks, which combine frames in
-            other ways. ``net`` is then unchanged.
-        ValueError: in ``forward``: another process split ``net``, and this one has unpickled it.
-        ValueError: in ``forward`` and ``backward``: ranks differ in shape, dtype, clip length or layer. On CPUs all
-            ranks raise. On GPUs they do if the call is new to all of them, else they wait until the time-out: see "One
-            clip over several GPUs" in examples/README.md.
+        ValueError: ``mesh`` has more than one dimension or lacks this process; ``net`` has no temporal shift, several
+            clip lengths, or one below the number of ranks; or ``net`` has temporal pools or non-local blocks, which
+            combine frames in other ways. ``net`` is then unchanged.
+        ValueError: in ``forward``: another process split ``net``, and this one has unpickled it; or the process group
+            was destroyed; or only some shifts of a :class:`tsm_jit.VideoModel` are split.
+        ValueError: in ``forward`` and ``backward``: ranks differ in shape, dtype, clip length or layer, or only on some
+            the input of a shift needs a gradient. On CPUs all ranks raise. On GPUs they do if the call is new to all of
+            them, else they wait until the time-out: see "One clip over several GPUs" in examples/README.md.
         ValueError: in ``forward``: an input does not have the frames that its rank must hold. On CPUs all ranks raise.
             On GPUs this one does, and the others wait until the time-out.
         RuntimeError: in ``forward`` and ``backward``: another rank died or does not answer within the time-out of the
@@ -81,6 +82,9 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
                 f"other ranks, got {type(module).__name__} at {name!r}, which combines frames in another way"
             )
         shard.length(module.n_segment)  # raises ValueError
+    lengths = {module.n_segment for module in modules.values()}
+    if shard.ranks > 1 and len(lengths) > 1:
+        raise ValueError(f"net must have one clip length to split its clips, got n_segment {sorted(lengths)}")
     if not modules:
         raise ValueError(f"net must have temporal shifts to split its clips, got {type(net).__name__} without")
     for name, module in modules.items():

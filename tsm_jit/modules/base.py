@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
+from torch.overrides import has_torch_function
 
 from tsm_jit import ops
 from tsm_jit._checks import refuse_scripting
@@ -100,9 +101,9 @@ class ShiftedModule(ClipModule):
         """Returns the encoded shift for an input with the shape and type of ``x``."""
         raise NotImplementedError
 
-    def refuse_split(self) -> None:
-        """Raises NotImplementedError for ``torch.fx`` if this process holds only a part of the frames."""
-        if self.split_shard() is not None:
+    def refuse_split(self, x: Any) -> None:
+        """Raises NotImplementedError for a proxy of ``torch.fx`` if this process holds only a part of the frames."""
+        if self.split_shard() is not None and has_torch_function((x,)):
             raise NotImplementedError("a network whose clips are split over ranks must not be traced by torch.fx")
 
     def whole_clips(self, x: Tensor) -> Tensor:

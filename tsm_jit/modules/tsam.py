@@ -59,7 +59,7 @@ class TemporalShift(ShiftedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):  # a proxy of torch.fx
-            self.refuse_split()
+            self.refuse_split(x)
             depth, shifted = self.shift_depth, self.n_segment_shifted
             plan = {"shift_depth": depth, "n_segment_shifted": shifted, "padding": "keep"}
             return self.layer(temporal_shift(x, self.n_segment, self.f_div, **plan))

@@ -80,7 +80,7 @@ class TemporalShift(ShiftedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):  # a proxy of torch.fx
-            self.refuse_split()
+            self.refuse_split(x)
             return self.net(temporal_shift(x, self.n_segment, self.fold_div, direction=self.direction))
         return self.call_shifted(x, self.shift_of(self.whole_clips(x)))
 
@@ -137,7 +137,7 @@ class TokenShift(TemporalShift):
     def forward(self, x: Tensor) -> Tensor:
         still = self.num_prefix_tokens
         if not isinstance(x, Tensor):  # a proxy of torch.fx
-            self.refuse_split()
+            self.refuse_split(x)
             tokens, length = x[:, still:] if still else x, self.n_segment
             shifted = temporal_shift(tokens, length, self.fold_div, direction=self.direction, channel_dim=-1)
             return self.net(torch.cat([x[:, :still], shifted], 1) if still else shifted)

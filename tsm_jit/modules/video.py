@@ -59,10 +59,16 @@ class VideoModel(nn.Module):
             # A proxy of torch.fx: no checks.
             scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1))))
             return scores.unflatten(0, (clips.shape[0], -1)).mean(1)
-        shifts = [each for each in self.backbone.modules() if isinstance(each, ClipModule)]
+        shifts = [each for each in self.modules() if isinstance(each, ClipModule)]
         shard = next((each.time_shard for each in shifts if each.time_shard is not None), None)
         length = max([each.n_segment for each in shifts]) if shifts else None
         if shard is not None and length is not None:
+            if any(each.time_shard != shard or each.n_segment != length for each in shifts):
+                raise ValueError(
+                    "all shifts of a split VideoModel must be split by one call of parallelize_time and have one "
+                    f"n_segment, got n_segment {[each.n_segment for each in shifts]}, split "
+                    f"{[each.time_shard is not None for each in shifts]}"
+                )
             return self._mean_over_ranks(clips, length, shard)
         if clips.dim() != 5:
             raise ValueError(f"clips must be [N, T, C, H, W], got {list(clips.shape)}")

@@ -222,7 +222,13 @@ def _local_shift(shift: Shift, held: range) -> Shift:
 
 def _ranks(shard: TimeShard, x: Tensor) -> Ranks:
     """The ranks that share the frames. Raises ValueError if another process than this one split the network."""
-    ranks = ranks_of(shard.group, x.device)
+    try:
+        ranks = ranks_of(shard.group, x.device)
+    except RuntimeError as error:  # it was pickled, or the process group was destroyed
+        raise ValueError(
+            "net must be split by parallelize_time in the process that calls it, which has no process group "
+            f"{shard.group!r}"
+        ) from error
     if (ranks.rank, ranks.size) != (shard.rank, shard.ranks):  # it was pickled, or this process joined another group
         shard.refuse(
             f"net must be split by parallelize_time in the process that calls it, which is rank {ranks.rank} of "
@@ -235,7 +241,9 @@ def _ranks(shard: TimeShard, x: Tensor) -> Ranks:
 class _Call:
     """The messages of a shift, or of its adjoint, for tensors with one shape, dtype and layout."""
 
-    def __init__(self, x: Tensor, encoded: str, shard: TimeShard, ranks: Ranks, is_gradient: bool):
+    def __init__(
+        self, x: Tensor, encoded: str, shard: TimeShard, ranks: Ranks, *, is_gradient: bool, needs_gradient: bool
+    ):
         shift = decode(encoded)
         self.exchange = exchange = _exchange_of(encoded, shard.rank, shard.ranks)
         self.adds = is_gradient and shift.needs_sum
@@ -256,7 +264,8 @@ class _Call:
         if self._has_clip_dim:
             clips, _, *frame = x.shape
         whose = "the gradient of " if is_gradient else ""
-        self.text = f"{whose}clips {[clips, shift.n_segment, *frame]} {x.dtype}, {encoded}"
+        needs = " that need a gradient" if needs_gradient else ""  # of all ranks, which then exchange gradients
+        self.text = f"{whose}clips {[clips, shift.n_segment, *frame]} {x.dtype}{needs}, {encoded}"
         all_messages = chain(*[_exchange_of(encoded, rank, shard.ranks).sent for rank in range(shard.ranks)])
         most = max([sum([edge.width * edge.length for edge in edges]) for edges in all_messages])
         message_bytes = most * clips * math.prod(frame) // frame[dim] * x.element_size()
@@ -324,13 +333,15 @@ def _parts(edges: tuple[_Edge, ...], clips: int, frame: list[int], dim: int) -> 
     return tuple(parts)
 
 
-def _call_of(x: Tensor, encoded: str, shard: TimeShard, is_gradient: bool) -> _Call:
+def _call_of(
+    x: Tensor, encoded: str, shard: TimeShard, *, is_gradient: bool = False, needs_gradient: bool = False
+) -> _Call:
     """Returns the prepared call. All ranks have made sure that they make the same one."""
     ranks = _ranks(shard, x)
-    key = x.shape, x.stride(), x.dtype, encoded, is_gradient
+    key = x.shape, x.stride(), x.dtype, encoded, is_gradient, needs_gradient
     call = ranks.prepared.get(key)
     if call is None:
-        call = _Call(x, encoded, shard, ranks, is_gradient)
+        call = _Call(x, encoded, shard, ranks, is_gradient=is_gradient, needs_gradient=needs_gradient)
         ranks.remember(key, call)
     elif call.exchange.is_needed and x.device.type == "cpu":
         ranks.compare(call.text, shard.layer)
@@ -380,10 +391,10 @@ class Edges:
 
     def shift(self, x: Tensor, shift: str, shard: TimeShard) -> Tensor:
         """Shifts ``x``. If there are no edges yet, keeps those that arrive. Later calls must have the same ``x``."""
-        x = _resolved(x)
+        needs_gradient, x = x.requires_grad, _resolved(x)
         call = self._call
         if call is None:
-            call = _call_of(x, shift, shard, is_gradient=False)
+            call = _call_of(x, shift, shard, needs_gradient=needs_gradient)
             out = _exchanged(x, call, temporal_shift)
             if call.exchange.is_needed:
                 self._call, self._parts = call, [part.clone() for part in call.targets(out).views(out)]
@@ -395,8 +406,8 @@ class Edges:
 
 
 def _shift(x: Tensor, shift: str, shard: TimeShard) -> Tensor:
-    x = _resolved(x)
-    return _exchanged(x, _call_of(x, shift, shard, is_gradient=False), temporal_shift)
+    needs_gradient, x = x.requires_grad, _resolved(x)
+    return _exchanged(x, _call_of(x, shift, shard, needs_gradient=needs_gradient), temporal_shift)
 
 
 def _shift_adjoint(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
@@ -454,7 +465,7 @@ def halo(x: Tensor, shift: str, shard: TimeShard, num_prefix_tokens: int) -> Hal
     padding asks. It is zero where the shift pads with zeros.
     """
     moving = without_prefix(x, num_prefix_tokens)
-    call = _call_of(moving, shift, shard, is_gradient=False)
+    call = _call_of(moving, shift, shard, needs_gradient=x.requires_grad)
     if not call.exchange.is_needed:
         return Halo(None, call)
     whole = call.new_halo(x)
