@@ -108,7 +108,7 @@ def refused(mesh):
         tsm_jit.shift_before(split, {"layer1.0.conv2": functools.partial(tsm_jit.TemporalShift, n_segment=5)})
     shift = tsm_jit.TemporalShift(nn.Conv2d(8, 8, 1), 2)
     parallelize_time(shift, mesh)
-    with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
         shift([1.0])
     for trace in (
         torch.fx.symbolic_trace,

@@ -63,7 +63,7 @@ class VideoModel(nn.Module):
         shard = next((each.time_shard for each in shifts if each.time_shard is not None), None)
         length = max([each.n_segment for each in shifts]) if shifts else None
         if shard is not None and length is not None:
-            if any(each.time_shard != shard or each.n_segment != length for each in shifts):
+            if shard.ranks > 1 and any(each.time_shard != shard or each.n_segment != length for each in shifts):
                 raise ValueError(
                     "all shifts of a split VideoModel must be split by one call of parallelize_time and have one "
                     f"n_segment, got n_segment {[each.n_segment for each in shifts]}, split "

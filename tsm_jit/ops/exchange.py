@@ -335,7 +335,7 @@ def _box(in_tensor: Strided, in_message: Strided, element_size: int) -> list[int
 def _reaches_all(device: torch.device, uuids: list[str]) -> bool:
     """Whether ``device`` reaches the memory of the GPUs with these UUIDs, each another, with atomic operations.
 
-    The kernels need no atomic operations between GPUs. But links without them do not keep writes in order.
+    The kernels only store and load signals. CUDA defines that between GPUs over such links alone.
     """
     count = torch.cuda.device_count()
     visible = {str(torch.cuda.get_device_properties(index).uuid): index for index in range(count)}
