@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tsm_jit import ops, plans
 from tsm_jit.ops import shift_conv
-from tsm_jit.ops.sharded_shift import TimeShard, sharded_shift
+from tsm_jit.ops.sharded_shift import sharded_shift
+from tsm_jit.ops.time_shard import TimeShard
 
 
 class Case:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tsm_jit.modules.base import ClipModule, ShiftedModule
-from tsm_jit.ops.sharded_shift import TimeShard
+from tsm_jit.ops.time_shard import TimeShard
 
 
 def parallelize_time(net: nn.Module, mesh: Any) -> None:

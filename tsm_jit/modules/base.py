@@ -17,7 +17,7 @@ from tsm_jit.ops import recomputation
 from tsm_jit.ops.compat import is_exporting
 
 if TYPE_CHECKING:
-    from tsm_jit.ops.sharded_shift import TimeShard
+    from tsm_jit.ops.time_shard import TimeShard
 
 # These modules neither change nor return their input. So they may share it with the backward, which computes it again.
 # Subclasses that compute the same as nn.Conv2d may, too: see is_conv2d.

@@ -12,7 +12,7 @@ from tsm_jit._checks import refuse_scripting
 from tsm_jit.modules.base import ClipModule
 
 if TYPE_CHECKING:
-    from tsm_jit.ops.sharded_shift import TimeShard
+    from tsm_jit.ops.time_shard import TimeShard
 
 
 class VideoModel(nn.Module):

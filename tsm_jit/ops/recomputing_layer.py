@@ -31,7 +31,7 @@ from tsm_jit.ops.temporal_shift import (
 from tsm_jit.plans import decode
 
 if TYPE_CHECKING:
-    from tsm_jit.ops.sharded_shift import TimeShard
+    from tsm_jit.ops.time_shard import TimeShard
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _direct_convolution_backward = direct(_convolution_backward)

@@ -215,9 +215,8 @@ class Product:
     ):
         shift, reach, halo_channels = decode(layer.shift), 0, 0
         if layer.shard is not None:
-            split = split_clips()
-            reach, _, halo_channels = split.halo_size(layer.shift, layer.shard)
-            shift = decode(split.local_shift(layer.shift, layer.shard))
+            exchange = layer.shard.exchange(layer.shift)
+            shift, (reach, _, halo_channels) = decode(exchange.local), exchange.halo
         frames, self.k, self.n = shape[0], shape[shift.channel_dim], out_channels
         stride = 1 if layer.convolution is None else layer.convolution[0][0]
         height, width = (shape[2], shape[3]) if len(shape) == 4 else (shape[1], 1)
