@@ -1,6 +1,6 @@
 """What the CUDA driver offers and PyTorch does not: memory that processes share, and how GPUs are linked.
 
-PyTorch's own symmetric memory, up to 2.14, counts the memories of a process, not those of a group. If a process shares
+PyTorch's symmetric memory, up to 2.14, numbers what ranks share by process instead of by group. If a process shares
 memory in a group of two ranks, and then in one of four, PyTorch waits until a time-out.
 """
 
@@ -30,15 +30,28 @@ class _Handle(ctypes.Structure):  # CUipcMemHandle
 def new_shared_memory(size: int) -> tuple[int, bytes]:
     """Allocates zeros on the current GPU. Returns the address and a handle, which :func:`map_shared_memory` takes.
 
-    The memory is never freed: other processes may have mapped it, and CUDA graphs may contain its address.
+    Memory in use must not be freed: other processes may have mapped it, and CUDA graphs may contain its address.
     """
     address, handle = ctypes.c_uint64(), _Handle()
-    torch.cuda.empty_cache()  # PyTorch may have reserved all memory
-    _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
-    _call("cuMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(size))
-    torch.cuda.synchronize()  # before others write
-    _call("cuIpcGetMemHandle", ctypes.byref(handle), address)
+    allocate = functools.partial(_call, "cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+    try:
+        allocate()
+    except RuntimeError:
+        torch.cuda.empty_cache()  # PyTorch may have reserved all memory
+        allocate()
+    try:
+        _call("cuMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(size))
+        torch.cuda.synchronize()  # before others write
+        _call("cuIpcGetMemHandle", ctypes.byref(handle), address)
+    except RuntimeError:
+        free_shared_memory(address.value)
+        raise
     return address.value, bytes(handle)
+
+
+def free_shared_memory(address: int) -> None:
+    """Frees memory of :func:`new_shared_memory` that no other process maps."""
+    _call("cuMemFree_v2", ctypes.c_uint64(address))
 
 
 def map_shared_memory(handle: bytes) -> int:
@@ -46,6 +59,11 @@ def map_shared_memory(handle: bytes) -> int:
     address, peer_access = ctypes.c_uint64(), 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
     _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), _Handle.from_buffer_copy(handle), ctypes.c_uint(peer_access))
     return address.value
+
+
+def unmap_shared_memory(address: int) -> None:
+    """Ends :func:`map_shared_memory`."""
+    _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
 
 def has_atomics(device: int, other: int) -> bool:

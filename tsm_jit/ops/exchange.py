@@ -22,12 +22,18 @@ import torch
 from torch import Tensor
 
 from tsm_jit.ops.compat import collectives, current_stream_handle, direct, has_kernel, process_group, time_out
-from tsm_jit.ops.cuda_driver import has_atomics, map_shared_memory, new_shared_memory
+from tsm_jit.ops.cuda_driver import (
+    free_shared_memory,
+    has_atomics,
+    map_shared_memory,
+    new_shared_memory,
+    unmap_shared_memory,
+)
 
 Strided = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset, the arguments of as_strided
 
 
-MAX_CALLS = 4096  # the most that a rank remembers: about 2 KB each. A ResNet-50 makes 11 for each clip length
+MAX_CALLS = 4096  # the most that a rank remembers: about 2 KB each. A ResNet-50 makes 17 for each clip length
 
 
 class Places:
@@ -82,8 +88,8 @@ class Ranks:
     def compare(self, call: str, layer: str = "", message_bytes: int = 0) -> None:
         """Raises ValueError on all ranks, before any data moves, unless all ranks make the same ``call``.
 
-        ``layer`` makes the call, and is compared, too. A rank whose forward failed, and which calls again, is in an
-        earlier layer than the others.
+        ``layer`` makes the call, and is compared, too. If a forward fails on one rank, and it calls again, this rank is
+        in an earlier layer than the others.
 
         The ranks must agree on when they compare calls: PyTorch would match the collective of a comparison on one rank
         with another collective elsewhere. On CPUs, where communication blocks the host anyway, they compare at each
@@ -93,9 +99,9 @@ class Ranks:
 
         ``message_bytes`` is the size of the largest message of any rank in this call.
         """
-        is_cuda = self.device.type == "cuda"
-        if is_cuda and call in self._memory_of_calls:
+        if self.device.type != "cpu" and call in self._memory_of_calls:
             return
+        is_cuda = self.device.type == "cuda"
         if is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"split clips must run once before a CUDA graph captures them, got a new call: {call}")
         place = f"{call} in {layer!r}" if layer else call
@@ -106,7 +112,8 @@ class Ranks:
         if not torch.equal(own, others):
             got = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(self._gather(place)))
             raise ValueError(
-                f"all ranks must call the same shift with the same shape, dtype and clip length, got {got}"
+                "all ranks must call the same shift with the same shape, dtype and clip length, and need a gradient or "
+                f"not, got {got}"
             )
         uses_memory = is_cuda and 0 < message_bytes <= _MOST_BYTES
         if uses_memory:
@@ -132,8 +139,11 @@ class Ranks:
     def _reserve(self, message_bytes: int) -> None:
         """Makes sure that the ranks share enough memory, if they can. All ranks call it."""
         if self._shares_memory is None:
-            devices = self._gather(str(torch.cuda.get_device_properties(self.device).uuid))
-            self._shares_memory = all(self._gather(_reaches_all(self.device, devices)))
+            uuids = self._gather(str(torch.cuda.get_device_properties(self.device).uuid))
+            reaches_all = False
+            with contextlib.suppress(RuntimeError, OSError):  # of the driver
+                reaches_all = _reaches_all(self.device, uuids)
+            self._shares_memory = all(self._gather(reaches_all))
         if not self._shares_memory or (self._memories and self._memories[-1].capacity >= message_bytes):
             return
         capacity = max(2**20, 1 << (message_bytes - 1).bit_length())  # doubling bounds the sum of all memories
@@ -144,17 +154,25 @@ class Ranks:
 
     def _share(self, size: int) -> list[int] | None:
         """The addresses of new memory of each rank, which all ranks reach. None if any rank does not."""
-        address, handle, buffers = 0, None, None
-        with torch.cuda.device(self.device), contextlib.suppress(RuntimeError):  # no memory is left
-            address, handle = new_shared_memory(size)
+        own, handle, addresses = 0, None, list[int]()
+        # No memory may be left, or a container may forbid processes to share it.
+        with torch.cuda.device(self.device), contextlib.suppress(RuntimeError):
+            own, handle = new_shared_memory(size)
         handles = self._gather(handle)
         if None not in handles:
-            # A container may forbid processes to share memory.
             with torch.cuda.device(self.device), contextlib.suppress(RuntimeError):
-                buffers = [
-                    address if rank == self.rank else map_shared_memory(handle) for rank, handle in enumerate(handles)
-                ]
-        return buffers if all(self._gather(buffers is not None)) else None
+                for rank, each in enumerate(handles):
+                    addresses.append(own if rank == self.rank else map_shared_memory(each))
+        if all(self._gather(len(addresses) == self.size)):
+            return addresses
+        with torch.cuda.device(self.device):
+            for address in addresses:
+                if address != own:
+                    unmap_shared_memory(address)
+            self._gather(None)  # nobody maps the memory any more
+            if own:
+                free_shared_memory(own)
+        return None
 
     def _gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
@@ -246,7 +264,7 @@ class _PeerMemory:
 
     @staticmethod
     def size(ranks: int, capacity: int) -> int:
-        """The bytes on each GPU. For each other rank: the slots of its messages; then its signal and two counters."""
+        """The bytes on each GPU. For each rank, also this one: two slots, a signal and two counters."""
         return ranks * (_SLOTS * capacity + _WORDS_BYTES)
 
     def addresses(self, peer: int, sends: bool) -> tuple[int, int, int]:
@@ -335,7 +353,7 @@ def _box(in_tensor: Strided, in_message: Strided, element_size: int) -> list[int
 def _reaches_all(device: torch.device, uuids: list[str]) -> bool:
     """Whether ``device`` reaches the memory of the GPUs with these UUIDs, each another, with atomic operations.
 
-    The kernels only store and load signals. CUDA defines that between GPUs over such links alone.
+    Only over such links does CUDA guarantee that another GPU sees a message before its signal.
     """
     count = torch.cuda.device_count()
     visible = {str(torch.cuda.get_device_properties(index).uuid): index for index in range(count)}
