@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -246,6 +247,8 @@ def _bench(options: argparse.Namespace) -> int:
         return 2
     try:
         options.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.output):  # it may be read-only
+            pass
     except OSError as error:
         sys.stderr.write(f"--output {options.output}: {error}\n")
         return 2

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import multiprocessing
 import re
 import shutil
 import sys
@@ -15,7 +16,7 @@ import torchvision
 from matplotlib.container import BarContainer
 
 from tsm_jit import cli, reference
-from tsm_jit.bench import network, operator, peers, report, streams, timing
+from tsm_jit.bench import network, operator, peers, report, streams, time_parallel, timing
 from tsm_jit.bench.rows import Mismatch
 
 CPU = torch.device("cpu")
@@ -219,6 +220,15 @@ def test_report_of_an_earlier_run(tmp_path, capsys):
         Path(path).write_text(other)
         assert cli.main(["bench", "--report", str(path)]) == 2
         assert f"--report {path}: not the JSON of a full run on a GPU" in capsys.readouterr().err
+
+
+def test_processes_end_with_the_benchmark():
+    before = set(multiprocessing.active_children())
+    rows = time_parallel.rows(CPU, [1, 2], time_parallel.QUICK)
+    next(rows)
+    assert set(multiprocessing.active_children()) > before
+    rows.close()
+    assert set(multiprocessing.active_children()) == before
 
 
 @pytest.mark.parametrize("other", [["--time-parallel"], ["--network"], ["--streams"], ["--families", "resnet18"]])

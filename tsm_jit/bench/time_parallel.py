@@ -80,6 +80,7 @@ def rows(device: torch.device, counts: Sequence[int], case: Case) -> Iterator[li
         finally:
             for process in processes.processes:  # those that wait for others
                 process.terminate()
+                process.join()
 
 
 def _compared(row: Row, one: Row) -> Row:
