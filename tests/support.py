@@ -47,23 +47,24 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
+def requested_bytes(which: str = "current") -> int:
+    """What tensors asked for on a GPU, or its ``"peak"``. The allocator may have given them larger blocks."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+
 def peak_of(work: Callable[[], object]) -> int:
     """The most bytes that ``work`` asks for at a time on a GPU, with its result. Its first call loads libraries.
 
     The threads of autograd may free a gradient late, which makes a peak smaller: this is the largest of three.
     """
-
-    def requested(which: str) -> int:  # the allocator may have given larger blocks
-        return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
-
     work()
     peaks = []
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = requested("current")
+        before = requested_bytes()
         result = work()
-        peaks.append(requested("peak") - before)
+        peaks.append(requested_bytes("peak") - before)
         del result
     return max(peaks)
 
