@@ -39,7 +39,7 @@ def test_head_and_dropout():
 
 def test_clips_of_another_length():
     model = tsm_jit.VideoModel(converted(8))
-    message = "clips must have n_segment=8 frames, as the backbone is converted for, got 16 frames"
+    message = "clips must have n_segment=8 frames, as its shifts are made for, got 16 frames"
     with pytest.raises(ValueError, match=re.escape(message)):
         model(torch.randn(1, 16, 3, 32, 32))
     with tsm_jit.n_segment(model, 16):

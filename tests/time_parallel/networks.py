@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_compiler, min_cut_rematerialization_partition
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
@@ -133,11 +134,19 @@ def shuffled(module: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(module, graph)
 
 
-@case((2, 3), on=COLLECTIVES)
-def compiled_in_any_order(mesh):
+@case((2, 3), on=COLLECTIVES, checkpointed=False)
+@case((2,), on=COLLECTIVES, checkpointed=True)
+def compiled_in_any_order(mesh, checkpointed):
     """Compilers may choose another order of independent operators on each rank."""
-    model = tsm_jit.VideoModel(Branches(), nn.Linear(8, 3)).double()
-    backend = aot_autograd(fw_compiler=shuffled, bw_compiler=shuffled)
+    branches = Branches()
+    if checkpointed:
+        branches.branches = nn.ModuleList([Checkpointed(branch, False) for branch in branches.branches])
+    model = tsm_jit.VideoModel(branches, nn.Linear(8, 3)).double()
+    backend = aot_autograd(
+        fw_compiler=make_boxed_compiler(shuffled),
+        bw_compiler=make_boxed_compiler(shuffled),
+        partition_fn=min_cut_rematerialization_partition,
+    )
     compare(model, mesh, new_clips(), run=torch.compile(model, backend=backend, fullgraph=True))
 
 

@@ -37,6 +37,10 @@ def surgery(mesh):
         tsm_jit.remove_temporal_shift(whole)
         close(model(clips), whole(clips))  # a network of single frames again, of whole clips
     one = MESHES["one"]
+    lengths = nn.Sequential(*[tsm_jit.TemporalShift(nn.Identity(), length, 4) for length in (6, 3)])
+    whole = copy.deepcopy(lengths)
+    parallelize_time(lengths, one)
+    assert_same_bits(lengths(clips.flatten(0, 1)), whole(clips.flatten(0, 1)))
     model = model_of()
     parallelize_time(model, mesh)
     parallelize_time(model, one)

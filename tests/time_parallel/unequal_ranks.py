@@ -72,6 +72,11 @@ def a_gradient_on_one_rank(mesh):
     mine.requires_grad_(rank == 1)
     with pytest.raises(ValueError, match=r"rank 0: clips .*float64, .*; rank 1: clips .*float64 that need a gradient"):
         model(mine)
+    mine = mine.detach()
+    for weight in model.parameters():
+        weight.requires_grad_(rank == 0 and weight is model.head.weight)
+    with pytest.raises(ValueError, match=r"rank 0: the sum of .*float64 that need a gradient.*; rank 1: the sum of"):
+        model(mine)
     compare(model_of(), mesh, new_clips())
 
 

@@ -50,7 +50,7 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
         ValueError: in ``forward``: an input does not have the frames that its rank must hold. On CPUs all ranks raise.
             On GPUs this one does, and the others wait until the time-out.
         RuntimeError: in ``forward`` and ``backward``: another rank died or does not answer within the time-out of the
-            process group; or a CUDA graph captures a shape that has not run before.
+            process group; or a CUDA graph captures a shape that has not run before, with gradients if it has some.
         NotImplementedError: in ``forward``: ``net`` is exported, traced or transformed by ``torch.func``. In
             ``backward``: ``is_grads_batched`` is true.
 

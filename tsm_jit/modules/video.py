@@ -30,7 +30,7 @@ class VideoModel(nn.Module):
     Raises:
         TypeError: in ``forward``: ``clips`` is not a tensor.
         ValueError: in ``forward``: ``clips`` is not five-dimensional or has no frames, or its length differs from the
-            ``n_segment`` of the backbone. ``tsm_jit.n_segment(model, length)`` changes it.
+            ``n_segment`` of its shifts. ``tsm_jit.n_segment(model, length)`` changes it.
 
     If :func:`tsm_jit.distributed.parallelize_time` splits the clips over ranks, the input is the frames of this rank,
     ``[N*L, C, H, W]`` or ``[N, L, C, H, W]``. The scores are the mean over the frames of all ranks.
@@ -63,11 +63,12 @@ class VideoModel(nn.Module):
         shard = next((each.time_shard for each in shifts if each.time_shard is not None), None)
         length = max([each.n_segment for each in shifts]) if shifts else None
         if shard is not None and length is not None:
-            if shard.ranks > 1 and any(each.time_shard != shard or each.n_segment != length for each in shifts):
-                raise ValueError(
+            if any(each.time_shard != shard or (shard.ranks > 1 and each.n_segment != length) for each in shifts):
+                shard.refuse(
                     "all shifts of a split VideoModel must be split by one call of parallelize_time and have one "
                     f"n_segment, got n_segment {[each.n_segment for each in shifts]}, split "
-                    f"{[each.time_shard is not None for each in shifts]}"
+                    f"{[each.time_shard is not None for each in shifts]}",
+                    clips,
                 )
             return self._mean_over_ranks(clips, length, shard)
         if clips.dim() != 5:
@@ -82,7 +83,7 @@ class VideoModel(nn.Module):
                 "that length"
             )
             raise ValueError(
-                f"clips must have n_segment={length} frames, as the backbone is converted for, got {clips.shape[1]} "
+                f"clips must have n_segment={length} frames, as its shifts are made for, got {clips.shape[1]} "
                 f"frames in {list(clips.shape)}: {remedy}"
             )
         scores = self.head(self.dropout(self.backbone(clips.flatten(0, 1))))

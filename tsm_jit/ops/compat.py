@@ -122,6 +122,13 @@ def current_trace() -> Any:
     return None if mode is None else mode.tracer
 
 
+def never_recompute(trace: Any, operator: Any) -> None:
+    """Lets the backward of the graph save what the last call of ``operator`` returns, also in a checkpoint."""
+    call = next(node for node in reversed(trace.graph.nodes) if node.target is operator)
+    for node in (call, *call.users):  # the users take one of several results
+        node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+
+
 def is_exporting() -> bool:
     """Whether ``torch.export`` is active. PyTorch 2.11's own ``is_exporting`` is also true under ``torch.compile``."""
     return torch.compiler._is_exporting_flag

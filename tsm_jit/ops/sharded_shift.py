@@ -13,7 +13,8 @@ It sends and receives the same messages, so one rank may have such a layer where
 
 Backward computes gradients of the sum of the losses of all ranks. In compiled graphs these operators are opaque. Ranks
 must call them in the same order, but compilers may reorder calls that do not need each other, on each rank in another
-way. So in such graphs each call also takes a tensor that the call before it returns: see :func:`_after_the_last`.
+way. So in such graphs each call also takes a tensor that the call before it returns: see :func:`_after_the_last`. Nor
+may a compiler repeat a call, which would meet another one of another rank.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tsm_jit.ops.compat import (
     empty_like_real,
     is_batched_gradient,
     is_exporting,
+    never_recompute,
     transforms_are_active,
     unwrap_if_dead,
 )
@@ -101,8 +103,7 @@ class _Call:
         if self._has_clip_dim:
             clips, _, *frame = x.shape
         whose = "the gradient of " if is_gradient else ""
-        needs = " that need a gradient" if needs_gradient else ""  # of all ranks, which then exchange gradients
-        self.text = f"{whose}clips {[clips, shift.n_segment, *frame]} {x.dtype}{needs}, {encoded}"
+        self.text = f"{whose}clips {[clips, shift.n_segment, *frame]} {x.dtype}{_needs(needs_gradient)}, {encoded}"
         all_messages = chain(*[shard._replace(rank=rank).exchange(encoded).sent for rank in range(shard.ranks)])
         most = max([sum([edge.width * edge.length for edge in edges]) for edges in all_messages])
         message_bytes = most * clips * math.prod(frame) // frame[dim] * x.element_size()
@@ -157,6 +158,11 @@ class _Call:
             x = x.unflatten(0, (-1, self.exchange.length if length is None else length))
         views = [x.narrow(1, at, edge.length).narrow(self._dim, edge.channel, edge.width) for at, edge in frames]
         return Places([(view.shape, view.stride(), int(view.storage_offset())) for view in views])
+
+
+def _needs(gradient: bool) -> str:
+    """A part of the text that ranks compare, since they exchange gradients only if all of them need one."""
+    return " that need a gradient" if gradient else ""
 
 
 def _parts(edges: tuple[Edge, ...], clips: int, frame: list[int], dim: int) -> tuple[Strided, ...]:
@@ -226,9 +232,9 @@ class Edges:
     def __init__(self, call: _Call | None = None, parts: Sequence[Tensor] = ()):
         self._call, self._parts = call, parts
 
-    def shift(self, x: Tensor, shift: str, shard: TimeShard) -> Tensor:
+    def shift(self, x: Tensor, shift: str, shard: TimeShard, needs_gradient: bool = False) -> Tensor:
         """Shifts ``x``. If there are no edges yet, keeps those that arrive. Later calls must have the same ``x``."""
-        needs_gradient, x = x.requires_grad, _resolved(x)
+        x = _resolved(x)
         call = self._call
         if call is None:
             call = _call_of(x, shift, shard, needs_gradient=needs_gradient)
@@ -242,14 +248,15 @@ class Edges:
         return out
 
 
-def _shift(x: Tensor, shift: str, shard: TimeShard) -> Tensor:
-    needs_gradient, x = x.requires_grad, _resolved(x)
+def _shift(x: Tensor, shift: str, shard: TimeShard, needs_gradient: bool = False) -> Tensor:
+    x = _resolved(x)
     return _exchanged(x, _call_of(x, shift, shard, needs_gradient=needs_gradient), temporal_shift)
 
 
-def _shift_adjoint(grad: Tensor, shift: str, shard: TimeShard) -> Tensor:
+def _shift_adjoint(grad: Tensor, shift: str, shard: TimeShard, needs_gradient: bool = False) -> Tensor:
     grad = _resolved(grad)
-    return _exchanged(grad, _call_of(grad, shift, shard, is_gradient=True), temporal_shift_backward)
+    call = _call_of(grad, shift, shard, is_gradient=True, needs_gradient=needs_gradient)
+    return _exchanged(grad, call, temporal_shift_backward)
 
 
 def _resolved(x: Tensor) -> Tensor:
@@ -285,14 +292,14 @@ class Halo(NamedTuple):
         return Edges(self.call, self.call.halo_targets(frames).views(frames))
 
 
-def halo(x: Tensor, shift: str, shard: TimeShard, num_prefix_tokens: int) -> Halo:
+def halo(x: Tensor, shift: str, shard: TimeShard, num_prefix_tokens: int, needs_gradient: bool) -> Halo:
     """Exchanges frames ``x``. The first ``num_prefix_tokens`` tokens of each frame are not shifted.
 
     The halo has the frames that the first and last frames of each clip read: of other ranks, or of this rank as the
     padding asks. It is zero where the shift pads with zeros.
     """
     moving = without_prefix(x, num_prefix_tokens)
-    call = _call_of(moving, shift, shard, needs_gradient=x.requires_grad)
+    call = _call_of(moving, shift, shard, needs_gradient=needs_gradient)
     if not call.exchange.is_needed:
         return Halo(None, call)
     whole = call.new_halo(x)
@@ -303,8 +310,8 @@ def halo(x: Tensor, shift: str, shard: TimeShard, num_prefix_tokens: int) -> Hal
     return Halo(whole, call)
 
 
-def _sum(x: Tensor, shard: TimeShard) -> Tensor:
-    _ranks(shard, x).compare(f"the sum of {list(x.shape)} {x.dtype} over ranks")
+def _sum(x: Tensor, shard: TimeShard, needs_gradient: bool = False) -> Tensor:
+    _ranks(shard, x).compare(f"the sum of {list(x.shape)} {x.dtype}{_needs(needs_gradient)} over ranks")
     return collectives().wait_tensor(collectives().all_reduce(x.contiguous(), "sum", shard.group))
 
 
@@ -319,7 +326,7 @@ class _Linear(Function):
         ctx.adjoint, ctx.arguments = adjoint, arguments
         if len(arguments) > 1:  # a shift, not a sum
             save_mark(ctx, x, arguments[0])
-        return kernel(x, *arguments)
+        return kernel(x, *arguments, needs_gradient=ctx.needs_input_grad[0])
 
     @staticmethod
     def backward(ctx, grad):
@@ -382,19 +389,23 @@ _library = torch.library.Library("tsm_jit", "FRAGMENT")
 def _register(name: str, arguments: str, compute: Callable[..., Tensor], adjoint: Callable[..., Tensor]) -> None:
     arguments += ", int rank, int ranks, str group"
     # Compiled graphs contain the second, which has no autograd.
-    for schema in (f"{name}({arguments}) -> Tensor", f"{name}.kernel({arguments}, Tensor? after) -> (Tensor, Tensor)"):
+    for schema in (
+        f"{name}({arguments}) -> Tensor",
+        f"{name}.kernel({arguments}, bool needs_gradient, Tensor? after) -> (Tensor, Tensor)",
+    ):
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.tsm_jit, name)
 
     @torch.no_grad()
-    def eager_kernel(x: Tensor, *others: Any) -> Tensor:
-        return compute(x, *others[:-3], TimeShard(*others[-3:]))
+    def eager_kernel(x: Tensor, *others: Any, needs_gradient: bool = False) -> Tensor:
+        return compute(x, *others[:-3], TimeShard(*others[-3:]), needs_gradient)
 
     def kernel(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        return eager_kernel(x, *others[:-1]), x.new_empty(0)
+        *arguments, needs_gradient, _ = others
+        return eager_kernel(x, *arguments, needs_gradient=needs_gradient), x.new_empty(0)
 
-    def dispatched_kernel(x: Tensor, *others: Any) -> Tensor:
-        return _after_the_last(op.kernel, x, *others[:-1], *others[-1][:3])
+    def dispatched_kernel(x: Tensor, *others: Any, needs_gradient: bool) -> Tensor:
+        return _after_the_last(op.kernel, x, *others[:-1], *others[-1][:3], needs_gradient)
 
     def autograd_kernel(x: Tensor, *others: Any) -> Tensor:
         return _Linear.apply(x, dispatched_kernel, adjoint, *others[:-3], TimeShard(*others[-3:]))
@@ -410,11 +421,12 @@ _last_calls: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary(
 
 
 def _after_the_last(kernel: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> Tensor:
-    """Calls ``kernel``. In the graph that a compiler traces, the call depends on the call before."""
+    """Calls ``kernel``. In the graph that a compiler traces, the call depends on the call before, and occurs once."""
     trace = current_trace()
-    result, done = kernel(*arguments, None if trace is None else _last_calls.get(trace))
-    if trace is not None:
-        _last_calls[trace] = done
+    if trace is None:
+        return kernel(*arguments, None)[0]
+    result, _last_calls[trace] = kernel(*arguments, _last_calls.get(trace))
+    never_recompute(trace, kernel)
     return result
 
 

@@ -262,14 +262,14 @@ class Product:
         ):
             bias = None if bias is None else unwrap_if_dead(bias)
             return _apply(x, unwrap_if_dead(weight), bias, self)
-        return self.forward(x, self.halo(x)[0], weight, bias, relu)
+        return self.forward(x, self.halo(x, needs_gradient=False)[0], weight, bias, relu)
 
-    def halo(self, x: Tensor) -> tuple[Tensor | None, Any]:
+    def halo(self, x: Tensor, *, needs_gradient: bool) -> tuple[Tensor | None, Any]:
         """Exchanges frames if other ranks share the clips. Returns the fields of a ``Halo``, else twice None."""
         layer = self.layer
         if layer.shard is None:
             return None, None
-        return split_clips().halo(x, layer.shift, layer.shard, layer.num_prefix_tokens)
+        return split_clips().halo(x, layer.shift, layer.shard, layer.num_prefix_tokens, needs_gradient)
 
     def _kernel(
         self, name: str, tiles: int, parts: int, blocks: tuple[int, int, int], warps: int, **more: Any
@@ -341,7 +341,7 @@ class _DifferentiableProduct(Function):
         ctx.product = product
         if bias is not None:
             ctx.bias_dtype = bias.dtype
-        halo, ctx.call = product.halo(x)
+        halo, ctx.call = product.halo(x, needs_gradient=ctx.needs_input_grad[0])
         save_inputs(ctx, x, weight, product.layer, halo)
         return product.forward(x, halo, weight, bias)
 
