@@ -39,18 +39,21 @@ def parallelize_time(net: nn.Module, mesh: Any) -> None:
 
     Raises:
         TypeError: ``net`` is not a module or ``mesh`` is not a ``DeviceMesh``.
-        ValueError: ``mesh`` has more than one dimension or lacks this process; ``net`` has no temporal shift, several
-            clip lengths, or one below the number of ranks; or ``net`` has temporal pools or non-local blocks, which
-            combine frames in other ways. ``net`` is then unchanged.
-        ValueError: in ``forward``: another process split ``net``, and this one has unpickled it; or the process group
-            was destroyed; or only some shifts of a :class:`tsm_jit.VideoModel` are split.
+        ValueError: ``mesh`` has more than one dimension or lacks this process. ``net`` is then unchanged, as after the
+            next two errors.
+        ValueError: ``net`` has no temporal shift, several clip lengths, or one below the number of ranks.
+        ValueError: ``net`` has temporal pools or non-local blocks, which combine frames in other ways.
+        ValueError: in ``forward``: another process split ``net``, and this one has unpickled it. Or the process group
+            was destroyed. Or only some shifts of a :class:`tsm_jit.VideoModel` are split.
         ValueError: in ``forward`` and ``backward``: ranks differ in shape, dtype, clip length or layer, or only on some
             the input of a shift needs a gradient. On CPUs all ranks raise. On GPUs they do if the call is new to all of
             them, else they wait until the time-out: see "One clip over several GPUs" in examples/README.md.
         ValueError: in ``forward``: an input does not have the frames that its rank must hold. On CPUs all ranks raise.
             On GPUs this one does, and the others wait until the time-out.
         RuntimeError: in ``forward`` and ``backward``: another rank died or does not answer within the time-out of the
-            process group; or a CUDA graph captures a shape that has not run before, with gradients if it has some.
+            process group.
+        RuntimeError: in ``forward`` and ``backward``: a CUDA graph captures a shape that has not run before. If the
+            graph has a backward, the shape must have run with one.
         NotImplementedError: in ``forward``: ``net`` is exported, traced or transformed by ``torch.func``. In
             ``backward``: ``is_grads_batched`` is true.
 

@@ -112,8 +112,8 @@ class Ranks:
         if not torch.equal(own, others):
             got = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(self._gather(place)))
             raise ValueError(
-                "all ranks must call the same shift with the same shape, dtype and clip length, and need a gradient or "
-                f"not, got {got}"
+                "all ranks must call the same shift with the same shape, dtype and clip length, and with a gradient on "
+                f"all of them or on none, got {got}"
             )
         uses_memory = is_cuda and 0 < message_bytes <= _MOST_BYTES
         if uses_memory:
@@ -229,7 +229,7 @@ class _Collective:
 _MOST_BYTES = 2**30  # of a message: the kernel numbers its elements in 32 bits
 _SLOTS = 2
 _SIGNAL_BYTES, _COUNTER_BYTES = 16, 8
-_WORDS_BYTES = _SIGNAL_BYTES + 2 * _COUNTER_BYTES  # EdgeCounter of kernels/shift/edges.cuh: to and from a rank
+_WORDS_BYTES = _SIGNAL_BYTES + 2 * _COUNTER_BYTES  # an EdgeCounter of kernels/shift/edges.cuh for each direction
 _DIMS = 8  # kEdgeDims of kernels/shift/edges.h: the dimensions of a part, and its run of bytes
 
 _library = torch.library.Library("tsm_jit", "FRAGMENT")

@@ -13,8 +13,8 @@ It sends and receives the same messages, so one rank may have such a layer where
 
 Backward computes gradients of the sum of the losses of all ranks. In compiled graphs these operators are opaque. Ranks
 must call them in the same order, but compilers may reorder calls that do not need each other, on each rank in another
-way. So in such graphs each call also takes a tensor that the call before it returns: see :func:`_after_the_last`. Nor
-may a compiler repeat a call, which would meet another one of another rank.
+way. So in such graphs each call also takes a tensor that the call before it returns: see :func:`_after_the_last`. A
+compiler must not repeat a call in the backward either, since the other ranks may not repeat it.
 """
 
 from __future__ import annotations

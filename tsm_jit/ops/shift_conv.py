@@ -2,8 +2,8 @@
 
 Both are one matrix product, whose loads can read shifted rows: see :mod:`tsm_jit.ops.shift_gemm`. This module decides
 where its kernels serve, chooses their tiles, and gives the product a backward. Where they do not serve, a layer of
-shifted frames is the shift, then PyTorch's own convolution or linear layer: for compilers, exporters, ``torch.func``,
-fake tensors and the CPU. :func:`shifted_layer` chooses for all convolutions and linear layers.
+shifted frames is the shift, then PyTorch's convolution or linear layer. That holds for compilers, exporters,
+``torch.func``, fake tensors and the CPU. :func:`shifted_layer` chooses for all convolutions and linear layers.
 """
 
 from __future__ import annotations
